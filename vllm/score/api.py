@@ -1,0 +1,216 @@
+"""`score`: the one way from Python to the scores; everything above the engine goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.score.errors import ScoreModeError
+from vllm.score.results import TokenScores
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from vllm import LLM, SamplingParams
+
+# Enough to keep any engine full, few enough that a long list costs no memory before its turn.
+MAX_REQUESTS_IN_FLIGHT = 4096
+MAX_TOKENS_IN_FLIGHT = 1 << 20
+
+
+def score(
+    llm: LLM,
+    requests: Sequence[Any],
+    *,
+    statistics: Sequence[str] = (),
+    temperature: float = 1.0,
+    top: int = 0,
+    full_vocabulary: bool = False,
+    use_tqdm: bool | Callable[..., tqdm] = True,
+    skip_prefix_cache: bool = False,
+) -> list[TokenScores]:
+    """Log-probabilities of given tokens under the model, in nats.
+
+    Args:
+        llm: a `vllm.LLM` on which nothing else is running.
+        requests: each a text, a list of token ids, or a prompt as `LLM.generate` takes it:
+            `{"prompt_token_ids": [...]}` or `{"prompt": "..."}`, with `target_token_ids` (m ids,
+            or m lists of k candidates) for the last m positions. Without targets all tokens of
+            the prompt but the first are scored. Texts get the tokenizer's special tokens.
+        statistics: names from `vllm.score.engine.statistics`.
+        temperature: divides the logits.
+        top: also return that many most likely tokens of every position.
+        full_vocabulary: return [m, V] log-probabilities of every token instead of targets.
+        use_tqdm: show a progress bar; or a function that makes one.
+        skip_prefix_cache: compute every token anew. The cached part of a context was computed in
+            another batch, which can move the last bits.
+
+    Returns:
+        One `TokenScores` a request, in order.
+
+    Raises:
+        ScoreModeError: a request is malformed (before anything runs), or came back unsound.
+        ScoreModeUnavailable: score mode is off in this installation.
+    """
+    prompts = _prompts(llm, requests)
+    params = _sampling_params(statistics, temperature, top, full_vocabulary, skip_prefix_cache)
+    _check(llm, prompts, params, full_vocabulary)
+    results: list[TokenScores | None] = [None] * len(prompts)
+    with _progress(use_tqdm, prompts) as bar:
+        for index, output in _run(llm, prompts, params):
+            result = output.scores
+            if result is None:
+                raise ScoreModeError(
+                    f"requests[{index}] was aborted; score it again when the engine is free."
+                )
+            len(result)  # failed scores raise their reason
+            results[index] = result
+            bar.update(len(prompts[index]["prompt_token_ids"]))
+    return [r for r in results if r is not None]
+
+
+def _prompts(llm: LLM, requests: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every request as a token prompt."""
+    if isinstance(requests, (str, bytes, Mapping)):
+        raise ScoreModeError(
+            f"requests must be a list, got one {type(requests).__name__}; write [request]."
+        )
+    texts = [i for i, r in enumerate(requests) if _text_of(r) is not None]
+    prompts: list[dict[str, Any]] = [{} for _ in requests]
+    if texts:
+        tokenizer = llm.get_tokenizer()
+        encoded = tokenizer([_text_of(requests[i]) for i in texts])["input_ids"]
+        for i, ids in zip(texts, encoded, strict=True):
+            prompts[i] = {"prompt_token_ids": ids}
+    for i, request in enumerate(requests):
+        if isinstance(request, Mapping):
+            unknown = set(request) - {"prompt", "prompt_token_ids", "target_token_ids"}
+            if unknown:
+                raise ScoreModeError(
+                    f"requests[{i}] has the keys {sorted(unknown)}, which are not supported; use "
+                    "prompt or prompt_token_ids, and target_token_ids."
+                )
+            if not prompts[i]:
+                prompts[i] = {"prompt_token_ids": request.get("prompt_token_ids")}
+            if request.get("target_token_ids") is not None:
+                prompts[i]["target_token_ids"] = request["target_token_ids"]
+        elif not prompts[i]:
+            prompts[i] = {"prompt_token_ids": request}
+    return prompts
+
+
+def _text_of(request: Any) -> str | None:
+    if isinstance(request, str):
+        return request
+    if isinstance(request, Mapping) and request.get("prompt_token_ids") is None:
+        text = request.get("prompt")
+        return text if isinstance(text, str) else None
+    return None
+
+
+def _sampling_params(
+    statistics: Sequence[str], temperature: float, top: int, full_vocabulary: bool, skip: bool
+) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.score.errors import ScoreModeUnavailable
+    from vllm.score.patches.register import front_end_problem
+
+    problem = front_end_problem()
+    if problem is not None:
+        raise ScoreModeUnavailable(problem)
+    if top < 0 or (top and full_vocabulary):
+        raise ScoreModeError(
+            f"top={top}: give a number of tokens from 0 on, or full_vocabulary=True, not both."
+        )
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        score_mode=True,  # type: ignore[call-arg]
+        score_statistics=list(statistics) or None,
+        score_temperature=temperature,
+        prompt_logprobs=None if full_vocabulary else top,
+        skip_reading_prefix_cache=skip,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _check(
+    llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams, full_vocabulary: bool
+) -> None:
+    """Refuse a malformed request by its index, before the first one runs."""
+    from vllm.score.engine.request import ModelFacts, plan_request
+    from vllm.score.engine.support import check_configuration
+
+    check_configuration(llm.llm_engine.vllm_config)
+    model = llm.llm_engine.model_config
+    facts = ModelFacts(model.get_vocab_size(), model.max_model_len)
+    in_use = 0
+    for i, prompt in enumerate(prompts):
+        try:
+            ids = prompt["prompt_token_ids"]
+            if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__"):
+                raise ScoreModeError(
+                    f"prompt_token_ids must be a list of token ids, got {type(ids).__name__}."
+                )
+            if full_vocabulary and prompt.get("target_token_ids") is not None:
+                raise ScoreModeError(
+                    "full_vocabulary=True and target_token_ids exclude each other."
+                )
+            plan = plan_request(ids, prompt.get("target_token_ids"), params, facts, in_use)
+        except ValueError as error:
+            raise ScoreModeError(f"requests[{i}]: {error}") from error
+        prompt["prompt_token_ids"] = plan.prompt_token_ids
+        if full_vocabulary:
+            rows, width = plan.result_shape
+            in_use += 4 * rows * width
+
+
+def _run(
+    llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams
+) -> Iterator[tuple[int, Any]]:
+    """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted."""
+    engine = llm.llm_engine
+    if engine.has_unfinished_requests():
+        raise ScoreModeError("llm has unfinished requests; score() needs an idle engine.")
+    waiting = iter(enumerate(prompts))
+    running: dict[str, int] = {}
+    tokens_in_flight = 0
+    internal_ids: dict[str, str] = {}
+    try:
+        while True:
+            while len(running) < MAX_REQUESTS_IN_FLIGHT and tokens_in_flight < MAX_TOKENS_IN_FLIGHT:
+                following = next(waiting, None)
+                if following is None:
+                    break
+                index, prompt = following
+                request_id = str(next(llm.request_counter))
+                running[request_id] = index
+                internal_ids[request_id] = engine.add_request(
+                    request_id, {"type": "token", **prompt}, params
+                )
+                tokens_in_flight += len(prompt["prompt_token_ids"])
+            if not running:
+                return
+            for output in engine.step():
+                if output.finished and output.request_id in running:
+                    index = running.pop(output.request_id)
+                    internal_ids.pop(output.request_id, None)
+                    tokens_in_flight -= len(prompts[index]["prompt_token_ids"])
+                    yield index, output
+    finally:
+        if internal_ids:
+            engine.abort_request(list(internal_ids.values()), internal=True)
+
+
+def _progress(use_tqdm: bool | Callable[..., tqdm], prompts: Iterable[dict[str, Any]]) -> Any:
+    from tqdm import tqdm as default
+
+    make = use_tqdm if callable(use_tqdm) else default
+    return make(
+        total=sum(len(p["prompt_token_ids"]) for p in prompts),
+        desc="Scoring",
+        unit="tok",
+        unit_scale=True,
+        disable=not use_tqdm,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,1 @@
+"""What the engine does for a score request: admission, row layout, scoring in the worker."""

@@ -1,0 +1,60 @@
+"""The columns of the float32 array that carries one request's scores through the engine.
+
+One row per scored position: ``[targets | statistics | top ids | top log-probabilities]``, or
+``[targets | statistics | whole vocabulary]``. Token ids and ranks travel as float32, which is
+exact below 2**24; admission refuses larger vocabularies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FULL_VOCABULARY = -1
+MAX_EXACT_ID = 2**24
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What is computed for every scored row of one request.
+
+    Attributes:
+        num_targets: candidates a position, k.
+        statistics: names, in column order.
+        top: number of most likely tokens (0: none, -1: the whole vocabulary).
+        temperature: the logits are divided by it first.
+    """
+
+    num_targets: int
+    statistics: tuple[str, ...] = ()
+    top: int = 0
+    temperature: float = 1.0
+
+    def width(self, vocab_size: int) -> int:
+        """Number of columns."""
+        tail = vocab_size if self.top == FULL_VOCABULARY else 2 * self.top
+        return self.num_targets + len(self.statistics) + tail
+
+    @property
+    def statistics_columns(self) -> slice:
+        return slice(self.num_targets, self.num_targets + len(self.statistics))
+
+    @property
+    def top_start(self) -> int:
+        return self.num_targets + len(self.statistics)
+
+    def targets_of(self, rows: np.ndarray) -> np.ndarray:
+        """Columns of the targets' log-probabilities, [m, k]."""
+        return rows[:, : self.num_targets]
+
+    def top_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and log-probabilities of the most likely tokens, [m, top] each."""
+        first, second = self.top_start, self.top_start + self.top
+        return rows[:, first:second], rows[:, second : second + self.top]
+
+    def vocabulary_of(self, rows: np.ndarray) -> np.ndarray:
+        """Columns of the whole vocabulary's log-probabilities, [m, V]."""
+        return rows[:, self.top_start :]

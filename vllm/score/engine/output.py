@@ -1,0 +1,101 @@
+"""From the array that the engine returns to the scores on the request's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vllm.score.engine.request import ScorePlan
+from vllm.score.engine.statistics import INTEGER_STATISTICS
+from vllm.score.errors import ScoreModeError
+from vllm.score.results import PromptLogprobsView, TokenScores
+
+
+class FailedScores:
+    """Stands where scores would be: every use of it raises the reason.
+
+    A request fails alone: raising in the output loop would take its neighbours down.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def _fail(self, *_: Any) -> Any:
+        raise ScoreModeError(self.reason)
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = _fail
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy, pickle and pprint look for optional methods
+            raise AttributeError(name)
+        return self._fail()
+
+    def __repr__(self) -> str:
+        return f"FailedScores({self.reason!r})"
+
+
+def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
+    """The columns of `rows`, [m, width], as `TokenScores`."""
+    layout = plan.layout
+    columns = rows[:, layout.statistics_columns]
+    statistics = {
+        name: columns[:, i].astype(np.int64) if name in INTEGER_STATISTICS else columns[:, i].copy()
+        for i, name in enumerate(layout.statistics)
+    }
+    if layout.top < 0:
+        return TokenScores(None, layout.vocabulary_of(rows), statistics, plan.first_position)
+    logprobs, ids = layout.targets_of(rows), plan.targets.astype(np.int64)
+    if plan.flat:
+        logprobs, ids = logprobs[:, 0], ids[:, 0]
+    top_ids = top_logprobs = None
+    if layout.top:
+        top_ids, top_logprobs = layout.top_of(rows)
+        top_ids = top_ids.astype(np.int64)
+    return TokenScores(
+        ids, np.ascontiguousarray(logprobs), statistics, plan.first_position, top_ids, top_logprobs
+    )
+
+
+def problem_with(output: Any, plan: ScorePlan) -> str | None:
+    """Why the engine's answer must not be taken for scores; None when it is sound."""
+    rows, completion = output.prompt_token_id_logprobs, output.outputs[0]
+    where = "; `vllm-score doctor` shows whether the engine is patched"
+    if completion.token_ids:
+        return f"the engine generated tokens for a score request{where}."
+    if rows is None:
+        return f"the engine returned no scores (finish_reason {completion.finish_reason!r}){where}."
+    if rows.shape != plan.result_shape:
+        return f"the engine returned scores of shape {rows.shape}, not {plan.result_shape}{where}."
+    if np.isnan(rows).any():
+        row = plan.first_position + int(np.isnan(rows).any(axis=1).argmax())
+        return (
+            f"the score of prompt position {row} is NaN: the model's logits are NaN there "
+            "(look for overflow: try dtype='bfloat16' or 'float32'), or the row was not computed."
+        )
+    return None
+
+
+def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | None) -> None:
+    """Turn a finished `RequestOutput` of a score request into what the user reads.
+
+    Sets `scores`, `prompt_logprobs` and `prompt_token_ids`. An aborted request has no scores; a
+    failed one raises ScoreModeError when they are read, and its finish_reason is "error".
+    """
+    output.prompt_token_ids = plan.prompt_token_ids
+    if not output.finished or output.outputs[0].finish_reason == "abort":
+        return
+    problem = problem_with(output, plan)
+    if problem is not None:
+        failed = FailedScores(f"request {output.request_id}: {problem}")
+        output.scores = output.prompt_logprobs = failed
+        output.prompt_token_id_logprobs = None
+        output.outputs[0].finish_reason = "error"
+        return
+    rows = output.prompt_token_id_logprobs
+    scores = split_columns(rows, plan)
+    output.scores = scores
+    output.prompt_logprobs = PromptLogprobsView(scores, plan.prompt_token_ids, decode)
+    # The stock field holds what its name says, the statistics' columns are ours.
+    output.prompt_token_id_logprobs = rows[:, : rows.shape[1] if plan.layout.top < 0 else plan.layout.num_targets]

@@ -1,0 +1,257 @@
+"""Admission of a score request: from what the user gave to what the engine computes.
+
+The engine receives the prompt without its last token. That token's own row is never scored, so
+nothing is lost, a token of work is saved, and a prompt may be as long as the model's context.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm.exceptions import VLLMValidationError
+from vllm.score.engine.layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
+
+FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
+DEFAULT_FULL_VOCABULARY_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What admission needs to know of the model and the front end.
+
+    Attributes:
+        max_logprobs: values a position that a client may ask for; None: no limit. A server keeps
+            vLLM's own limit for its clients, `LLM` has none.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """One admitted request.
+
+    Attributes:
+        prompt_token_ids: the whole prompt, [n].
+        targets: int32 [m, k]; the last m positions are scored.
+        flat: targets were given as a flat list, so results are [m] instead of [m, k].
+        layout: the columns that come back.
+        vocab_size: V.
+    """
+
+    prompt_token_ids: list[int]
+    targets: np.ndarray
+    flat: bool
+    layout: RowLayout
+    vocab_size: int
+
+    @property
+    def first_position(self) -> int:
+        """Prompt position of the first scored token."""
+        return len(self.prompt_token_ids) - len(self.targets)
+
+    @property
+    def engine_prompt(self) -> list[int]:
+        """What the engine computes: all but the last token (a single token is kept)."""
+        ids = self.prompt_token_ids
+        return ids[:-1] if len(ids) > 1 else ids
+
+    @property
+    def first_row(self) -> int:
+        """Engine prompt position whose hidden state scores the first target."""
+        return max(self.first_position - 1, 0)
+
+    @property
+    def result_shape(self) -> tuple[int, int]:
+        return len(self.targets), self.layout.width(self.vocab_size)
+
+
+def full_vocabulary_limit() -> int:
+    """Bytes that the full-vocabulary results of unfinished requests may take together."""
+    text = os.environ.get(FULL_VOCABULARY_BYTES_VARIABLE)
+    if text is None:
+        return DEFAULT_FULL_VOCABULARY_BYTES
+    try:
+        return int(text)
+    except ValueError:
+        raise VLLMValidationError(
+            f"{FULL_VOCABULARY_BYTES_VARIABLE}={text!r} is not a whole number of bytes.",
+            parameter=FULL_VOCABULARY_BYTES_VARIABLE,
+        ) from None
+
+
+def plan_request(
+    prompt_token_ids: Sequence[int],
+    target_token_ids: Any,
+    params: Any,
+    facts: ModelFacts,
+    bytes_in_use: int = 0,
+) -> ScorePlan:
+    """Check one score request and say what the engine is to compute.
+
+    Args:
+        prompt_token_ids: [n] ids.
+        target_token_ids: None, m ids, or m lists of k ids, for the last m positions.
+        params: `SamplingParams` with `score_mode=True`.
+        facts: of the model and front end.
+        bytes_in_use: full-vocabulary results already admitted and not finished.
+
+    Raises:
+        VLLMValidationError: (a ValueError) naming the field, the value and the remedy.
+    """
+    ids = _prompt_ids(prompt_token_ids, facts)
+    top = _top(params, target_token_ids)
+    if target_token_ids is None:
+        targets, flat = np.asarray(ids[1:], dtype=np.int32)[:, None], True
+    else:
+        targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+    layout = RowLayout(
+        num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
+        statistics=tuple(params.score_statistics or ()),
+        top=top,
+        temperature=params.score_temperature,
+    )
+    plan = ScorePlan(ids, targets, flat, layout, facts.vocab_size)
+    _check_values_a_position(plan, facts)
+    if top == FULL_VOCABULARY:
+        _check_bytes(plan, bytes_in_use)
+    return plan
+
+
+def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> list[int]:
+    ids = list(prompt_token_ids)
+    if not ids:
+        raise VLLMValidationError("prompt_token_ids is empty.", parameter="prompt_token_ids")
+    if len(ids) > facts.max_model_len:
+        raise VLLMValidationError(
+            f"prompt_token_ids has {len(ids)} tokens, the engine's max_model_len is "
+            f"{facts.max_model_len}: shorten the prompt or score it in windows "
+            "(vllm.score.perplexity).",
+            parameter="prompt_token_ids",
+            value=len(ids),
+        )
+    if facts.vocab_size > MAX_EXACT_ID:
+        raise VLLMValidationError(
+            f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
+        )
+    _check_ids(np.asarray(ids), facts.vocab_size, "prompt_token_ids")
+    return ids
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:
+    if ids.dtype.kind not in "iu":
+        bad = next((x for x in ids.ravel().tolist() if type(x) is not int), ids.dtype.name)
+        raise VLLMValidationError(
+            f"{field} must be integers, got {bad!r}.", parameter=field, value=bad
+        )
+    wrong = (ids < 0) | (ids >= vocab_size)
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        bad = int(ids[where])
+        place = "".join(f"[{i}]" for i in where)
+        raise VLLMValidationError(
+            f"{field}{place} is {bad}, outside the vocabulary 0..{vocab_size - 1}.",
+            parameter=field,
+            value=bad,
+        )
+
+
+def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
+    field = "target_token_ids"
+    if isinstance(given, (str, bytes)) or not isinstance(given, (Sequence, np.ndarray)):
+        raise VLLMValidationError(
+            f"{field} must be a list of token ids, or a list of lists for several candidates a "
+            f"position, got {type(given).__name__}.",
+            parameter=field,
+        )
+    if len(given) == 0:
+        raise VLLMValidationError(
+            f"{field} is empty: leave it out to score the whole prompt.", parameter=field, value=[]
+        )
+    if len(given) > prompt_len - 1:
+        raise VLLMValidationError(
+            f"{field} has {len(given)} rows, but a prompt of {prompt_len} tokens has "
+            f"{prompt_len - 1} positions with a context; the targets are aligned to its end.",
+            parameter=field,
+            value=len(given),
+        )
+    try:
+        array = np.asarray(given)
+    except (ValueError, OverflowError):
+        array = None
+    if array is None or array.dtype == object:
+        widths = sorted({len(r) if isinstance(r, (Sequence, np.ndarray)) else 1 for r in given})
+        if len(widths) > 1:
+            raise VLLMValidationError(
+                f"{field} must have the same number of candidates at every position, got "
+                f"rows of {widths} candidates.",
+                parameter=field,
+            )
+        raise VLLMValidationError(
+            f"{field} must be integers within the vocabulary 0..{vocab_size - 1}.", parameter=field
+        )
+    if array.ndim > 2 or (array.ndim == 2 and array.shape[1] == 0):
+        raise VLLMValidationError(
+            f"{field} must be [m] or [m, k] with k of at least 1, got the shape {array.shape}.",
+            parameter=field,
+        )
+    _check_ids(array, vocab_size, field)
+    flat = array.ndim == 1
+    return np.ascontiguousarray(array[:, None] if flat else array, dtype=np.int32), flat
+
+
+def _top(params: Any, target_token_ids: Any) -> int:
+    asked = params.prompt_logprobs
+    if target_token_ids is None:
+        return FULL_VOCABULARY if asked is None else int(asked)
+    if asked == FULL_VOCABULARY:
+        raise VLLMValidationError(
+            "prompt_logprobs=-1 (the whole vocabulary) and target_token_ids exclude each other: "
+            "leave one of them out.",
+            parameter="prompt_logprobs",
+            value=asked,
+        )
+    return int(asked or 0)
+
+
+def _check_values_a_position(plan: ScorePlan, facts: ModelFacts) -> None:
+    top = plan.layout.top
+    if top > plan.vocab_size:
+        raise VLLMValidationError(
+            f"prompt_logprobs is {top}, the vocabulary has {plan.vocab_size} tokens.",
+            parameter="prompt_logprobs",
+            value=top,
+        )
+    if facts.max_logprobs is None or facts.max_logprobs == -1:
+        return
+    asked = plan.vocab_size if top == FULL_VOCABULARY else max(top, plan.targets.shape[1])
+    if asked > facts.max_logprobs:
+        field = "target_token_ids" if 0 <= top < asked else "prompt_logprobs"
+        raise VLLMValidationError(
+            f"{field} asks for {asked} values a position, this server allows max_logprobs="
+            f"{facts.max_logprobs}: name the tokens in target_token_ids, or start the server with "
+            "a larger --max-logprobs.",
+            parameter=field,
+            value=asked,
+        )
+
+
+def _check_bytes(plan: ScorePlan, bytes_in_use: int) -> None:
+    rows, width = plan.result_shape
+    needed, limit = 4 * rows * width, full_vocabulary_limit()
+    if bytes_in_use + needed > limit:
+        raise VLLMValidationError(
+            f"the whole vocabulary of {plan.vocab_size} tokens at {rows} positions takes "
+            f"{needed:,} bytes, with {bytes_in_use:,} in use by unfinished requests more than the "
+            f"limit of {limit:,} bytes: name the tokens that you need in target_token_ids, send "
+            f"fewer requests at once, or raise {FULL_VOCABULARY_BYTES_VARIABLE}.",
+            parameter="target_token_ids",
+            value=needed,
+        )

@@ -1,0 +1,59 @@
+"""The statistics of a row of logits that a score request may ask for by name.
+
+With ``x`` the row's logits divided by the score temperature, ``p = softmax(x)`` and ``V`` the
+vocabulary size (padding left out), in nats:
+
+========================  ==================================================================
+``entropy``               ``-sum p log p``
+``rank``                  1 + number of tokens with a larger logit than the (first) target
+``argmax``                id of the most likely token (the lowest id among equals)
+``argmax_logprob``        its log-probability
+``margin``                log-probability of the first less that of the second token
+``collision_probability`` ``sum p**2``
+``logit_mean``            mean of ``x``
+``logit_variance``        population variance of ``x``
+========================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+STATISTICS: tuple[str, ...] = (
+    "entropy",
+    "rank",
+    "argmax",
+    "argmax_logprob",
+    "margin",
+    "collision_probability",
+    "logit_mean",
+    "logit_variance",
+)
+
+INTEGER_STATISTICS = frozenset({"rank", "argmax"})
+
+
+def check_statistics(names: Iterable[str]) -> tuple[str, ...]:
+    """Return `names` as a tuple.
+
+    Raises:
+        ValueError: a name is unknown or given twice.
+    """
+    if isinstance(names, str):
+        raise ValueError(
+            f"score_statistics must be a list of names, got the string {names!r}; "
+            f"write [{names!r}]."
+        )
+    checked = tuple(names)
+    for name in checked:
+        if name not in STATISTICS:
+            close = difflib.get_close_matches(str(name), STATISTICS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"score_statistics names {name!r}, which is unknown.{hint} "
+                f"Choose from: {', '.join(STATISTICS)}."
+            )
+    if len(set(checked)) != len(checked):
+        raise ValueError(f"score_statistics names a statistic twice: {list(checked)}.")
+    return checked

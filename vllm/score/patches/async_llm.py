@@ -1,0 +1,51 @@
+"""`AsyncLLM`: ask the engine's processes before the first score request."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from vllm.score.patches.llm_engine import CHECKED, not_patched, raise_if_refused, wants_scores
+from vllm.score.patches.patch import Patch
+
+
+async def ask_engine(engine: Any) -> list[dict[str, Any]]:
+    """Status of every process behind an `AsyncLLM`.
+
+    Raises:
+        ScoreModeUnavailable: the engine core does not know the question.
+    """
+    try:
+        return await engine.engine_core.call_utility_async("score_status")
+    except Exception as error:
+        raise not_patched(error) from error
+
+
+def apply(module: ModuleType) -> None:
+    """Wrap admission."""
+
+    async def add_request(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+        if wants_scores(args, kwargs) and not getattr(engine, CHECKED, False):
+            from vllm.score.engine.support import check_configuration
+
+            check_configuration(engine.vllm_config)
+            raise_if_refused(await ask_engine(engine))
+            setattr(engine, CHECKED, True)
+        return await wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", add_request)
+
+
+PATCH = Patch(
+    target="vllm.v1.engine.async_llm",
+    contract={"AsyncLLM.add_request": ("self", "request_id", "prompt", "params")},
+    apply=apply,
+    roles=("front end",),
+    why="Fail closed across processes, as for LLMEngine.",
+    how="One status call before the first score request of an engine.",
+    risk="Workers replaced later (elastic scaling) are not asked again.",
+    upstream="Not needed in a merged fork.",
+    remove_when="Score mode is part of vLLM.",
+)

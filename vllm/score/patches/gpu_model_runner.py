@@ -1,0 +1,77 @@
+"""The V1 model runner, which serves CPUs and GPUs: score the rows of each step."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from vllm.score.patches.patch import Patch
+
+READY = "score_mode_ready"
+
+
+def apply(module: ModuleType) -> None:
+    """Wrap the place of prompt log-probabilities, and the hand-over of a step's results."""
+
+    def prompt_logprobs(wrapped: Any, runner: Any, args: Any, kwargs: Any) -> Any:
+        def call(hidden_states: Any, num_scheduled_tokens: Any) -> Any:
+            setattr(runner, READY, _score(runner, hidden_states, num_scheduled_tokens))
+            return wrapped(hidden_states, num_scheduled_tokens)
+
+        return call(*args, **kwargs)
+
+    def sample_tokens(wrapped: Any, runner: Any, args: Any, kwargs: Any) -> Any:
+        setattr(runner, READY, {})
+        output = wrapped(*args, **kwargs)
+        ready = getattr(runner, READY)
+        if ready:
+            # Asynchronous scheduling wraps the output.
+            step = getattr(output, "_model_runner_output", output)
+            step.prompt_token_id_logprobs_dict = {
+                request_id: scores.rows for request_id, scores in ready.items()
+            }
+        return output
+
+    wrapt.wrap_function_wrapper(
+        module, "GPUModelRunner._get_prompt_logprobs_dict", prompt_logprobs
+    )
+    wrapt.wrap_function_wrapper(module, "GPUModelRunner.sample_tokens", sample_tokens)
+
+
+def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
+    from vllm.score.engine.worker import collect_step, score_step
+
+    vocab_size = runner.model_config.get_vocab_size()
+    steps, complete = collect_step(
+        num_scheduled_tokens,
+        runner.requests.get,
+        lambda request_id: int(
+            runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]
+        ),
+        vocab_size,
+    )
+    score_step(steps, hidden_states, runner.model.compute_logits, vocab_size)
+    return complete
+
+
+PATCH = Patch(
+    target="vllm.v1.worker.gpu_model_runner",
+    contract={
+        "GPUModelRunner._get_prompt_logprobs_dict": (
+            "self",
+            "hidden_states",
+            "num_scheduled_tokens",
+        ),
+        "GPUModelRunner.sample_tokens": ("self", "grammar_output"),
+    },
+    apply=apply,
+    roles=("worker",),
+    why="The V1 runner does not serve prompt_logprob_token_ids.",
+    how="Called once a step with every hidden state; the rows of all score requests are reduced "
+    "together and handed over with the step's output.",
+    risk="Relies on num_computed_tokens being that of the step's start at this point.",
+    upstream="Pull request: prompt_logprob_token_ids in the V1 runner.",
+    remove_when="The V1 runner is gone, or serves the channel.",
+)

@@ -1,0 +1,47 @@
+"""Run a hook once a module is completely imported, also when its import is under way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+Hook = Callable[[ModuleType], None]
+
+
+def when_imported(name: str, hook: Hook) -> None:
+    """Call `hook(module)` once the module `name` is imported: now, or right after its import.
+
+    The armoury is opened while some module of vLLM is half executed (the plugin moment lies in
+    the import of `vllm.config`). For that module an import hook comes too late, so it is
+    amended at the first attribute read after it is complete, before anyone can take a name.
+    """
+    module = sys.modules.get(name)
+    if module is None:
+        wrapt.register_post_import_hook(hook, name)
+    elif _is_initializing(module):
+        _when_first_read(module, hook)
+    else:
+        hook(module)
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    return bool(getattr(module.__spec__, "_initializing", False))
+
+
+def _when_first_read(module: ModuleType, hook: Hook) -> None:
+    original = type(module)
+
+    class Completing(original):  # type: ignore[misc, valid-type]
+        def __getattribute__(self, attribute: str) -> Any:
+            spec = ModuleType.__getattribute__(self, "__spec__")
+            # Dunder reads are the import machinery's own, some before the module is complete.
+            if not attribute.startswith("__") and not getattr(spec, "_initializing", False):
+                self.__class__ = original
+                hook(self)
+            return original.__getattribute__(self, attribute)
+
+    module.__class__ = Completing

@@ -1,0 +1,148 @@
+"""Admission: a score request becomes an engine request with targets and no tokens to generate."""
+
+from __future__ import annotations
+
+import weakref
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from vllm.score.patches.patch import Patch
+from vllm.score.patches.renderers_base import KEY
+
+# Set on the input processor by the patch of LLMEngine: an offline user asks for what he likes.
+NO_CLIENT_LIMIT = "score_mode_no_client_limit"
+
+
+def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
+    """Wrapper of `InputProcessor.process_inputs`."""
+
+    def call(request_id: str, prompt: Any, params: Any, *rest: Any, **named: Any) -> Any:
+        if not getattr(params, "score_mode", False):
+            if isinstance(prompt, dict) and prompt.get(KEY) is not None:
+                from vllm.exceptions import VLLMValidationError
+
+                raise VLLMValidationError(
+                    f"{KEY} is given, but the sampling parameters do not ask for scores: set "
+                    "SamplingParams(score_mode=True).",
+                    parameter=KEY,
+                )
+            return wrapped(request_id, prompt, params, *rest, **named)
+        prompt = _rendered(processor, prompt, named.get("tokenization_kwargs"))
+        plan = _plan(processor, prompt, params, named)
+        prompt = {**prompt, "prompt_token_ids": plan.engine_prompt}
+        prompt.pop(KEY, None)
+        request = wrapped(request_id, prompt, _carrier(params), *rest, **named)
+        _mark(request.sampling_params, params, plan)
+        return request
+
+    return call(*args, **kwargs)
+
+
+def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
+    """The engine's input for a raw prompt, whose length the targets must be checked against."""
+    if isinstance(prompt, dict) and "type" in prompt:
+        return prompt
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    renderer = processor.renderer
+    tok_params = renderer.default_cmpl_tok_params.with_kwargs(**(tokenization_kwargs or {}))
+    parsed = parse_model_prompt(processor.model_config, prompt)
+    return renderer.render_cmpl([parsed], tok_params)[0]
+
+
+def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> Any:
+    from vllm.score.engine.layout import FULL_VOCABULARY
+    from vllm.score.engine.request import ModelFacts, plan_request
+    from vllm.score.engine.support import check_configuration, check_options, check_prompt
+    from vllm.score.errors import ScoreModeUnavailable
+    from vllm.score.patches.register import front_end_problem
+
+    problem = front_end_problem()
+    if problem is not None:
+        raise ScoreModeUnavailable(problem)
+    check_configuration(processor.vllm_config)
+    check_options(params)  # again: fields may have been set since construction
+    check_prompt(prompt, named.get("lora_request"), bool(named.get("resumable")))
+    model = processor.model_config
+    unlimited = getattr(processor, NO_CLIENT_LIMIT, False)
+    facts = ModelFacts(
+        vocab_size=model.get_vocab_size(),
+        max_model_len=model.max_model_len,
+        max_logprobs=None if unlimited else model.max_logprobs,
+    )
+    in_use = getattr(processor, "score_mode_bytes_in_use", 0)
+    plan = plan_request(prompt["prompt_token_ids"], prompt.get(KEY), params, facts, in_use)
+    if plan.layout.top == FULL_VOCABULARY:
+        _count_bytes(processor, plan)
+    return plan
+
+
+def _count_bytes(processor: Any, plan: Any) -> None:
+    """Hold a full-vocabulary result against the limit for as long as its request lives."""
+    rows, width = plan.result_shape
+    size = 4 * rows * width
+    processor.score_mode_bytes_in_use = getattr(processor, "score_mode_bytes_in_use", 0) + size
+
+    def release() -> None:
+        processor.score_mode_bytes_in_use -= size
+
+    weakref.finalize(plan, release)
+
+
+def _carrier(params: Any) -> Any:
+    """An ordinary request for one token: what the stock checks are shown."""
+    return type(params)(
+        max_tokens=1,
+        temperature=0.0,
+        detokenize=False,
+        ignore_eos=True,
+        watermarking=False,
+        skip_reading_prefix_cache=bool(params.skip_reading_prefix_cache),
+        output_kind=params.output_kind,
+        skip_clone=True,
+    )
+
+
+def _mark(engine_params: Any, params: Any, plan: Any) -> None:
+    engine_params.score_mode = True
+    engine_params.max_tokens = 0
+    engine_params.score_statistics = list(plan.layout.statistics) or None
+    engine_params.score_temperature = plan.layout.temperature
+    engine_params._score_top = plan.layout.top
+    engine_params.prompt_logprob_token_ids = plan.targets
+    engine_params.prompt_logprob_start = plan.first_row
+    # The generation config's end-of-sequence ids mean nothing here.
+    engine_params.stop_token_ids = []
+    engine_params._all_stop_token_ids = set()
+    # For the output processor of this same process; not a field, so it stays off the wire.
+    engine_params.score_plan = plan
+
+
+def apply(module: ModuleType) -> None:
+    """Wrap admission. Instances bind the method at construction, so the class must be amended."""
+    wrapt.wrap_function_wrapper(module, "InputProcessor.process_inputs", process_inputs)
+
+
+PATCH = Patch(
+    target="vllm.v1.engine.input_processor",
+    contract={
+        "InputProcessor.process_inputs": (
+            "self",
+            "request_id",
+            "prompt",
+            "params",
+            "supported_tasks",
+        ),
+    },
+    apply=apply,
+    roles=("front end",),
+    why="Targets are checked before anything runs, and take the channel that 0.32 has for "
+    "prompt_logprob_token_ids.",
+    how="The stock function sees an ordinary one-token request for the prompt without its last "
+    "token; the score fields are set on the engine request that it returns.",
+    risk="Checks that upstream adds for prompt_logprob_token_ids are not seen by score requests.",
+    upstream="Pull request: a branch in process_inputs that calls the same planning function.",
+    remove_when="process_inputs fills the channel for score requests.",
+)

@@ -1,0 +1,68 @@
+"""The array of a finished score request becomes `scores` and the view in `prompt_logprobs`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from vllm.score.patches.patch import Patch
+
+
+def apply(module: ModuleType) -> None:
+    """Remember the plan with the request's state, and read it when the output is built."""
+
+    def from_new_request(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
+        state = wrapped(*args, **kwargs)
+        tokenizer, request = _tokenizer_and_request(*args, **kwargs)
+        params = request.sampling_params
+        if params is not None and params.score_mode:
+            state.score_plan = params.score_plan
+            state.score_tokenizer = tokenizer
+        return state
+
+    def new_request_output(wrapped: Any, state: Any, args: Any, kwargs: Any) -> Any:
+        output = wrapped(*args, **kwargs)
+        plan = getattr(state, "score_plan", None)
+        if plan is not None:
+            from vllm.score.engine.output import attach_scores
+
+            attach_scores(output, plan, _decoder(state.score_tokenizer))
+        return output
+
+    wrapt.wrap_function_wrapper(module, "RequestState.from_new_request", from_new_request)
+    wrapt.wrap_function_wrapper(module, "RequestState._new_request_output", new_request_output)
+
+
+def _tokenizer_and_request(tokenizer: Any, request: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+    return tokenizer, request
+
+
+def _decoder(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        return None
+
+    def decode(token_id: int) -> str:
+        from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+        return convert_ids_list_to_tokens(tokenizer, [token_id])[0]
+
+    return decode
+
+
+PATCH = Patch(
+    target="vllm.v1.engine.output_processor",
+    contract={
+        "RequestState.from_new_request": ("cls", "tokenizer", "request"),
+        "RequestState._new_request_output": ("self", "external_req_id", "outputs", "finished"),
+    },
+    apply=apply,
+    roles=("front end",),
+    why="Users read arrays, or what looks like stock prompt_logprobs; no dict is built unread.",
+    how="The state remembers the plan made at admission; the output gets the scores after the "
+    "stock function built it, and is checked for shape, NaN and stray tokens.",
+    risk="An output path that bypasses _new_request_output returns the bare array.",
+    upstream="Pull request: in LogprobsProcessor and RequestOutput.",
+    remove_when="RequestOutput carries scores.",
+)

@@ -1,0 +1,111 @@
+"""One amendment of one upstream module: what it is, whether it may be applied, whether it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import wrapt
+
+Role = Literal["front end", "engine core", "worker"]
+State = Literal["not imported", "applied", "failed"]
+
+UPSTREAM_VERSION = "0.32."
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An entry of the register.
+
+    Attributes:
+        target: the upstream module.
+        contract: what is amended, and what must be found there: dotted attribute to parameter
+            names, in order.
+        apply: amends the imported module.
+        holds: read-back for amendments that are not wrapped functions; None: `contract` says all.
+        refuse: applied instead when the contract does not hold, so that a score request gets a
+            sentence and not a stock error.
+        roles: the processes in which score requests need it.
+        why, how, risk: for the reviewer.
+        upstream: the reference of a related upstream change, or what a pull request would hold.
+        remove_when: the condition under which the patch is deleted.
+    """
+
+    target: str
+    contract: Mapping[str, tuple[str, ...]]
+    apply: Callable[[ModuleType], None]
+    roles: tuple[Role, ...]
+    why: str
+    how: str
+    risk: str
+    upstream: str
+    remove_when: str
+    holds: Callable[[ModuleType], bool] | None = None
+    refuse: Callable[[ModuleType], None] | None = None
+
+
+@dataclass
+class Application:
+    """The state of a patch in this process."""
+
+    patch: Patch
+    state: State = "not imported"
+    reason: str = ""
+    module: ModuleType | None = field(default=None, repr=False)
+
+    def run(self, module: ModuleType, version: str) -> None:
+        """Check the contract, apply, read back. Never raises: ordinary vLLM must go on."""
+        if self.state != "not imported":
+            return
+        self.module = module
+        try:
+            problem = contract_problem(self.patch, module, version)
+            if problem is None:
+                self.patch.apply(module)
+                problem = self._lost()
+            elif self.patch.refuse is not None:
+                self.patch.refuse(module)
+        except Exception as error:  # noqa: BLE001 - an import of vLLM must not fail by us
+            problem = f"{type(error).__name__}: {error}"
+        self.state, self.reason = ("applied", "") if problem is None else ("failed", problem)
+
+    def _lost(self) -> str | None:
+        assert self.module is not None
+        if self.patch.holds is not None:
+            return None if self.patch.holds(self.module) else "the amendment is not in place"
+        for dotted in self.patch.contract:
+            if not isinstance(_static(self.module, dotted), wrapt.FunctionWrapper):
+                return f"{dotted} is not wrapped"
+        return None
+
+    def check(self) -> None:
+        """Read back again: another plugin may have undone the amendment since."""
+        if self.state == "applied":
+            problem = self._lost()
+            if problem is not None:
+                self.state, self.reason = "failed", problem
+
+
+def _static(owner: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        owner = inspect.getattr_static(owner, name)
+    return owner
+
+
+def contract_problem(patch: Patch, module: ModuleType, version: str) -> str | None:
+    """Why `patch` must not be applied to the module found, or None."""
+    if not version.startswith(UPSTREAM_VERSION):
+        return f"written for vLLM {UPSTREAM_VERSION}*"
+    for dotted, expected in patch.contract.items():
+        try:
+            found = _static(module, dotted)
+        except AttributeError:
+            return f"{dotted} does not exist"
+        function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+        names = tuple(inspect.signature(function).parameters)
+        if names[: len(expected)] != expected:
+            return f"{dotted} takes {names}, not {expected}"
+    return None

@@ -1,0 +1,93 @@
+"""The register of patches, which arming, `vllm-score doctor`, the documentation and the tests read."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from vllm.score.patches import (
+    async_llm,
+    engine_core,
+    gpu_model_runner,
+    input_processor,
+    kv_cache_manager,
+    llm_engine,
+    output_processor,
+    outputs,
+    renderers_base,
+    sampling_params,
+    scheduler,
+)
+from vllm.score.patches.imports import when_imported
+from vllm.score.patches.patch import Application, Patch, Role
+
+REGISTER: tuple[Patch, ...] = (
+    sampling_params.PATCH,
+    renderers_base.PATCH,
+    input_processor.PATCH,
+    outputs.PATCH,
+    output_processor.PATCH,
+    llm_engine.PATCH,
+    async_llm.PATCH,
+    engine_core.PATCH,
+    kv_cache_manager.PATCH,
+    scheduler.PATCH,
+    gpu_model_runner.PATCH,
+)
+
+_applications: dict[str, Application] = {}
+
+
+def upstream_version() -> str:
+    """The version of the vLLM beside us."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def arm() -> None:
+    """Have every patch applied when its module is imported; a second call does nothing."""
+    if _applications:
+        return
+    version = upstream_version()
+    for patch in REGISTER:
+        application = Application(patch)
+        _applications[patch.target] = application
+        when_imported(patch.target, partial(application.run, version=version))
+    sampling_params.refuse_when(lambda: front_end_problem())
+
+
+def armed() -> bool:
+    """Whether this process was armed."""
+    return bool(_applications)
+
+
+def applications() -> list[Application]:
+    """The state of every patch in this process, read back now; empty when not armed."""
+    for application in _applications.values():
+        application.check()
+    return list(_applications.values())
+
+
+def problem(role: Role) -> str | None:
+    """Why this process cannot play `role` for score requests, in one sentence; else None.
+
+    A module that nobody imported cannot answer a request, so only failures count.
+    """
+    remedy = "run `vllm-score doctor`"
+    if not armed():
+        return (
+            f"score mode is not armed in the {role}: vLLM {upstream_version()} did not load the "
+            f"plugin 'vllm_score' (installed? switched off by VLLM_PLUGINS?); {remedy}."
+        )
+    for application in applications():
+        if role in application.patch.roles and application.state == "failed":
+            return (
+                f"score mode is off in the {role}: the patch of {application.patch.target} does "
+                f"not fit vLLM {upstream_version()} ({application.reason}); {remedy}."
+            )
+    return None
+
+
+def front_end_problem() -> str | None:
+    """`problem` of the front end."""
+    return problem("front end")

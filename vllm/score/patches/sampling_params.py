@@ -1,0 +1,179 @@
+"""`SamplingParams(score_mode=True)`: the stock class replaced by a subclass with four more fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm.score.patches.patch import Patch
+
+_problem: Callable[[], str | None] = lambda: None  # noqa: E731
+
+
+def refuse_when(problem: Callable[[], str | None]) -> None:
+    """Have `SamplingParams(score_mode=True)` raise whatever sentence `problem()` returns."""
+    global _problem
+    _problem = problem
+
+
+def apply(module: ModuleType) -> None:
+    """Put the subclass in the stock class's place."""
+    base: Any = module.SamplingParams
+    invalid: Any = module.VLLMValidationError
+
+    class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[misc, call-arg]
+        __doc__ = base.__doc__
+
+        score_mode: bool = False
+        """Return log-probabilities of given tokens instead of generating; sets max_tokens=0."""
+        score_statistics: list[str] | None = None
+        """Names of further statistics of every scored position."""
+        score_temperature: float = 1.0
+        """Divides the logits before they are scored; `temperature` is for sampling only."""
+        _score_top: int | None = None
+        """Set at admission, which makes later copies exempt from the checks of user input."""
+
+        def __post_init__(self) -> None:
+            asked = self.skip_reading_prefix_cache
+            super().__post_init__()
+            if self.score_mode:
+                # The stock default skips the cache for prompt_logprobs; here a hit is capped at
+                # the first scored row, so only an explicit wish counts.
+                self.skip_reading_prefix_cache = asked
+
+        def _verify_args(self) -> None:
+            if self.score_mode:
+                self.max_tokens = 0
+                self._verify_score_mode()
+            elif self.score_statistics or self.score_temperature != 1.0:
+                raise invalid(
+                    "score_statistics and score_temperature need score_mode=True.",
+                    parameter="score_statistics",
+                )
+            if self.max_tokens is not None and self.max_tokens < 0:
+                raise invalid(
+                    f"max_tokens must be at least 0, got {self.max_tokens}.",
+                    parameter="max_tokens",
+                    value=self.max_tokens,
+                )
+            if self.max_tokens != 0:
+                return base._verify_args(self)
+            if not self.score_mode:
+                raise ValueError("max_tokens=0 is only allowed in score_mode")
+            self.max_tokens = 1  # what the stock check accepts; also when copied or decoded
+            try:
+                base._verify_args(self)
+            finally:
+                self.max_tokens = 0
+
+        def _verify_score_mode(self) -> None:
+            from vllm.score.engine.statistics import check_statistics
+            from vllm.score.engine.support import check_options
+            from vllm.score.errors import ScoreModeUnavailable
+
+            if self._score_top is not None:
+                return
+            problem = _problem()
+            if problem is not None:
+                raise ScoreModeUnavailable(problem)
+            if self.score_statistics is not None:
+                try:
+                    self.score_statistics = list(check_statistics(self.score_statistics))
+                except ValueError as error:
+                    raise invalid(str(error), parameter="score_statistics") from None
+            temperature = self.score_temperature
+            if not (math.isfinite(temperature) and temperature > 0):
+                raise invalid(
+                    f"score_temperature must be a finite number above 0, got {temperature}.",
+                    parameter="score_temperature",
+                    value=temperature,
+                )
+            check_options(self)
+
+        @staticmethod
+        def from_optional(
+            *args: Any,
+            score_mode: bool | None = False,
+            score_statistics: list[str] | None = None,
+            score_temperature: float | None = 1.0,
+            **kwargs: Any,
+        ) -> Any:
+            if score_mode and kwargs.get("max_tokens") == 0:
+                del kwargs["max_tokens"]
+            params = base.from_optional(*args, **kwargs)
+            params.score_mode = bool(score_mode)
+            params.score_statistics = score_statistics
+            params.score_temperature = 1.0 if score_temperature is None else score_temperature
+            params._verify_args()
+            return params
+
+        def __repr__(self) -> str:
+            text: str = base.__repr__(self)
+            if not self.score_mode:
+                return text
+            return (
+                f"{text[:-1]}, score_mode=True, score_statistics={self.score_statistics}, "
+                f"score_temperature={self.score_temperature})"
+            )
+
+    _take_place(module, SamplingParams)
+
+
+def refuse(module: ModuleType) -> None:
+    """For a vLLM that the patch does not fit: know the field, and refuse to set it."""
+    base: Any = module.SamplingParams
+
+    class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[misc, call-arg]
+        __doc__ = base.__doc__
+
+        score_mode: bool = False
+
+        def __post_init__(self) -> None:
+            if self.score_mode:
+                from vllm.score.errors import ScoreModeUnavailable
+
+                raise ScoreModeUnavailable(_problem() or "score mode is off.")
+            super().__post_init__()
+
+    _take_place(module, SamplingParams)
+
+
+def _take_place(module: ModuleType, ours: Any) -> None:
+    """Under the stock name, so that pickling and type hints find the subclass."""
+    ours.__module__ = module.SamplingParams.__module__
+    ours.__qualname__ = module.SamplingParams.__qualname__
+    module.SamplingParams = ours  # type: ignore[attr-defined]
+
+
+def holds(module: ModuleType) -> bool:
+    """The class in place has the field, and modules that took the name hold the same class."""
+    import sys
+
+    ours = module.SamplingParams
+    takers = ("vllm.v1.engine", "vllm.v1.engine.input_processor", "vllm.entrypoints.llm")
+    taken = [getattr(sys.modules.get(name), "SamplingParams", ours) for name in takers]
+    return "score_mode" in ours.__struct_fields__ and all(cls is ours for cls in taken)
+
+
+PATCH = Patch(
+    target="vllm.sampling_params",
+    contract={
+        "SamplingParams.__post_init__": ("self",),
+        "SamplingParams._verify_args": ("self",),
+        "SamplingParams.from_optional": ("n",),
+        "SamplingParams.clone": ("self",),
+    },
+    apply=apply,
+    holds=holds,
+    refuse=refuse,
+    roles=("front end", "engine core", "worker"),
+    why="A request says that it wants scores; max_tokens=0 must be legal for it.",
+    how="A msgspec subclass takes the stock name before anybody imports it; its own checks run "
+    "first, then the stock ones with max_tokens=1.",
+    risk="A module that took the stock class earlier would decode requests without the fields; "
+    "the read-back compares the classes.",
+    upstream="Pull request: the fields and the relaxed check in SamplingParams itself.",
+    remove_when="SamplingParams has a score mode, or prompt_logprob_token_ids allows max_tokens=0.",
+)

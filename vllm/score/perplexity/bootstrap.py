@@ -1,0 +1,209 @@
+"""Standard error of a mean whose terms are correlated with their neighbours: block bootstrap.
+
+The losses of neighbouring tokens are not independent (one hard passage is many hard tokens), so
+std / sqrt(n) is too small. The circular block bootstrap (Politis and Romano 1992; Künsch 1989 for
+moving blocks) resamples whole blocks of b neighbouring terms from the series closed to a circle.
+Its variance of the mean of k = n / b blocks needs no random numbers: it is the variance of the
+block means over all n starting points, divided by k. The percentile interval does draw, with a
+fixed seed.
+
+Block length: the automatic rule of Politis and White (2004) for the circular bootstrap with the
+correction of Patton, Politis and White (2009),
+
+    b = (2 G^2 / D)^(1/3) n^(1/3),  G = sum over k of w(k/M) |k| R(k),  D = 4/3 g(0)^2,
+    g(0) = sum over k of w(k/M) R(k),  w flat-top: 1 up to 1/2, then falling linearly to 0 at 1,
+
+R(k) the autocovariance at lag k, M = 2 m, m the first lag after which K = max(5, log10 n)
+autocorrelations in a row are within 2 sqrt(log10(n) / n) of zero; at most min(3 sqrt(n), n / 3).
+
+Memory is bounded: beyond `max_cells` terms, neighbours are added up into cells of 2, 4, 8 ... and
+blocks start at cells only; the autocovariances come from the first 2^20 terms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm.score.errors import ScoreModeError
+
+MINIMUM_TERMS = 30  # below, the estimate of a correlation says nothing
+_AUTOCOVARIANCE_TERMS = 1 << 20
+
+
+@dataclass(frozen=True)
+class MeanEstimate:
+    """A mean with its block-bootstrap error.
+
+    standard_error, interval: None below `MINIMUM_TERMS` terms.
+    block_length: terms a block, a multiple of the cell size.
+    interval: (low, high), percentiles of the resampled means at `level`.
+    """
+
+    mean: float
+    terms: int
+    standard_error: float | None
+    block_length: int | None
+    interval: tuple[float, float] | None
+    level: float
+    resamples: int
+
+
+class BlockBootstrap:
+    """Collects a series piece by piece, then gives the error of its mean.
+
+    Args:
+        max_cells: sums kept in memory (float64 each), at least 4.
+    """
+
+    def __init__(self, max_cells: int = 1 << 22) -> None:
+        if max_cells < 4:
+            raise ScoreModeError(f"max_cells is {max_cells}; it must be at least 4")
+        self._max_cells = max_cells + max_cells % 2
+        self._cell_size = 1
+        self._cells = np.empty(0, dtype=np.float64)
+        self._used = 0
+        self._rest = np.empty(0, dtype=np.float64)
+        self._head: list[np.ndarray] = []
+        self._head_terms = 0
+        self.terms = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """The next terms of the series: float [m]."""
+        values = np.asarray(values, dtype=np.float64)
+        self.terms += values.size
+        if self._head_terms < _AUTOCOVARIANCE_TERMS:
+            head = values[: _AUTOCOVARIANCE_TERMS - self._head_terms].copy()
+            self._head.append(head)
+            self._head_terms += head.size
+        pending = np.concatenate([self._rest, values])
+        position = 0
+        while pending.size - position >= self._cell_size:
+            room = self._max_cells - self._used
+            if room == 0:
+                self._halve()
+                continue
+            count = min((pending.size - position) // self._cell_size, room)
+            stop = position + count * self._cell_size
+            self._append(pending[position:stop].reshape(count, self._cell_size).sum(axis=1))
+            position = stop
+        self._rest = pending[position:].copy()
+
+    def estimate(
+        self, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> MeanEstimate:
+        """Mean, standard error and percentile interval of the terms added so far.
+
+        Raises:
+            ScoreModeError: with no terms, or a level outside (0, 1).
+        """
+        if self.terms == 0:
+            raise ScoreModeError("no terms: there is no mean to estimate")
+        if not 0 < level < 1:
+            raise ScoreModeError(f"level is {level}; it must lie between 0 and 1")
+        cells = self._cells[: self._used]
+        mean = math.fsum([float(cells.sum()), float(self._rest.sum())]) / self.terms
+        if self.terms < MINIMUM_TERMS:
+            return MeanEstimate(mean, self.terms, None, None, None, level, 0)
+        # The terms of an incomplete last cell count in the mean, not in its error.
+        length = optimal_block_length(np.concatenate(self._head), self.terms)
+        cells_a_block = min(max(1, round(length / self._cell_size)), cells.size)
+        block_length = cells_a_block * self._cell_size
+        deviations = _block_means(cells / self._cell_size, cells_a_block)
+        deviations -= deviations.mean()
+        blocks = self.terms / block_length
+        error = math.sqrt(float(np.mean(np.square(deviations))) / blocks)
+        draws = _resampled_means(deviations, max(1, round(blocks)), resamples, seed)
+        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+        interval = (mean + float(low), mean + float(high))
+        return MeanEstimate(mean, self.terms, error, block_length, interval, level, resamples)
+
+    def _append(self, sums: np.ndarray) -> None:
+        needed = self._used + sums.size
+        if needed > self._cells.size:
+            grown = np.empty(min(max(needed, 2 * self._cells.size), self._max_cells))
+            grown[: self._used] = self._cells[: self._used]
+            self._cells = grown
+        self._cells[self._used : needed] = sums
+        self._used = needed
+
+    def _halve(self) -> None:
+        self._used //= 2
+        self._cells[: self._used] = self._cells.reshape(-1, 2).sum(axis=1)
+        self._cell_size *= 2
+
+
+def optimal_block_length(head: np.ndarray, terms: int | None = None) -> float:
+    """Politis and White's block length for the mean under the circular bootstrap.
+
+    Args:
+        head: float [h], the first terms of the series.
+        terms: length of the whole series, if `head` is only its beginning.
+
+    Returns:
+        at least 1; 1 for a constant series.
+    """
+    values = np.asarray(head, dtype=np.float64)
+    count, terms = values.size, terms or values.size
+    if count < 2 or not np.ptp(values):
+        return 1.0
+    in_a_row = max(5, math.ceil(math.log10(count)))
+    max_lag = min(math.ceil(math.sqrt(count)) + in_a_row, count - 1)
+    covariances = _autocovariances(values, min(2 * max_lag, count - 1))
+    small = np.abs(covariances[1 : max_lag + 1]) < (
+        2 * math.sqrt(math.log10(count) / count) * covariances[0]
+    )
+    last_lag = _first_quiet_lag(small, in_a_row)
+    window = min(2 * max(last_lag, 1), covariances.size - 1)
+    lags = np.arange(1, window + 1)
+    weights = np.minimum(1.0, 2 * (1 - lags / window)) * covariances[1 : window + 1]
+    spread = 2 * float(np.sum(weights * lags))
+    long_run = float(covariances[0]) + 2 * float(np.sum(weights))
+    limit = min(3 * math.sqrt(terms), terms / 3)
+    if long_run == 0:
+        return max(1.0, limit)
+    length = (1.5 * (spread / long_run) ** 2 * terms) ** (1 / 3)
+    return float(min(max(length, 1.0), max(limit, 1.0)))
+
+
+def _first_quiet_lag(small: np.ndarray, in_a_row: int) -> int:
+    """The last lag before the first `in_a_row` insignificant ones (small[i] is lag i + 1)."""
+    run = 0
+    for index, quiet in enumerate(small.tolist()):
+        run = run + 1 if quiet else 0
+        if run == in_a_row:
+            return index + 1 - in_a_row
+    loud = np.flatnonzero(~small)
+    return int(loud[-1]) + 1 if loud.size else 0
+
+
+def _autocovariances(values: np.ndarray, max_lag: int) -> np.ndarray:
+    """R(0..max_lag), divided by n as in the cited papers."""
+    from scipy import fft
+
+    centred = values - values.mean()
+    size = fft.next_fast_len(values.size + max_lag, real=True)
+    spectrum = fft.rfft(centred, size)
+    power = np.square(spectrum.real) + np.square(spectrum.imag)
+    return fft.irfft(power, size)[: max_lag + 1] / values.size
+
+
+def _block_means(cells: np.ndarray, length: int) -> np.ndarray:
+    """Mean of the circular block of `length` cells from every cell on."""
+    circle = np.concatenate([[0.0], np.cumsum(np.concatenate([cells, cells[: length - 1]]))])
+    return (circle[length:] - circle[:-length]) / length
+
+
+def _resampled_means(means: np.ndarray, blocks: int, resamples: int, seed: int) -> np.ndarray:
+    """Means of `blocks` block means drawn with replacement, `resamples` times."""
+    random = np.random.default_rng(seed)
+    draws = np.empty(resamples)
+    for index in range(resamples):
+        total = 0.0
+        for start in range(0, blocks, 1 << 20):
+            count = min(1 << 20, blocks - start)
+            total += float(means[random.integers(0, means.size, count)].sum())
+        draws[index] = total / blocks
+    return draws

@@ -1,0 +1,178 @@
+"""Text found on every machine: the docstrings of Python's standard library.
+
+One document per source file, its docstrings in the order of the source. The text depends on the
+Python release (and on what the distribution packages with it), on nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm.score.errors import ScoreModeError
+
+# Installed packages would make the text depend on the machine; tests hold hardly any prose.
+_EXCLUDED_FOLDERS = frozenset(
+    {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
+)
+# Parts that distributions package apart: without them the text is nearly the same everywhere.
+_EXCLUDED_PACKAGES = frozenset(
+    {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtledemo"}
+)
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Document:
+    """The docstrings of one source file.
+
+    Attributes:
+        module: path of the file under the library's root, with "/" and without ".py".
+        text: its docstrings, separated by a blank line; never empty, always valid UTF-8.
+    """
+
+    module: str
+    text: str
+
+    @property
+    def package(self) -> str:
+        """The top-level module or package that the file belongs to."""
+        return self.module.split("/", 1)[0]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents for training and documents that training never sees."""
+
+    train: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+
+    @property
+    def train_bytes(self) -> int:
+        """UTF-8 bytes of the training text."""
+        return _size(self.train)
+
+    @property
+    def held_out_bytes(self) -> int:
+        """UTF-8 bytes of the held-out text."""
+        return _size(self.held_out)
+
+    def sha256(self) -> str:
+        """Hash of all the text and of the way it is split."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for document in part:
+                digest.update(f"{document.module}\0{document.text}\0".encode())
+            digest.update(b"\1")
+        return digest.hexdigest()
+
+
+def standard_library_corpus(
+    *, held_out_fraction: float = 0.08, root: Path | None = None, minimum_bytes: int = 200_000
+) -> Corpus:
+    """The docstrings of the standard library, split into training and held-out text.
+
+    Args:
+        held_out_fraction: expected share of the top-level packages that is held out, in (0, 1).
+        root: folder of the standard library's sources; by default the running Python's.
+        minimum_bytes: least amount of text in all.
+
+    Raises:
+        ScoreModeError: for a fraction outside (0, 1), or where less text is found than asked for
+            (a Python without its sources), or where one side of the split is empty.
+    """
+    folder = Path(sysconfig.get_path("stdlib")) if root is None else root
+    corpus = split_corpus(read_documents(folder), held_out_fraction=held_out_fraction)
+    found = corpus.train_bytes + corpus.held_out_bytes
+    if found < minimum_bytes or not corpus.train or not corpus.held_out:
+        raise ScoreModeError(
+            f"only {found:,} bytes of docstrings found under {folder} (at least {minimum_bytes:,} "
+            "are needed, for training and for the held-out part): this Python seems to lack the "
+            "sources of its standard library; use a full Python, or pass a model of your own"
+        )
+    return corpus
+
+
+def read_documents(root: Path) -> list[Document]:
+    """The documents of every Python file under `root`, sorted by path.
+
+    A docstring that occurs in several places is kept where it comes first. Files that cannot be
+    read or parsed are skipped.
+    """
+    paths = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if not _EXCLUDED_FOLDERS.intersection(relative.parts[:-1]):
+            paths[relative.with_suffix("").as_posix()] = path
+    seen: set[str] = set()
+    documents = []
+    for module in sorted(paths):
+        if module.split("/", 1)[0] in _EXCLUDED_PACKAGES:
+            continue
+        new = [text for text in _docstrings(paths[module]) if text not in seen]
+        new = list(dict.fromkeys(new))
+        seen.update(new)
+        if new:
+            documents.append(Document(module, "\n\n".join(new) + "\n"))
+    return documents
+
+
+def split_corpus(documents: Iterable[Document], *, held_out_fraction: float = 0.08) -> Corpus:
+    """Split by top-level package, so that no held-out file has a sibling in the training text.
+
+    A package is held out when a hash of its name, read as a number in [0, 1), is below
+    `held_out_fraction`: the side a package falls on does not depend on the other packages.
+
+    Raises:
+        ScoreModeError: for a fraction outside (0, 1).
+    """
+    if not 0.0 < held_out_fraction < 1.0:
+        raise ScoreModeError(
+            f"held_out_fraction is {held_out_fraction!r}; it must lie between 0 and 1, e.g. 0.1"
+        )
+    train: list[Document] = []
+    held_out: list[Document] = []
+    for document in documents:
+        below = _unit_hash(document.package) < held_out_fraction
+        (held_out if below else train).append(document)
+    return Corpus(tuple(train), tuple(held_out))
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in somebody else's sources
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for docstring in _walk(tree):
+        text = inspect.cleandoc(docstring).strip()
+        # Lone surrogates (written as escapes) have no UTF-8 form.
+        if text and text.encode(errors="ignore").decode() == text:
+            yield text
+
+
+def _walk(node: ast.AST) -> Iterator[str]:
+    """Docstrings of a node and of what it contains, in the order of the source."""
+    if isinstance(node, _DOCUMENTED):
+        docstring = ast.get_docstring(node, clean=False)
+        if docstring is not None:
+            yield docstring
+    for child in ast.iter_child_nodes(node):
+        # Definitions stand in statements (and their except/case arms), never in expressions.
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _walk(child)
+
+
+def _unit_hash(name: str) -> float:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _size(documents: Iterable[Document]) -> int:
+    return sum(len(document.text.encode()) for document in documents)
