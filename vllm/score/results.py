@@ -75,7 +75,7 @@ class VocabularyRow(Mapping[int, "Logprob"]):
         return Logprob(float(value), rank, self._decode(token_id) if self._decode else None)
 
     def __contains__(self, token_id: object) -> bool:
-        return isinstance(token_id, (int, np.integer)) and 0 <= token_id < len(self._row)
+        return isinstance(token_id, (int, np.integer)) and bool(0 <= token_id < len(self._row))
 
     def __iter__(self) -> Iterator[int]:
         yield self._token
@@ -96,7 +96,8 @@ class PromptLogprobsView(Sequence[Any]):
     Args:
         scores: of the request.
         prompt_token_ids: [n], the whole prompt.
-        decode: token id to text, for `Logprob.decoded_token`; None leaves it out.
+        decode: token id to text, for `Logprob.decoded_token`; None leaves it out. Each token is
+            decoded by itself: one that is part of a character only reads U+FFFD.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.exceptions import VLLMValidationError
+from vllm.score.engine.invalid import InvalidScoreRequest
 from vllm.score.engine.layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
@@ -81,7 +81,7 @@ def full_vocabulary_limit() -> int:
     try:
         return int(text)
     except ValueError:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{FULL_VOCABULARY_BYTES_VARIABLE}={text!r} is not a whole number of bytes.",
             parameter=FULL_VOCABULARY_BYTES_VARIABLE,
         ) from None
@@ -104,7 +104,7 @@ def plan_request(
         bytes_in_use: full-vocabulary results already admitted and not finished.
 
     Raises:
-        VLLMValidationError: (a ValueError) naming the field, the value and the remedy.
+        InvalidScoreRequest: (a ValueError) naming the field, the value and the remedy.
     """
     ids = _prompt_ids(prompt_token_ids, facts)
     top = _top(params, target_token_ids)
@@ -128,9 +128,9 @@ def plan_request(
 def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> list[int]:
     ids = list(prompt_token_ids)
     if not ids:
-        raise VLLMValidationError("prompt_token_ids is empty.", parameter="prompt_token_ids")
+        raise InvalidScoreRequest("prompt_token_ids is empty.", parameter="prompt_token_ids")
     if len(ids) > facts.max_model_len:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"prompt_token_ids has {len(ids)} tokens, the engine's max_model_len is "
             f"{facts.max_model_len}: shorten the prompt or score it in windows "
             "(vllm.score.perplexity).",
@@ -138,7 +138,7 @@ def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> list[int]
             value=len(ids),
         )
     if facts.vocab_size > MAX_EXACT_ID:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
         )
     _check_ids(np.asarray(ids), facts.vocab_size, "prompt_token_ids")
@@ -148,7 +148,7 @@ def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> list[int]
 def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:
     if ids.dtype.kind not in "iu":
         bad = next((x for x in ids.ravel().tolist() if type(x) is not int), ids.dtype.name)
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field} must be integers, got {bad!r}.", parameter=field, value=bad
         )
     wrong = (ids < 0) | (ids >= vocab_size)
@@ -156,7 +156,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
         bad = int(ids[where])
         place = "".join(f"[{i}]" for i in where)
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field}{place} is {bad}, outside the vocabulary 0..{vocab_size - 1}.",
             parameter=field,
             value=bad,
@@ -166,17 +166,17 @@ def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:
 def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
     field = "target_token_ids"
     if isinstance(given, (str, bytes)) or not isinstance(given, (Sequence, np.ndarray)):
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field} must be a list of token ids, or a list of lists for several candidates a "
             f"position, got {type(given).__name__}.",
             parameter=field,
         )
     if len(given) == 0:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field} is empty: leave it out to score the whole prompt.", parameter=field, value=[]
         )
     if len(given) > prompt_len - 1:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field} has {len(given)} rows, but a prompt of {prompt_len} tokens has "
             f"{prompt_len - 1} positions with a context; the targets are aligned to its end.",
             parameter=field,
@@ -189,16 +189,16 @@ def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, 
     if array is None or array.dtype == object:
         widths = sorted({len(r) if isinstance(r, (Sequence, np.ndarray)) else 1 for r in given})
         if len(widths) > 1:
-            raise VLLMValidationError(
+            raise InvalidScoreRequest(
                 f"{field} must have the same number of candidates at every position, got "
                 f"rows of {widths} candidates.",
                 parameter=field,
             )
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field} must be integers within the vocabulary 0..{vocab_size - 1}.", parameter=field
         )
     if array.ndim > 2 or (array.ndim == 2 and array.shape[1] == 0):
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field} must be [m] or [m, k] with k of at least 1, got the shape {array.shape}.",
             parameter=field,
         )
@@ -212,7 +212,7 @@ def _top(params: Any, target_token_ids: Any) -> int:
     if target_token_ids is None:
         return FULL_VOCABULARY if asked is None else int(asked)
     if asked == FULL_VOCABULARY:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             "prompt_logprobs=-1 (the whole vocabulary) and target_token_ids exclude each other: "
             "leave one of them out.",
             parameter="prompt_logprobs",
@@ -224,7 +224,7 @@ def _top(params: Any, target_token_ids: Any) -> int:
 def _check_values_a_position(plan: ScorePlan, facts: ModelFacts) -> None:
     top = plan.layout.top
     if top > plan.vocab_size:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"prompt_logprobs is {top}, the vocabulary has {plan.vocab_size} tokens.",
             parameter="prompt_logprobs",
             value=top,
@@ -234,7 +234,7 @@ def _check_values_a_position(plan: ScorePlan, facts: ModelFacts) -> None:
     asked = plan.vocab_size if top == FULL_VOCABULARY else max(top, plan.targets.shape[1])
     if asked > facts.max_logprobs:
         field = "target_token_ids" if 0 <= top < asked else "prompt_logprobs"
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"{field} asks for {asked} values a position, this server allows max_logprobs="
             f"{facts.max_logprobs}: name the tokens in target_token_ids, or start the server with "
             "a larger --max-logprobs.",
@@ -247,7 +247,7 @@ def _check_bytes(plan: ScorePlan, bytes_in_use: int) -> None:
     rows, width = plan.result_shape
     needed, limit = 4 * rows * width, full_vocabulary_limit()
     if bytes_in_use + needed > limit:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"the whole vocabulary of {plan.vocab_size} tokens at {rows} positions takes "
             f"{needed:,} bytes, with {bytes_in_use:,} in use by unfinished requests more than the "
             f"limit of {limit:,} bytes: name the tokens that you need in target_token_ids, send "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.score.engine.invalid import InvalidScoreRequest
 
 # Options that mean nothing without sampling: (field, value that is accepted, what to do).
 REFUSED_OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -31,18 +31,18 @@ def check_options(params: Any) -> None:
     """Refuse sampling parameters that a score request cannot honour.
 
     Raises:
-        VLLMValidationError: names the field, its value and the remedy.
+        InvalidScoreRequest: names the field, its value and the remedy.
     """
     for field, accepted, remedy in REFUSED_OPTIONS:
         value = getattr(params, field)
         if value is not None and value != accepted:
-            raise VLLMValidationError(
+            raise InvalidScoreRequest(
                 f"{field}={value!r} cannot be combined with score_mode=True: {remedy}.",
                 parameter=field,
                 value=value,
             )
     if (params.extra_args or {}).get("kv_transfer_params"):
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             "kv_transfer_params cannot be combined with score_mode=True: a transferred prefix has "
             "no hidden states to score.",
             parameter="extra_args",
@@ -102,44 +102,44 @@ def unsupported_configuration(config: Any) -> str | None:
 
 
 def check_configuration(config: Any) -> None:
-    """Raise VLLMValidationError when an engine with this `VllmConfig` cannot score."""
+    """Raise InvalidScoreRequest when an engine with this `VllmConfig` cannot score."""
     sentence = unsupported_configuration(config)
     if sentence is not None:
-        raise VLLMValidationError(sentence, parameter="score_mode")
+        raise InvalidScoreRequest(sentence, parameter="score_mode")
 
 
 def check_prompt(engine_input: Any, lora_request: Any, resumable: bool) -> None:
     """Refuse kinds of prompt that cannot be scored.
 
     Raises:
-        VLLMValidationError: names the kind and the remedy.
+        InvalidScoreRequest: names the kind and the remedy.
     """
     kind = engine_input.get("type")
     if kind == "embeds":
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             "prompt_embeds cannot be combined with score_mode=True: give prompt_token_ids.",
             parameter="prompt_embeds",
         )
     if kind == "multimodal":
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             "multi_modal_data cannot be combined with score_mode=True yet: score text prompts.",
             parameter="multi_modal_data",
         )
     if kind != "token":
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"a prompt of type {kind!r} cannot be combined with score_mode=True: give "
             "prompt_token_ids.",
             parameter="prompt",
             value=kind,
         )
     if lora_request is not None:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             "lora_request cannot be combined with score_mode=True yet: merge the adapter into "
             "the weights.",
             parameter="lora_request",
         )
     if resumable:
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             "streaming input cannot be combined with score_mode=True: send the whole prompt.",
             parameter="resumable",
         )

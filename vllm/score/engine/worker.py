@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vllm.score.engine.layout import RowLayout
+from vllm.score.ops.head import float32_logits, prefers_float32_product
 from vllm.score.ops.score_rows import score_chunks
 
 
@@ -101,7 +102,8 @@ def score_step(
             layout,
             vocab_size,
         )
-        _write_chunks(chunks, members)
+        with float32_logits(prefers_float32_product(hidden.dtype, hidden.device)):
+            _write_chunks(chunks, members)
 
 
 def _write_chunks(chunks: Iterable[torch.Tensor], members: list[StepRows]) -> None:

@@ -11,7 +11,7 @@ from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 
 # A block of float32 rows that stays in a core's L2 cache: the reduction is memory-bound, and a
 # block is read several times.
-CACHE_BLOCK_BYTES = 1 << 20
+CACHE_BLOCK_BYTES = 2 << 20
 
 
 def reduce_logits(logits: torch.Tensor, targets: torch.Tensor, layout: RowLayout) -> torch.Tensor:

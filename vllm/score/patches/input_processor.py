@@ -21,9 +21,9 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
     def call(request_id: str, prompt: Any, params: Any, *rest: Any, **named: Any) -> Any:
         if not getattr(params, "score_mode", False):
             if isinstance(prompt, dict) and prompt.get(KEY) is not None:
-                from vllm.exceptions import VLLMValidationError
+                from vllm.score.engine.invalid import InvalidScoreRequest
 
-                raise VLLMValidationError(
+                raise InvalidScoreRequest(
                     f"{KEY} is given, but the sampling parameters do not ask for scores: set "
                     "SamplingParams(score_mode=True).",
                     parameter=KEY,

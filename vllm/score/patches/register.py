@@ -11,6 +11,7 @@ from vllm.score.patches import (
     input_processor,
     kv_cache_manager,
     llm_engine,
+    logits_processor,
     output_processor,
     outputs,
     renderers_base,
@@ -32,6 +33,7 @@ REGISTER: tuple[Patch, ...] = (
     kv_cache_manager.PATCH,
     scheduler.PATCH,
     gpu_model_runner.PATCH,
+    logits_processor.PATCH,
 )
 
 _applications: dict[str, Application] = {}

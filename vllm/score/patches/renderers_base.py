@@ -16,9 +16,9 @@ def _keep(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
     if not isinstance(prompt, dict) or prompt.get(KEY) is None:
         return engine_input
     if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
-        from vllm.exceptions import VLLMValidationError
+        from vllm.score.engine.invalid import InvalidScoreRequest
 
-        raise VLLMValidationError(
+        raise InvalidScoreRequest(
             f"truncate_prompt_tokens={tok_params.truncate_prompt_tokens} would shift {KEY}: "
             "truncate the prompt and the targets yourself.",
             parameter="truncate_prompt_tokens",

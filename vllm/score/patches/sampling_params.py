@@ -20,8 +20,9 @@ def refuse_when(problem: Callable[[], str | None]) -> None:
 
 def apply(module: ModuleType) -> None:
     """Put the subclass in the stock class's place."""
+    from vllm.score.engine.invalid import InvalidScoreRequest as invalid
+
     base: Any = module.SamplingParams
-    invalid: Any = module.VLLMValidationError
 
     class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[misc, call-arg]
         __doc__ = base.__doc__
@@ -61,7 +62,7 @@ def apply(module: ModuleType) -> None:
             if self.max_tokens != 0:
                 return base._verify_args(self)
             if not self.score_mode:
-                raise ValueError("max_tokens=0 is only allowed in score_mode")
+                raise invalid("max_tokens=0 is only allowed in score_mode")
             self.max_tokens = 1  # what the stock check accepts; also when copied or decoded
             try:
                 base._verify_args(self)

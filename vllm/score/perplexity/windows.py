@@ -51,6 +51,16 @@ class WindowPlan:
     def __post_init__(self) -> None:
         _check_integer("context_length", self.context_length, minimum=2)
 
+    @property
+    def covers_everything(self) -> bool:
+        """Whether every token of a text is a target, but perhaps its first."""
+        return False
+
+    @property
+    def step(self) -> int:
+        """Tokens from one window's begin to the next (the last window may differ)."""
+        return self.context_length
+
     def spans(self, ensure: Ensure, *, lead: int = 0) -> Iterator[Span]:
         """The windows of one stream, in order.
 
@@ -98,9 +108,16 @@ class SlidingWindows(WindowPlan):
                 "context_length"
             )
 
+    @property
+    def covers_everything(self) -> bool:
+        return self.stride < self.context_length or self.reserved > 0
+
+    @property
+    def step(self) -> int:
+        return min(self.stride, self.context_length - self.reserved)
+
     def spans(self, ensure: Ensure, *, lead: int = 0) -> Iterator[Span]:
         size = self.context_length - self.reserved
-        stride = min(self.stride, size)
         needs_context = 0 if self.reserved else 1
         begin = scored = 0
         while True:
@@ -113,7 +130,7 @@ class SlidingWindows(WindowPlan):
             if end < begin + size:
                 return
             scored = end
-            begin += stride
+            begin += self.step
 
 
 @dataclass(frozen=True)
@@ -167,11 +184,19 @@ class RollingWindows(WindowPlan):
     as the others, so that its few targets have a full context. Every document token is scored.
     """
 
+    @property
+    def covers_everything(self) -> bool:
+        return True
+
+    @property
+    def step(self) -> int:
+        return self.context_length - 1
+
     def spans(self, ensure: Ensure, *, lead: int = 0) -> Iterator[Span]:
         end = ensure(self.context_length)
         if (first := max(lead, 1)) < end:
             yield Span(0, end, first)
-        while (next_end := ensure(end + self.context_length - 1)) > end:
+        while (next_end := ensure(end + self.step)) > end:
             yield Span(next_end - self.context_length, next_end, end)
             end = next_end
 

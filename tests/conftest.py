@@ -1,0 +1,94 @@
+"""Shared engines. Starting vLLM costs seconds, so a configuration is started once a session.
+
+All engines of a session stay alive: the first one that dies takes vLLM's process groups along.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before vLLM is imported: one process, no compilation, a KV cache that fits a small machine.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+MAX_MODEL_LEN = 2048
+SMALL_CHUNKS = 256
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`model_dir(architecture, **options)`: a folder with a random model, made once."""
+    from vllm.score.tiny.random_models import make_random_model
+
+    made: dict[Any, Path] = {}
+    root = tmp_path_factory.mktemp("models")
+
+    def make(architecture: str, **options: Any) -> Path:
+        key = (architecture, tuple(sorted(options.items())))
+        if key not in made:
+            name = "-".join([architecture, *(f"{k}_{v}" for k, v in key[1])])
+            made[key] = Path(make_random_model(root / name, architecture, **options))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine(model_dir: Callable[..., Path]) -> Callable[..., Any]:
+    """`engine(architecture, **options)`: a running `LLM`, started once for equal options."""
+    from vllm import LLM
+
+    running: dict[Any, Any] = {}
+
+    def start(architecture: str = "llama", model_options: dict[str, Any] | None = None, **options: Any) -> Any:
+        key = (architecture, repr(model_options), tuple(sorted((k, repr(v)) for k, v in options.items())))
+        if key not in running:
+            settings: dict[str, Any] = {
+                "dtype": "float32",
+                "enforce_eager": True,
+                "gpu_memory_utilization": 0.3,
+                "distributed_executor_backend": "uni",
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_batched_tokens": SMALL_CHUNKS,
+                "max_num_seqs": 64,
+                **options,
+            }
+            running[key] = LLM(str(model_dir(architecture, **(model_options or {}))), **settings)
+        return running[key]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def llm(engine: Callable[..., Any]) -> Any:
+    """A tiny float32 Llama whose steps are smaller than most prompts, prefix cache on."""
+    return engine("llama")
+
+
+@pytest.fixture(scope="session")
+def reference(model_dir: Callable[..., Path]) -> Callable[..., np.ndarray]:
+    """`reference(architecture, ids)`: Hugging Face float64 log-softmax, [n, V]; row i predicts i+1."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded: dict[str, Any] = {}
+
+    def log_softmax(architecture: str, ids: list[int], **options: Any) -> np.ndarray:
+        folder = str(model_dir(architecture, **options))
+        if folder not in loaded:
+            loaded[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        with torch.no_grad():
+            logits = loaded[folder](torch.tensor([ids])).logits[0]
+        return logits.log_softmax(-1).numpy()
+
+    return log_softmax

@@ -1,0 +1,213 @@
+"""Admission: every malformed request has its sentence, before anything runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.score.engine.request import ModelFacts, plan_request
+from vllm.score.engine.worker import scored_rows
+
+FACTS = ModelFacts(vocab_size=100, max_model_len=32)
+
+
+def params(**options):
+    from vllm import SamplingParams
+
+    return SamplingParams(score_mode=True, **options)
+
+
+def plan(ids, targets=None, facts=FACTS, **options):
+    return plan_request(ids, targets, params(**options), facts)
+
+
+@pytest.mark.parametrize(
+    ("ids", "targets", "message"),
+    [
+        ([], None, "prompt_token_ids is empty"),
+        (list(range(33)), None, "33 tokens, the engine's max_model_len is 32"),
+        ([1, 100, 2], None, r"prompt_token_ids\[1\] is 100, outside the vocabulary 0..99"),
+        ([1, -1], None, r"prompt_token_ids\[1\] is -1"),
+        ([1, 2.5], None, "prompt_token_ids must be integers, got 1.0|got 2.5"),
+        ([1, 2, 3], [], "target_token_ids is empty"),
+        ([1, 2, 3], [1, 2, 3], "has 3 rows, but a prompt of 3 tokens has 2 positions"),
+        ([1], [1], "has 1 rows, but a prompt of 1 tokens has 0 positions"),
+        ([1, 2, 3], [5, 100], r"target_token_ids\[1\] is 100, outside the vocabulary"),
+        ([1, 2, 3], [[5, 6], [7, -2]], r"target_token_ids\[1\]\[1\] is -2, outside"),
+        ([1, 2, 3], [5, 1.5], "target_token_ids must be integers"),
+        ([1, 2, 3], ["5"], "target_token_ids must be integers"),
+        ([1, 2, 3], [True], "target_token_ids must be integers"),
+        ([1, 2, 3], [None], "target_token_ids must be integers"),
+        ([1, 2, 3], [2**80], "target_token_ids must be integers within the vocabulary"),
+        ([1, 2, 3], [[1, 2], [3]], "the same number of candidates at every position"),
+        ([1, 2, 3], [[], []], "k of at least 1"),
+        ([1, 2, 3], "12", "target_token_ids must be a list of token ids"),
+        ([1, 2, 3], 7, "target_token_ids must be a list of token ids, .* got int"),
+    ],
+)
+def test_malformed_prompts_and_targets(ids, targets, message):
+    with pytest.raises(ValueError, match=message):
+        plan(ids, targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 2}, "n=2 cannot be combined with score_mode=True"),
+        ({"stop": ["x"]}, r"stop=\['x'\] cannot be combined"),
+        ({"stop_token_ids": [3]}, "stop_token_ids="),
+        ({"min_tokens": 1}, "min_tokens=1 cannot be combined"),
+        ({"logprobs": 1}, "logprobs=1 cannot be combined .* prompt_logprobs"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids=.* target_token_ids"),
+        ({"prompt_logprob_token_ids": [[1]]}, "use target_token_ids"),
+        ({"logit_bias": {1: 1.0}}, "logit_bias=.* unconstrained"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids="),
+        ({"bad_words": ["x"]}, "bad_words="),
+        ({"trace_decode_token_ids": [1]}, "trace_decode_token_ids="),
+        ({"extra_args": {"kv_transfer_params": {"do_remote_prefill": True}}}, "kv_transfer_params"),
+        ({"score_statistics": ["entropie"]}, "Did you mean 'entropy'"),
+        ({"score_statistics": "entropy"}, r"write \['entropy'\]"),
+        ({"score_statistics": ["rank", "rank"]}, "twice"),
+        ({"score_temperature": 0.0}, "score_temperature must be a finite number above 0, got 0.0"),
+        ({"score_temperature": float("nan")}, "score_temperature must be a finite number"),
+        ({"max_tokens": -1, "score_mode": False}, "max_tokens must be at least 0, got -1"),
+        ({"max_tokens": 0, "score_mode": False}, "^max_tokens=0 is only allowed in score_mode$"),
+        ({"score_statistics": ["rank"], "score_mode": False}, "need score_mode=True"),
+    ],
+)
+def test_options_that_cannot_be_honoured(options, message):
+    from vllm import SamplingParams
+
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**{"score_mode": True, **options})
+
+
+def test_structured_outputs_are_refused():
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+    with pytest.raises(ValueError, match="structured_outputs=.* cannot be combined"):
+        SamplingParams(score_mode=True, structured_outputs=StructuredOutputsParams(regex="a"))
+
+
+def test_score_mode_sets_max_tokens():
+    from vllm import SamplingParams
+
+    assert SamplingParams(score_mode=True).max_tokens == 0
+    assert SamplingParams(score_mode=True, max_tokens=0).max_tokens == 0
+    assert SamplingParams.from_optional(score_mode=True).max_tokens == 0
+    assert SamplingParams.from_optional(score_mode=True, max_tokens=0, temperature=0).score_mode
+    assert SamplingParams.from_optional(score_mode=None, max_tokens=3).max_tokens == 3
+    assert SamplingParams.from_optional(n=2).n == 2
+    with pytest.raises(ValueError, match="only allowed in score_mode"):
+        SamplingParams.from_optional(max_tokens=0)
+
+
+def test_parameters_survive_copies_and_wires():
+    import copy
+    import pickle
+
+    import msgspec
+    from vllm import SamplingParams
+
+    given = SamplingParams(score_mode=True, score_statistics=["rank"], score_temperature=0.5)
+    wire = msgspec.msgpack.decode(msgspec.msgpack.encode(given), type=SamplingParams)
+    for other in (given.clone(), copy.deepcopy(given), pickle.loads(pickle.dumps(given)), wire):
+        assert other.score_mode and other.max_tokens == 0
+        assert other.score_statistics == ["rank"]
+        assert other.score_temperature == 0.5
+    assert "score_mode=True" in repr(given)
+    assert "score_mode" not in repr(SamplingParams())
+    assert msgspec.msgpack.encode(SamplingParams(max_tokens=3)) == msgspec.msgpack.encode(
+        SamplingParams(max_tokens=3, score_mode=False)
+    )
+
+
+def test_sampling_policy_is_accepted_and_ignored():
+    assert params(temperature=0.0).max_tokens == 0
+    assert params(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2, seed=3).max_tokens == 0
+
+
+def test_prefix_cache_wish_is_kept():
+    assert params(prompt_logprobs=3).skip_reading_prefix_cache is None
+    assert params(skip_reading_prefix_cache=True).skip_reading_prefix_cache is True
+    assert params(skip_reading_prefix_cache=True).clone().skip_reading_prefix_cache is True
+
+
+@given(n=st.integers(1, 32), data=st.data())
+def test_alignment_to_the_end(n, data):
+    ids = data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n))
+    if n > 1:
+        m = data.draw(st.integers(1, n - 1))
+        k = data.draw(st.integers(1, 3))
+        targets = [[int(t) for t in row] for row in np.random.default_rng(n).integers(0, 100, (m, k))]
+        got = plan(ids, targets)
+        assert got.first_position == n - m
+        assert got.first_row == n - m - 1
+        assert got.engine_prompt == ids[:-1]
+        assert got.first_row + m == len(got.engine_prompt)  # the last computed row is scored
+        assert got.result_shape == (m, k)
+        assert not got.flat
+    own = plan(ids, prompt_logprobs=0)
+    assert own.targets[:, 0].tolist() == ids[1:]
+    assert own.flat
+
+
+@given(
+    length=st.integers(1, 60),
+    chunks=st.lists(st.integers(1, 17), min_size=1, max_size=60),
+    data=st.data(),
+)
+def test_any_split_scores_each_row_once(length, chunks, data):
+    m = data.draw(st.integers(0, length))
+    start = length - m
+    seen, begin = [], 0
+    for chunk in chunks + [length]:
+        num_tokens = min(chunk, length - begin)
+        if num_tokens == 0:
+            break
+        low, high = scored_rows(begin, num_tokens, start, m)
+        assert low >= high or begin <= low and high <= begin + num_tokens
+        seen += range(low, high)
+        begin += num_tokens
+    assert seen == list(range(start, length))
+
+
+def test_whole_vocabulary_by_default_and_its_bound(monkeypatch):
+    got = plan([1, 2, 3])
+    assert got.layout.top == -1
+    assert got.result_shape == (2, 100)
+    monkeypatch.setenv("VLLM_SCORE_FULL_VOCAB_BYTES", "800")
+    assert plan([1, 2, 3]).result_shape == (2, 100)
+    with pytest.raises(ValueError, match=r"takes 1,200 bytes.*800 bytes.*target_token_ids"):
+        plan([1, 2, 3, 4])
+    with pytest.raises(ValueError, match="with 100 in use"):
+        plan_request([1, 2, 3], None, params(), FACTS, bytes_in_use=100)
+    monkeypatch.setenv("VLLM_SCORE_FULL_VOCAB_BYTES", "many")
+    with pytest.raises(ValueError, match="VLLM_SCORE_FULL_VOCAB_BYTES='many'"):
+        plan([1, 2, 3])
+
+
+def test_vocabulary_and_targets_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude each other"):
+        plan([1, 2, 3], [4], prompt_logprobs=-1)
+
+
+def test_a_server_keeps_its_limit():
+    server = ModelFacts(vocab_size=100, max_model_len=32, max_logprobs=5)
+    assert plan([1, 2, 3], prompt_logprobs=5, facts=server).layout.top == 5
+    assert plan([1, 2, 3], [[1, 2, 3, 4, 5]], facts=server).layout.num_targets == 5
+    with pytest.raises(ValueError, match="prompt_logprobs asks for 100 values .* max_logprobs=5"):
+        plan([1, 2, 3], facts=server)
+    with pytest.raises(ValueError, match="target_token_ids asks for 6 values"):
+        plan([1, 2, 3], [[1, 2, 3, 4, 5, 6]], facts=server)
+    with pytest.raises(ValueError, match="prompt_logprobs is 101, the vocabulary has 100"):
+        plan([1, 2, 3], prompt_logprobs=101)
+    unlimited = ModelFacts(vocab_size=100, max_model_len=32, max_logprobs=-1)
+    assert plan([1, 2, 3], facts=unlimited).layout.top == -1
+
+
+def test_single_token_has_nothing_to_score():
+    assert plan([7]).result_shape == (0, 100)
+    assert plan([7], prompt_logprobs=0).result_shape == (0, 1)
+    assert plan([7]).engine_prompt == [7]

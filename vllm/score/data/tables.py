@@ -1,0 +1,143 @@
+"""`datasets` objects, in memory, on disk or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm.score.data.columns import text_column
+from vllm.score.data.source import Piece, Source, documents_as_pieces
+from vllm.score.errors import ScoreModeError
+
+_PROBE_SECONDS = 5.0
+
+
+class DatasetSource(Source):
+    """A `datasets.Dataset` or `datasets.IterableDataset`: one document a row.
+
+    Args:
+        dataset: the rows.
+        column: the text column; by default "text".
+    """
+
+    def __init__(self, dataset: Any, column: str | None = None, name: str = "dataset") -> None:
+        self.name = name
+        self._dataset = dataset
+        names = dataset.column_names
+        if names is None:  # a stream that has not been looked into
+            names = list(next(iter(dataset), {}))
+        self._column = text_column(names, column, name)
+
+    def pieces(self) -> Iterator[Piece]:
+        return documents_as_pieces(self._texts(), f"{self.name}, column {self._column!r}")
+
+    def content_sha256(self) -> str | None:
+        if not hasattr(self._dataset, "__len__"):
+            return None  # a stream: reading it twice may be dear
+        digest = hashlib.sha256()
+        for _, text in self.pieces():
+            data = text.encode("utf-8", errors="surrogatepass")
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        return digest.hexdigest()
+
+    def _texts(self) -> Iterator[Any]:
+        for batch in self._dataset.select_columns([self._column]).iter(batch_size=1000):
+            yield from batch[self._column]
+
+
+def hub_source(
+    dataset: str,
+    config: str | None = None,
+    *,
+    split: str = "test",
+    text_column: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Source:
+    """A dataset of the Hugging Face Hub (or a folder written by `Dataset.save_to_disk`).
+
+    Args:
+        dataset: its name, e.g. "wikitext".
+        config: its configuration, e.g. "wikitext-2-raw-v1".
+        split: e.g. "test".
+        text_column: by default "text".
+        revision: branch, tag or commit.
+        streaming: read rows as they are needed instead of downloading everything first.
+
+    Raises:
+        ScoreModeError: it cannot be had; the message says why and what to do.
+    """
+    import datasets
+
+    name = "/".join(filter(None, (dataset, config, split)))
+    try:
+        if Path(dataset).is_dir() and _is_saved(Path(dataset)):
+            loaded = datasets.load_from_disk(dataset)
+            if isinstance(loaded, dict):
+                loaded = loaded[split]
+        else:
+            with _offline_if_unreachable(dataset):
+                loaded = datasets.load_dataset(
+                    dataset, config, split=split, revision=revision, streaming=streaming
+                )
+    except KeyError as error:
+        raise ScoreModeError(
+            f"split {split!r} is not in dataset {dataset!r}; there are: "
+            + ", ".join(repr(key) for key in loaded)
+        ) from error
+    except ConnectionError as error:
+        raise ScoreModeError(
+            f"dataset {dataset!r} is not on this machine and the Hugging Face Hub cannot be "
+            "reached; fetch it elsewhere and pass a local file (.txt, .jsonl, .csv, .parquet), or "
+            "set HF_ENDPOINT to a mirror"
+        ) from error
+    except Exception as error:  # ValueError for configs and splits, datasets' and HTTP errors
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ScoreModeError(
+            f"dataset {name!r} cannot be loaded: {text} (check dataset, config and split)"
+        ) from error
+    return DatasetSource(loaded, text_column, name)
+
+
+def _is_saved(directory: Path) -> bool:
+    return any((directory / file).exists() for file in ("state.json", "dataset_dict.json"))
+
+
+@contextmanager
+def _offline_if_unreachable(dataset: str) -> Iterator[None]:
+    """Switch the hub libraries to offline mode where the hub does not answer.
+
+    Without this a machine without network waits through minutes of retries before the local cache
+    is looked into.
+    """
+    import datasets
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    if Path(dataset).exists() or constants.HF_HUB_OFFLINE or _reachable(constants.ENDPOINT):
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _reachable(endpoint: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True  # somebody answered
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,111 @@
+"""What is scored: how documents are joined, what stands in front, and which windows are cut."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.score.errors import ScoreModeError
+from vllm.score.perplexity.tokenize import automatic_prefix
+from vllm.score.perplexity.windows import WindowPlan
+
+BOS_RULES = {
+    "auto": "what tokenizer(text) itself puts in front of the text",
+    "start": "a BOS in front of the text, whatever the tokenizer does by itself",
+    "window": "a BOS in front of every window (models that cannot do without one, as Gemma)",
+    "never": "nothing in front of the text",
+}
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """A complete description of the prompts of a run. Equal plans send equal prompts.
+
+    windows: the window plan.
+    separator: joins the documents into one text; None: each document stands alone.
+    prefix: tokens in front of each text, context only.
+    every_window: tokens in front of each window, context only.
+    replace_first: token in the place of each window's first one.
+    """
+
+    windows: WindowPlan
+    separator: str | None = "\n\n"
+    prefix: tuple[int, ...] = ()
+    every_window: tuple[int, ...] = ()
+    replace_first: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {
+            **self.windows.describe(),
+            "separator": self.separator,
+            "prefix": list(self.prefix),
+            "every_window": list(self.every_window),
+            "replace_first": self.replace_first,
+        }
+
+    def key(self) -> str:
+        """Short name of the plan for files: equal for equal plans."""
+        text = json.dumps(self.describe(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def join_documents(
+    pieces: Iterable[tuple[int, str]], separator: str | None
+) -> Iterator[tuple[int, str]]:
+    """Documents as one text with `separator` between them, or as they are (None)."""
+    if separator is None:
+        yield from pieces
+        return
+    previous: int | None = None
+    for document, text in pieces:
+        if previous is not None and document != previous:
+            yield 0, separator
+        previous = document
+        yield 0, text
+
+
+def bos_tokens(rule: str, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The BOS rule as (tokens in front of the text, tokens in front of every window).
+
+    Raises:
+        ScoreModeError: for an unknown rule, or a tokenizer without a BOS where one is needed.
+    """
+    if rule not in BOS_RULES:
+        known = "; ".join(f"{name!r}: {meaning}" for name, meaning in BOS_RULES.items())
+        raise ScoreModeError(f"bos is {rule!r}; it must be one of {known}")
+    if rule == "never":
+        return (), ()
+    if rule == "auto":
+        return tuple(automatic_prefix(tokenizer)), ()
+    bos = bos_token_id(tokenizer)
+    return ((bos,), ()) if rule == "start" else ((), (bos,))
+
+
+def bos_token_id(tokenizer: Any) -> int:
+    """The tokenizer's BOS. Raises ScoreModeError where it has none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        raise ScoreModeError(
+            "bos asks for a BOS token, but the model's tokenizer has none; use bos='never'"
+        )
+    return int(bos)
+
+
+def describe_bos(plan: ScoringPlan) -> str:
+    """What stands in front, in words."""
+    if plan.replace_first is not None:
+        return f"token {plan.replace_first} in the place of each window's first"
+    if plan.every_window:
+        return f"{_tokens(plan.every_window)} in front of every window"
+    if plan.prefix:
+        what = "the text" if plan.separator is not None else "each document"
+        return f"{_tokens(plan.prefix)} in front of {what}"
+    return "none"
+
+
+def _tokens(ids: tuple[int, ...]) -> str:
+    return ("token " if len(ids) == 1 else "tokens ") + ", ".join(map(str, ids))
