@@ -44,6 +44,13 @@ def prefers_float32_product(dtype: torch.dtype, device: torch.device) -> bool:
     return not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
+def head_rule() -> str:
+    """The rule of `prefers_float32_product` and what it says here, in words."""
+    if prefers_float32_product(torch.bfloat16, torch.device("cpu")):
+        return "on the CPU 16-bit weights are multiplied in float32 (no bfloat16 instructions here)"
+    return "on the CPU the model's own product (bfloat16 instructions here)"
+
+
 def head_product(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import wrapt
 
+from vllm.score.engine.layout import FULL_VOCABULARY
 from vllm.score.patches.patch import Patch
 from vllm.score.patches.renderers_base import KEY
 
@@ -31,10 +32,11 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
             return wrapped(request_id, prompt, params, *rest, **named)
         prompt = _rendered(processor, prompt, named.get("tokenization_kwargs"))
         plan = _plan(processor, prompt, params, named)
+        lease = BytesLease(processor, plan)
         prompt = {**prompt, "prompt_token_ids": plan.engine_prompt}
         prompt.pop(KEY, None)
         request = wrapped(request_id, prompt, _carrier(params), *rest, **named)
-        _mark(request.sampling_params, params, plan)
+        _mark(request.sampling_params, plan, lease)
         return request
 
     return call(*args, **kwargs)
@@ -53,7 +55,6 @@ def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
 
 
 def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> Any:
-    from vllm.score.engine.layout import FULL_VOCABULARY
     from vllm.score.engine.request import ModelFacts, plan_request
     from vllm.score.engine.support import check_configuration, check_options, check_prompt
     from vllm.score.errors import ScoreModeUnavailable
@@ -74,21 +75,25 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
     )
     in_use = getattr(processor, "score_mode_bytes_in_use", 0)
     plan = plan_request(prompt["prompt_token_ids"], prompt.get(KEY), params, facts, in_use)
-    if plan.layout.top == FULL_VOCABULARY:
-        _count_bytes(processor, plan)
     return plan
 
 
-def _count_bytes(processor: Any, plan: Any) -> None:
-    """Hold a full-vocabulary result against the limit for as long as its request lives."""
-    rows, width = plan.result_shape
-    size = 4 * rows * width
-    processor.score_mode_bytes_in_use = getattr(processor, "score_mode_bytes_in_use", 0) + size
+class BytesLease:
+    """Counts a full-vocabulary result against the processor's limit while its request lives.
 
-    def release() -> None:
-        processor.score_mode_bytes_in_use -= size
+    The engine request hands it to the request's state in the output processor, which dies when
+    the request finishes or is aborted.
+    """
 
-    weakref.finalize(plan, release)
+    def __init__(self, processor: Any, plan: Any) -> None:
+        rows, width = plan.result_shape
+        size = 4 * rows * width if plan.layout.top == FULL_VOCABULARY else 0
+        processor.score_mode_bytes_in_use = getattr(processor, "score_mode_bytes_in_use", 0) + size
+
+        def release() -> None:
+            processor.score_mode_bytes_in_use -= size
+
+        weakref.finalize(self, release)
 
 
 def _carrier(params: Any) -> Any:
@@ -105,7 +110,7 @@ def _carrier(params: Any) -> Any:
     )
 
 
-def _mark(engine_params: Any, params: Any, plan: Any) -> None:
+def _mark(engine_params: Any, plan: Any, lease: BytesLease) -> None:
     engine_params.score_mode = True
     engine_params.max_tokens = 0
     engine_params.score_statistics = list(plan.layout.statistics) or None
@@ -116,8 +121,9 @@ def _mark(engine_params: Any, params: Any, plan: Any) -> None:
     # The generation config's end-of-sequence ids mean nothing here.
     engine_params.stop_token_ids = []
     engine_params._all_stop_token_ids = set()
-    # For the output processor of this same process; not a field, so it stays off the wire.
+    # For the output processor of this same process; not fields, so they stay off the wire.
     engine_params.score_plan = plan
+    engine_params.score_lease = lease
 
 
 def apply(module: ModuleType) -> None:

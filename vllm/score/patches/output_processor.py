@@ -19,6 +19,7 @@ def apply(module: ModuleType) -> None:
         params = request.sampling_params
         if params is not None and params.score_mode:
             state.score_plan = params.score_plan
+            state.score_lease = params.__dict__.pop("score_lease")
             state.score_tokenizer = tokenizer
         return state
 

@@ -10,6 +10,7 @@ from vllm.score.data import Source, TokenIdsSource
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.conventions import ConventionRequest, resolve
 from vllm.score.perplexity.plans import ScoringPlan, bos_tokens, join_documents
+from vllm.score.perplexity.scoring import MAX_GROUP_TOKENS
 from vllm.score.perplexity.tokenize import TokenChunk, limit_tokens, tokenize_documents
 from vllm.score.perplexity.windows import SlidingWindows
 
@@ -64,6 +65,10 @@ def prepare(
     for field, value in (("max_tokens", max_tokens), ("group_tokens", group_tokens)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ScoreModeError(f"{field} is {value!r}; it must be an integer of at least 1")
+    if group_tokens > MAX_GROUP_TOKENS:
+        raise ScoreModeError(
+            f"group_tokens is {group_tokens}; it must be at most {MAX_GROUP_TOKENS}"
+        )
     ids_given = isinstance(source, TokenIdsSource)
     if tokenizer is None and not ids_given:
         raise ScoreModeError(

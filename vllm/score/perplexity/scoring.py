@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
+# A group is added to the engine's queue at once: within what `score` keeps in flight.
+MAX_GROUP_TOKENS = 1 << 20
+MAX_GROUP_WINDOWS = 2048
+
 # windows -> for each the float32 log-probabilities of its targets, nats
 Scorer = Callable[[Sequence[Window]], list[np.ndarray]]
 # token id -> characters, for tokens whose place in the text is not known
@@ -29,8 +34,11 @@ Report = Callable[[Sequence[Window], int], None]
 
 
 def engine_scorer(llm: LLM) -> Scorer:
-    """Scores with vLLM. One call is one batch of requests, so equal groups get equal bits; the
-    prefix cache, whose contents depend on what ran before, is left aside."""
+    """Scores with vLLM, so that equal groups get equal bits.
+
+    A score's last bits depend on the batch that computed it. The groups are the same in every run;
+    the prefix cache, whose contents depend on what ran before, is left aside.
+    """
     from vllm.score.api import score
 
     def run(windows: Sequence[Window]) -> list[np.ndarray]:
@@ -38,10 +46,37 @@ def engine_scorer(llm: LLM) -> Scorer:
             {"prompt_token_ids": window.token_ids, "target_token_ids": window.target_ids}
             for window in windows
         ]
-        results = score(llm, requests, skip_prefix_cache=True, use_tqdm=False)
+        with _queue_before_running(llm):
+            results = score(llm, requests, skip_prefix_cache=True, use_tqdm=False)
         return [result.logprobs for result in results]
 
     return run
+
+
+@contextmanager
+def _queue_before_running(llm: LLM) -> Iterator[None]:
+    """Let the engine begin its first step only when all requests have reached it.
+
+    An engine in a process of its own otherwise starts with the requests that happen to have
+    arrived: another batch each time.
+    """
+    engine = llm.llm_engine
+
+    def first_step() -> Any:
+        resume()
+        return engine.step()
+
+    def resume() -> None:
+        del engine.step  # the method of the class is visible again
+        llm.wake_up(tags=["scheduling"])
+
+    llm.sleep(level=0, mode="keep")
+    engine.step = first_step
+    try:
+        yield
+    finally:
+        if "step" in vars(engine):  # score() refused the requests
+            resume()
 
 
 @dataclass
@@ -177,11 +212,13 @@ class ScoredWindows:
 
 
 def group_windows(windows: Iterable[Window], group_tokens: int) -> Iterator[list[Window]]:
-    """Consecutive windows of at most `group_tokens` prompt tokens together, at least one."""
+    """Consecutive windows: at most `group_tokens` prompt tokens and `MAX_GROUP_WINDOWS`, at least
+    one window."""
     group: list[Window] = []
     tokens = 0
     for window in windows:
-        if group and tokens + len(window.token_ids) > group_tokens:
+        full = tokens + len(window.token_ids) > group_tokens or len(group) == MAX_GROUP_WINDOWS
+        if group and full:
             yield group
             group, tokens = [], 0
         group.append(window)

@@ -1,0 +1,62 @@
+"""The command `vllm-score`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+import typer
+import typer.core
+
+# Command name -> module of this package that defines a function of the same name.
+COMMANDS = {"perplexity": "perplexity", "doctor": "doctor"}
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Imports a command's module when it is used, so that `vllm-score -h` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = import_module(f"{__name__}.{COMMANDS[name]}")
+        single = typer.Typer(add_completion=False)
+        single.command(name=name)(getattr(module, name))
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=False)
+def vllm_score() -> None:
+    """Exact log-probabilities of given tokens, computed by vLLM on the weights that you serve.
+
+    Start with:  vllm-score perplexity
+
+    on your model and text:  vllm-score perplexity MODEL --file TEXT.txt
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors that a user can mend become one line and exit code 1."""
+    from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+
+    try:
+        app(args=arguments, prog_name="vllm-score")
+    except (ScoreModeError, ScoreModeUnavailable) as error:
+        print(f"vllm-score: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("vllm-score: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+

@@ -1,0 +1,134 @@
+"""`vllm-score doctor`: would this installation score, and with what."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+
+
+def doctor(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look at this process only; start no engine.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Versions, patches and kernels of the front end, the engine core and the worker.
+
+    Starts a tiny engine in its own process, asks every process for its state, and compares a few
+    scores with Hugging Face. Exit code 1 if scores would be refused or are wrong.
+    """
+    statuses = [front_end_status()]
+    check = None
+    if not quick and statuses[0]["problem"] is None:
+        engine_statuses, check = engine_report()
+        statuses += engine_statuses
+    problem = first_problem(statuses, check)
+    if as_json:
+        print(json.dumps({"processes": statuses, "check": check, "problem": problem}, indent=2))
+    else:
+        _print(statuses, check, problem)
+    if problem is not None:
+        sys.exit(1)
+
+
+def front_end_status() -> dict[str, Any]:
+    """This process, after every module that the front end amends was imported."""
+    from importlib import import_module
+
+    from vllm import SamplingParams  # noqa: F401 - the first import of every user
+    from vllm.score.engine.status import process_status
+    from vllm.score.patches.register import REGISTER
+
+    for patch in REGISTER:
+        if "front end" in patch.roles:
+            import_module(patch.target)
+    return process_status("front end")
+
+
+def engine_report() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Status of the engine core and worker of a tiny engine, and its scores against a reference."""
+    import os
+
+    from vllm.score.cli.engine import open_llm
+    from vllm.score.errors import ScoreModeUnavailable
+    from vllm.score.patches.llm_engine import ask_engine
+    from vllm.score.tiny.random_models import make_random_model
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    with TemporaryDirectory(prefix="vllm-score-doctor-") as folder:
+        model = make_random_model(Path(folder) / "model", "llama")
+        llm = open_llm(str(model), context_length=256, dtype="float32", in_process=False)
+        try:
+            statuses = ask_engine(llm.llm_engine)
+        except ScoreModeUnavailable as error:
+            return [{"role": "engine core", "problem": str(error)}], {}
+        if any(s["problem"] for s in statuses):
+            return statuses, {}
+        return statuses, _compare(llm, model)
+
+
+def _compare(llm: Any, model: Path) -> dict[str, Any]:
+    """Largest difference to Hugging Face in float64 over 64 tokens, in nats."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm.score.api import score
+
+    vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    ids = np.random.default_rng(0).integers(0, vocab_size, 65).tolist()
+    (scores,) = score(llm, [ids], use_tqdm=False)
+    with torch.no_grad():
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        rows = reference(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).numpy()
+    difference = float(np.abs(scores.logprobs - rows[np.arange(64), ids[1:]]).max())
+    # On a GPU float32 products may run in TF32.
+    tolerance = 1e-4 if torch.cuda.is_available() is False else 2e-2
+    return {"tokens": 64, "max_difference_nats": difference, "tolerance_nats": tolerance}
+
+
+def first_problem(statuses: list[dict[str, Any]], check: dict[str, Any] | None) -> str | None:
+    """The first reason why scores would be refused or wrong."""
+    for status in statuses:
+        if status["problem"]:
+            return str(status["problem"])
+    if check and not check["max_difference_nats"] <= check["tolerance_nats"]:
+        return (
+            f"the scores differ from Hugging Face's by {check['max_difference_nats']:.2e} nats, "
+            f"more than {check['tolerance_nats']:.0e}."
+        )
+    return None
+
+
+def _print(
+    statuses: list[dict[str, Any]], check: dict[str, Any] | None, problem: str | None
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    versions = statuses[0]["versions"]
+    console.print("  ".join(f"{name} {number}" for name, number in versions.items()))
+    table = Table("process", "pid", "patched module", "state", box=None, pad_edge=False)
+    for status in statuses:
+        first = (status["role"], str(status.get("pid", "")))
+        for patch in status.get("patches", []):
+            state = patch["state"] + (f": {patch['reason']}" if patch["reason"] else "")
+            table.add_row(*first, patch["target"], state)
+            first = ("", "")
+    console.print(table)
+    kernel = statuses[-1].get("kernel")
+    if kernel:
+        console.print(f"kernel: {kernel['name']} ({kernel['reason']})")
+        console.print(f"head: {kernel['head']}")
+    if check:
+        console.print(
+            f"check: {check['tokens']} tokens of a random model differ from Hugging Face float64 by "
+            f"at most {check['max_difference_nats']:.1e} nats"
+        )
+    console.print(f"[red]scores are refused:[/red] {problem}" if problem else "scores: ready")
