@@ -2,9 +2,9 @@
 
 A block's tokens are wrong only near the places where it was cut out of the text. So blocks
 overlap, and the stream goes over from one to the next at a token boundary in the middle half of
-the overlap, where both have the same tokens. Where they differ the overlap is widened, and where
-they never agree both are tokenised as one block, which grows to the whole text if it must.
-A boundary before whitespace is preferred, for it is one in nearly every tokenizer.
+the overlap where whitespace follows, if both have the same tokens all around it. Otherwise the
+overlap is widened, and at last both are tokenised as one block, which grows to the whole text if
+it must: inside a very long word, tokens can depend on its far end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from vllm.score.errors import ScoreModeError
 BLOCK = 1 << 18
 OVERLAP = 4096
 _AGREEING_TOKENS = 8  # fewer in the middle of the overlap prove nothing
-_WIDENED_FOR_WHITESPACE = 8  # beyond this many times the overlap, any agreed boundary will do
 
 # text -> token ids, and for each its (start, end) in characters
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
@@ -96,21 +95,14 @@ class BlockStream:
         width = self._overlap
         while (start := current.boundary(current.end - width)) > max(current.begin, self._written):
             following = self._tokenize(start)
-            cut = self._common_boundary(
-                current,
-                following,
-                low=start + width // 4,
-                high=current.end - width // 4,
-                before_whitespace=width < _WIDENED_FOR_WHITESPACE * self._overlap,
-            )
+            low, high = start + width // 4, current.end - width // 4
+            cut = self._common_boundary(current, following, low, high)
             if cut is not None:
                 return cut, following
             width *= 2
         return None, self._tokenize(current.begin)
 
-    def _common_boundary(
-        self, left: _Block, right: _Block, *, low: int, high: int, before_whitespace: bool
-    ) -> int | None:
+    def _common_boundary(self, left: _Block, right: _Block, low: int, high: int) -> int | None:
         tokens = left.tokens(low, high)
         if len(tokens) < _AGREEING_TOKENS or tokens != right.tokens(low, high):
             return None
@@ -118,13 +110,11 @@ class BlockStream:
         found = [
             start
             for (_, before_start, before_end), (_, start, end) in pairwise(tokens)
-            if before_start < start < end
-            and before_end <= start
-            and (not before_whitespace or self._word_starts(start))
+            if before_start < start < end and before_end <= start and self._word_ends(before_end)
         ]
         return min(found, key=lambda start: abs(start - middle), default=None)
 
-    def _word_starts(self, position: int) -> bool:
+    def _word_ends(self, position: int) -> bool:
         index = position - self._base
         return self._text[index].isspace() and not self._text[index - 1].isspace()
 

@@ -189,7 +189,6 @@ def _build(folder: Path, recipe: Recipe, progress: bool) -> None:
         "held_out_unigram_perplexity": unigram_perplexity(held_out_ids[1:], counts),
         "uniform_perplexity": uniform_perplexity(recipe.vocab_size),
         "seconds": round(time.perf_counter() - started, 1),
-        "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

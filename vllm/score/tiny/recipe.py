@@ -54,7 +54,7 @@ class Recipe:
     num_layers: int = 2
     head_dim: int = 32
     max_position_embeddings: int = 2048
-    phases: tuple[Phase, ...] = (Phase(128, 8, 370), Phase(512, 2, 250), Phase(2048, 1, 95))
+    phases: tuple[Phase, ...] = (Phase(128, 8, 440), Phase(512, 2, 240), Phase(2048, 2, 42))
     learning_rate: float = 4e-3
     embedding_rate_factor: float = 2.0
     warmup_fraction: float = 0.1

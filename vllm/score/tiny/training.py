@@ -12,14 +12,13 @@ from tqdm import tqdm
 
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.recipe import Phase, Recipe
+from vllm.score.tiny.replicas import Replicas
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 _GRADIENT_NORM = 1.0
 _ADAM_BETAS = (0.9, 0.95)
-# More threads only wait for one another on matrices this small.
-_MOST_THREADS = 4
 
 
 def train(
@@ -27,8 +26,9 @@ def train(
 ) -> tuple[LlamaForCausalLM, float]:
     """Train a Llama-style model from scratch, in float32 on the CPU.
 
-    The same recipe, text, versions and number of threads give the same weights to the last bit.
-    The caller's random state and number of threads are put back.
+    The same recipe, text, library versions and kind of processor give the same weights to the
+    last bit, whatever the number of cores; two are used. The caller's random state and PyTorch's
+    number of threads are put back.
 
     Args:
         token_ids: int64 [n], the training text as one stream.
@@ -44,15 +44,10 @@ def train(
         ScoreModeError: where the text is too short for a sequence of the recipe, or the loss is
             no longer a number.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, _MOST_THREADS))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            model = _new_model(recipe, bos, eos)
-        losses = _optimise(model, token_ids, recipe, progress)
-    finally:
-        torch.set_num_threads(threads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = _new_model(recipe, bos, eos)
+    losses = _optimise(model, token_ids, recipe, progress)
     tail = losses[-max(1, len(losses) // 10) :]
     return model.eval(), float(np.mean(tail))
 
@@ -116,25 +111,29 @@ def _optimise(
     optimiser = _optimiser(model, recipe)
     rates = [group["lr"] for group in optimiser.param_groups]
     losses: list[float] = []
-    bar = tqdm(total=recipe.tokens, unit="tok", unit_scale=True, disable=not progress)
-    with bar:
-        bar.set_description("training the embedded model (once)")
+    # Where standard error is no terminal, tqdm's None leaves the bar out.
+    bar = tqdm(
+        desc="training the embedded model (once)",
+        total=recipe.tokens,
+        unit="tok",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
+    with bar, Replicas(model) as replicas:
         for step, batch in enumerate(_batches(token_ids, recipe)):
             factor = _rate_factor(step, recipe)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            logits = model(batch[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-            if not torch.isfinite(loss):
+            loss = replicas.backward(batch)
+            if not math.isfinite(loss):
                 raise ScoreModeError(
-                    f"the loss is {loss.item()} at step {step}; lower learning_rate, which is "
+                    f"the loss is {loss} at step {step}; lower learning_rate, which is "
                     f"{recipe.learning_rate}"
                 )
-            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM)
             optimiser.step()
             optimiser.zero_grad()
-            losses.append(loss.item())
+            losses.append(loss)
             bar.update(batch[:, 1:].numel())
     return losses
 

@@ -1,0 +1,33 @@
+"""The documents say what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_amended_modules_are_those_of_the_register():
+    from vllm.score.patches.table import markdown
+
+    text = (ROOT / "SCORE_MODE_IMPLEMENTATION.md").read_text()
+    assert markdown() in text, "run `python -m vllm.score.patches.table` and paste its output"
+    assert text.count("\n### `vllm.") == markdown().count("### `vllm.")
+
+
+def test_refused_options_are_listed():
+    from vllm.score.engine.support import REFUSED_OPTIONS
+
+    text = (ROOT / "SCORE_MODE_IMPLEMENTATION.md").read_text()
+    for field, _, _ in REFUSED_OPTIONS:
+        if field not in ("n", "prompt_logprob_start"):
+            assert f"`{field}`" in text
+
+
+def test_statistics_are_listed():
+    from vllm.score.engine import statistics
+
+    text = (ROOT / "SCORE_MODE_IMPLEMENTATION.md").read_text()
+    for name in statistics.STATISTICS:
+        assert f"`{name}`" in text
+        assert f"``{name}``" in (statistics.__doc__ or "")

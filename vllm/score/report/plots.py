@@ -1,0 +1,182 @@
+"""Drawings of a run's losses, with matplotlib and no display."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.score.perplexity.result import PerplexityResult
+from vllm.score.report.characters import visible, visible_token
+from vllm.score.report.losses import LossSummary, summarize
+from vllm.score.report.numbers import count, significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".html")
+HARDEST_DRAWN = 12
+_BLUE, _LIGHT, _RED, _GREY = "#1f5a94", "#a9c7e4", "#b3261e", "#5f6368"
+_CONTEXT_WIDTH, _TOKEN_WIDTH = 40, 14  # characters
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "text.parse_math": False,  # a dollar in a text is a dollar
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vllm-score",
+}
+
+
+def write_plot(result: PerplexityResult, path: Path) -> None:
+    """Draw a result into a .png file, or with a table of the hardest tokens into a .html page.
+
+    Any other ending is a .png's content; callers check the ending beforehand (`FORMATS`).
+    """
+    summary = summarize(result)
+    if path.suffix.lower() == ".html":
+        from vllm.score.report.page import render_page
+
+        path.write_text(render_page(result, summary), encoding="utf-8")
+    else:
+        draw_all(result, summary).savefig(path, format="png", dpi=150)
+
+
+def draw_all(result: PerplexityResult, summary: LossSummary) -> Figure:
+    """Losses along the text, their distribution, the hardest tokens: one picture."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(12, 7.8), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
+        draw_along_text(figure.add_subplot(grid[0, :]), summary)
+        draw_distribution(figure.add_subplot(grid[1, 0]), summary)
+        draw_hardest(figure.add_subplot(grid[1, 1]), summary)
+        figure.suptitle(_title(result), fontsize=12, x=0.01, ha="left")
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
+        return figure
+
+
+def draw_curves(summary: LossSummary) -> Figure:
+    """Losses along the text above their distribution."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(10, 6.5), layout="constrained")
+        upper, lower = figure.subplots(2, 1)
+        draw_along_text(upper, summary)
+        draw_distribution(lower, summary)
+        figure.get_layout_engine().set(h_pad=0.12)
+        return figure
+
+
+def draw_along_text(axes: Axes, summary: LossSummary) -> None:
+    """Block means with the spread of the single tokens (the tokens themselves if few)."""
+    from matplotlib.ticker import FuncFormatter
+
+    blocks, length = len(summary.block_mean), summary.tokens / len(summary.block_mean)
+    if len(summary.positions):
+        axes.plot(
+            summary.positions, summary.losses, ".", color=_LIGHT, markersize=4, label="each token"
+        )
+    elif blocks > 1:
+        axes.fill_between(
+            summary.block_position,
+            summary.block_low,
+            summary.block_high,
+            color=_LIGHT,
+            alpha=0.6,
+            linewidth=0,
+            label="10 % to 90 % of the tokens in a block",
+        )
+    if blocks > 1:
+        label = f"mean of a block of {length:.0f} tokens"
+        axes.plot(summary.block_position, summary.block_mean, color=_BLUE, linewidth=1.5, label=label)
+    label = f"mean of all, {significant(summary.mean, 4)}"
+    axes.axhline(summary.mean, color=_RED, linewidth=1.2, linestyle="--", label=label)
+    axes.set(title="Loss along the text", xlabel="position in the text (tokens)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
+
+
+def draw_distribution(axes: Axes, summary: LossSummary) -> None:
+    """Histogram with mean and median."""
+    edges, shares = summary.histogram()
+    axes.stairs(100 * shares, edges, fill=True, color=_LIGHT)
+    for value, name, style in ((summary.median, "median", ":"), (summary.mean, "mean", "--")):
+        label = f"{name} {significant(value, 4)}"
+        axes.axvline(value, color=_RED, linewidth=1.2, linestyle=style, label=label)
+    axes.set(title="Distribution of the loss", xlabel="loss (nats per token)")
+    axes.set_ylabel("tokens (%)")
+    axes.set_xlim(left=0, right=edges[-1])
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper right", frameon=False)
+
+
+def draw_hardest(axes: Axes, summary: LossSummary) -> None:
+    """A bar a token, with the characters before it."""
+    from matplotlib.transforms import blended_transform_factory
+
+    tokens = summary.hardest[:HARDEST_DRAWN]
+    rows = range(len(tokens))
+    axes.barh(rows, [token.loss for token in tokens], height=0.62, color=_LIGHT)
+    axes.set_ylim(HARDEST_DRAWN - 0.4, -0.6)
+    axes.set_xlim(left=0, right=1.12 * max([token.loss for token in tokens], default=1.0))
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False)
+    axes.set(title="Hardest tokens, after what precedes them", xlabel="loss (nats)")
+    # Text and bars share the panel: the bars begin where the longest token ends.
+    place = blended_transform_factory(axes.transAxes, axes.transData)
+    style: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8, "va": "center"}
+    axes.set_box_aspect(None)
+    for row, token in zip(rows, tokens, strict=True):
+        context = _tail(visible(token.context, _drawable), _CONTEXT_WIDTH)
+        text = _head(visible_token(token.text, token.token_id, _drawable), _TOKEN_WIDTH)
+        axes.text(-0.26, row, context, transform=place, ha="right", color=_GREY, **style)
+        axes.text(-0.25, row, text, transform=place, ha="left", color=_RED, weight="bold", **style)
+        axes.text(token.loss, row, f" {token.loss:.1f}", va="center", fontsize=8, color=_GREY)
+
+
+def _title(result: PerplexityResult) -> str:
+    of = result.provenance
+    model = _tail(of.model, 50)
+    return (
+        f"Perplexity {significant(result.perplexity)} of {model} ({of.dtype}), "
+        f"{count(of.scored_tokens)} tokens, windows {of.context_length}, stride {of.stride}"
+    )
+
+
+def _tail(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def _head(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+@lru_cache(maxsize=1 << 12)
+def _drawable(char: str) -> bool:
+    """Whether the font of the drawings has the character."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans Mono"))
+    return char.isprintable() and font.get_char_index(ord(char)) != 0

@@ -1,0 +1,125 @@
+"""A result as a table for people: 80 columns are enough, colours only on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm.score.perplexity.result import RUN, Figure, PerplexityResult, Provenance
+from vllm.score.report.baseline import Baseline
+from vllm.score.report.numbers import count, short_hash, significant
+
+LABELS = {
+    "nll": "loss",
+    "token_perplexity": "perplexity per token",
+    "bits_per_token": "bits per token",
+    "word_perplexity": "perplexity per word",
+    "byte_perplexity": "perplexity per byte",
+    "bits_per_byte": "bits per byte",
+}
+
+
+def print_result(
+    result: PerplexityResult, console: Console, baselines: Sequence[Baseline] = ()
+) -> None:
+    """The headline, the figures by convention, where they come from, and notes."""
+    console.print(headline(result), soft_wrap=True)
+    for baseline in baselines:
+        line = f"{baseline.name:<10} {significant(baseline.perplexity)}   {baseline.meaning}"
+        console.print(Text(line, style="dim"), soft_wrap=True)
+    console.print()
+    console.print(figure_table(result.figures))
+    console.print()
+    console.print(provenance_table(result))
+    for note in result.notes:
+        console.print()
+        console.print(Text(f"Note: {note}", style="yellow"))
+
+
+def headline(result: PerplexityResult) -> Text:
+    """The perplexity of the run with its interval, in one line."""
+    figure = result.figure("token_perplexity")
+    text = Text.assemble(("Perplexity ", "bold"), (significant(figure.value), "bold green"))
+    if figure.interval is None:
+        return text.append("   (too few tokens for an interval)")
+    low, high = (significant(bound) for bound in figure.interval)
+    return text.append(f"   95 % interval {low} to {high}")
+
+
+def figure_table(figures: Sequence[Figure]) -> Table:
+    """One row a figure, under the name of its convention."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("figure", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("std. error", justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
+    several = len({figure.convention for figure in figures}) > 1
+    seen: str | None = None
+    for figure in figures:
+        if several and figure.convention != seen:
+            table.add_row(Text(_title(figure.convention), style="cyan"))
+            seen = figure.convention
+        error = figure.standard_error
+        table.add_row(
+            Text(("  " if several else "") + _label(figure)),
+            significant(figure.value),
+            "" if error is None else significant(error, 3),
+            figure.unit,
+        )
+    return table
+
+
+def provenance_table(result: PerplexityResult) -> Table:
+    """As `provenance_rows`."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in provenance_rows(result):
+        table.add_row(key, Text(value))
+    return table
+
+
+def provenance_rows(result: PerplexityResult) -> list[tuple[str, str]]:
+    """What the figures depend on, as (key, value): once what all share, then by convention."""
+    of = result.provenance
+    versions = ", ".join(f"{name} {number}" for name, number in of.versions.items())
+    by_convention = {figure.convention: figure.provenance for figure in result.figures}
+    return [
+        ("model", f"{of.model}, weights {short_hash(of.model_sha256)}"),
+        ("computed in", f"{of.dtype}, quantisation {of.quantization}"),
+        ("tokenizer", short_hash(of.tokenizer_sha256)),
+        ("text", of.text_source),
+        ("versions", versions),
+        *((_title(name), _procedure(which)) for name, which in by_convention.items()),
+    ]
+
+
+def _procedure(of: Provenance) -> str:
+    """How the figures of one convention were computed, in one sentence."""
+    scored = f"{count(of.scored_tokens)} of {count(of.text_tokens)} tokens scored"
+    documents = (
+        "1 document"
+        if of.num_documents == 1
+        else f"{count(of.num_documents)} documents, {of.documents}"
+    )
+    parts = [
+        f"{count(of.windows)} windows of {of.context_length}, stride {of.stride}",
+        scored,
+        f"BOS: {of.bos}",
+        f"{documents}, hash {short_hash(of.text_sha256)}",
+    ]
+    if of.block_length is not None:
+        parts.append(f"errors: block bootstrap, {of.block_length} tokens a block")
+    return "; ".join(parts)
+
+
+def _title(convention: str) -> str:
+    return "this run" if convention == RUN else convention
+
+
+def _label(figure: Figure) -> str:
+    label = LABELS.get(figure.name, figure.name)
+    return f"{label}, {figure.variant}" if figure.variant else label
