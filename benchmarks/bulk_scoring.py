@@ -29,6 +29,7 @@ def main() -> None:
     options = arguments()
     import torch
     from transformers import AutoModelForCausalLM
+
     from vllm.score.cli.engine import open_llm
     from vllm.score.tiny.random_models import make_random_model
 
@@ -185,7 +186,9 @@ def full_vocabulary(llm, prompts, options):
         difference = np.abs(ours - theirs)
         if not difference.max() < 0.5:
             raise SystemExit(f"the log-probabilities differ by {difference.max()} nats")
-        return {stock: f"from score mode: mean {difference.mean():.1e}, max {difference.max():.1e} nats"}
+        return {
+            stock: f"from score mode: mean {difference.mean():.1e}, max {difference.max():.1e} nats"
+        }
 
     return contenders, compare
 

@@ -86,7 +86,11 @@ def machine() -> dict[str, str]:
         )
         if there
     ]
-    found = {"cpu": name, "cores": str(len(os.sched_getaffinity(0))), "cpu_features": "+".join(features)}
+    found = {
+        "cpu": name,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "cpu_features": "+".join(features),
+    }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return {**found, **versions()}

@@ -52,8 +52,14 @@ def engine(model_dir: Callable[..., Path]) -> Callable[..., Any]:
 
     running: dict[Any, Any] = {}
 
-    def start(architecture: str = "llama", model_options: dict[str, Any] | None = None, **options: Any) -> Any:
-        key = (architecture, repr(model_options), tuple(sorted((k, repr(v)) for k, v in options.items())))
+    def start(
+        architecture: str = "llama", model_options: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        key = (
+            architecture,
+            repr(model_options),
+            tuple(sorted((k, repr(v)) for k, v in options.items())),
+        )
         if key not in running:
             settings: dict[str, Any] = {
                 "dtype": "float32",
@@ -79,7 +85,7 @@ def llm(engine: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def reference(model_dir: Callable[..., Path]) -> Callable[..., np.ndarray]:
-    """`reference(architecture, ids)`: Hugging Face float64 log-softmax, [n, V]; row i predicts i+1."""
+    """`reference(architecture, ids)`: float64 log-softmax of Hugging Face, [n, V]."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +94,9 @@ def reference(model_dir: Callable[..., Path]) -> Callable[..., np.ndarray]:
     def log_softmax(architecture: str, ids: list[int], **options: Any) -> np.ndarray:
         folder = str(model_dir(architecture, **options))
         if folder not in loaded:
-            loaded[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+            loaded[folder] = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float64
+            ).eval()
         with torch.no_grad():
             logits = loaded[folder](torch.tensor([ids])).logits[0]
         return logits.log_softmax(-1).numpy()

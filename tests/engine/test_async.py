@@ -7,9 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 import pytest_asyncio
-from vllm.score.errors import ScoreModeError
 
 from tests.helpers import random_prompts, token_logprobs
+from vllm.score.errors import ScoreModeError
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -109,7 +109,9 @@ async def test_text_prompts_are_rendered_before_they_are_planned(async_llm, refe
 async def test_a_server_keeps_its_own_limit(async_llm):
     ids = [5, 6, 7]
     with pytest.raises(ScoreModeError, match="max_logprobs=20"):
-        await last_output(async_llm, {"prompt_token_ids": ids}, params(prompt_logprobs=None), "full")
+        await last_output(
+            async_llm, {"prompt_token_ids": ids}, params(prompt_logprobs=None), "full"
+        )
     with pytest.raises(ScoreModeError, match="max_logprobs=20"):
         await last_output(async_llm, {"prompt_token_ids": ids}, params(prompt_logprobs=21), "top")
     wide = {"prompt_token_ids": ids, "target_token_ids": [list(range(21))] * 2}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm.score import score
 
 from tests.helpers import random_prompts, token_logprobs
+from vllm.score import score
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +31,10 @@ def test_tied_and_untied_heads(architecture, tied, engine, reference):
     vocab = llm.llm_engine.model_config.get_vocab_size()
     prompts = random_prompts([5, 300, 400], vocab, seed=1)
     scores = score(llm, prompts, use_tqdm=False)
-    assert worst_difference(scores, prompts, lambda p: reference(architecture, p, **options)) <= TOLERANCE
+    assert (
+        worst_difference(scores, prompts, lambda p: reference(architecture, p, **options))
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt"])
@@ -75,7 +78,8 @@ def test_targets_need_not_be_the_prompts_own(llm, reference):
     prompts = random_prompts([3, 40, 290], vocab, seed=2)
     targets = [random_prompts([m], vocab, seed=m)[0] for m in (1, 7, 289)]
     requests = [
-        {"prompt_token_ids": p, "target_token_ids": t} for p, t in zip(prompts, targets, strict=True)
+        {"prompt_token_ids": p, "target_token_ids": t}
+        for p, t in zip(prompts, targets, strict=True)
     ]
     for p, t, s in zip(prompts, targets, score(llm, requests, use_tqdm=False), strict=True):
         rows = reference("llama", p)[len(p) - 1 - len(t) : len(p) - 1]
@@ -88,12 +92,12 @@ def test_several_candidates_a_position(llm, reference):
     vocab = llm.llm_engine.model_config.get_vocab_size()
     prompt = random_prompts([300], vocab, seed=3)[0]
     targets = np.random.default_rng(3).integers(0, vocab, (10, 4)).tolist()
-    (s,) = score(
-        llm, [{"prompt_token_ids": prompt, "target_token_ids": targets}], use_tqdm=False
-    )
+    (s,) = score(llm, [{"prompt_token_ids": prompt, "target_token_ids": targets}], use_tqdm=False)
     rows = reference("llama", prompt)[len(prompt) - 11 : len(prompt) - 1]
     assert s.logprobs.shape == (10, 4)
-    np.testing.assert_allclose(s.logprobs, np.take_along_axis(rows, np.array(targets), 1), atol=TOLERANCE)
+    np.testing.assert_allclose(
+        s.logprobs, np.take_along_axis(rows, np.array(targets), 1), atol=TOLERANCE
+    )
     with pytest.raises(ValueError, match="choose one candidate"):
         s.sum()
 
@@ -112,9 +116,7 @@ def test_statistics_top_and_temperature(llm, reference):
     prompts = random_prompts([90, 301], vocab, seed=5)
     temperature = 1.5
     names = ["entropy", "rank", "argmax", "argmax_logprob", "margin", "collision_probability"]
-    scores = score(
-        llm, prompts, statistics=names, temperature=temperature, top=5, use_tqdm=False
-    )
+    scores = score(llm, prompts, statistics=names, temperature=temperature, top=5, use_tqdm=False)
     for p, s in zip(prompts, scores, strict=True):
         x = reference("llama", p)[:-1] / temperature
         lp = x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
@@ -122,7 +124,9 @@ def test_statistics_top_and_temperature(llm, reference):
         order = np.argsort(-lp, axis=-1, kind="stable")
         best = np.take_along_axis(lp, order[:, :5], 1)
         np.testing.assert_allclose(s.logprobs, own, atol=TOLERANCE)
-        np.testing.assert_allclose(s.statistics["entropy"], -(np.exp(lp) * lp).sum(-1), atol=TOLERANCE)
+        np.testing.assert_allclose(
+            s.statistics["entropy"], -(np.exp(lp) * lp).sum(-1), atol=TOLERANCE
+        )
         np.testing.assert_array_equal(s.statistics["rank"], (lp > own[:, None]).sum(-1) + 1)
         np.testing.assert_array_equal(s.statistics["argmax"], order[:, 0])
         np.testing.assert_allclose(s.statistics["argmax_logprob"], best[:, 0], atol=TOLERANCE)

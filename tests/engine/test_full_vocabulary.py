@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from vllm.score import score
 
 from tests.helpers import random_prompts, token_logprobs
+from vllm.score import score
 
 pytestmark = pytest.mark.engine
 
@@ -105,7 +105,9 @@ def test_the_bound_is_an_error_that_says_what_to_do(llm, prompt, monkeypatch):
 
     monkeypatch.setenv("VLLM_SCORE_FULL_VOCAB_BYTES", "1000000")
     with pytest.raises(ValueError, match=r"bytes.*target_token_ids"):
-        llm.generate([{"prompt_token_ids": prompt}], SamplingParams(score_mode=True), use_tqdm=False)
+        llm.generate(
+            [{"prompt_token_ids": prompt}], SamplingParams(score_mode=True), use_tqdm=False
+        )
     vocab = llm.llm_engine.model_config.get_vocab_size()
     small = {"prompt_token_ids": prompt[:100]}
     assert 2 * 99 * vocab * 4 < 1_000_000 < 3 * 99 * vocab * 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from vllm.score import ScoreModeError, score
 
 from tests.helpers import random_prompts
+from vllm.score import ScoreModeError, score
 
 pytestmark = pytest.mark.engine
 
@@ -66,7 +66,9 @@ def test_no_requests_no_scores(llm):
 
 def test_truncation_would_shift_the_targets(llm):
     prompt = {"prompt_token_ids": [5, 6, 7, 8], "target_token_ids": [8]}
-    with pytest.raises(ScoreModeError, match="truncate_prompt_tokens=3 would shift target_token_ids"):
+    with pytest.raises(
+        ScoreModeError, match="truncate_prompt_tokens=3 would shift target_token_ids"
+    ):
         llm.generate(
             [prompt],
             score_params(),

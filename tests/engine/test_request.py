@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllm.score.engine.request import ModelFacts, plan_request
 from vllm.score.engine.worker import scored_rows
 
@@ -86,7 +87,7 @@ def test_options_that_cannot_be_honoured(options, message):
 def test_structured_outputs_are_refused():
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-    with pytest.raises(ValueError, match="structured_outputs=.* cannot be combined"):
+    with pytest.raises(ValueError, match=r"structured_outputs=.* cannot be combined"):
         SamplingParams(score_mode=True, structured_outputs=StructuredOutputsParams(regex="a"))
 
 
@@ -108,6 +109,7 @@ def test_parameters_survive_copies_and_wires():
     import pickle
 
     import msgspec
+
     from vllm import SamplingParams
 
     given = SamplingParams(score_mode=True, score_statistics=["rank"], score_temperature=0.5)
@@ -125,7 +127,9 @@ def test_parameters_survive_copies_and_wires():
 
 def test_sampling_policy_is_accepted_and_ignored():
     assert params(temperature=0.0).max_tokens == 0
-    assert params(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2, seed=3).max_tokens == 0
+    assert (
+        params(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2, seed=3).max_tokens == 0
+    )
 
 
 def test_prefix_cache_wish_is_kept():
@@ -140,7 +144,9 @@ def test_alignment_to_the_end(n, data):
     if n > 1:
         m = data.draw(st.integers(1, n - 1))
         k = data.draw(st.integers(1, 3))
-        targets = [[int(t) for t in row] for row in np.random.default_rng(n).integers(0, 100, (m, k))]
+        targets = [
+            [int(t) for t in row] for row in np.random.default_rng(n).integers(0, 100, (m, k))
+        ]
         got = plan(ids, targets)
         assert got.first_position == n - m
         assert got.first_row == n - m - 1
@@ -162,12 +168,12 @@ def test_any_split_scores_each_row_once(length, chunks, data):
     m = data.draw(st.integers(0, length))
     start = length - m
     seen, begin = [], 0
-    for chunk in chunks + [length]:
+    for chunk in [*chunks, length]:
         num_tokens = min(chunk, length - begin)
         if num_tokens == 0:
             break
         low, high = scored_rows(begin, num_tokens, start, m)
-        assert low >= high or begin <= low and high <= begin + num_tokens
+        assert low >= high or (begin <= low and high <= begin + num_tokens)
         seen += range(low, high)
         begin += num_tokens
     assert seen == list(range(start, length))
@@ -197,7 +203,7 @@ def test_a_server_keeps_its_limit():
     server = ModelFacts(vocab_size=100, max_model_len=32, max_logprobs=5)
     assert plan([1, 2, 3], prompt_logprobs=5, facts=server).layout.top == 5
     assert plan([1, 2, 3], [[1, 2, 3, 4, 5]], facts=server).layout.num_targets == 5
-    with pytest.raises(ValueError, match="prompt_logprobs asks for 100 values .* max_logprobs=5"):
+    with pytest.raises(ValueError, match=r"prompt_logprobs asks for 100 values .* max_logprobs=5"):
         plan([1, 2, 3], facts=server)
     with pytest.raises(ValueError, match="target_token_ids asks for 6 values"):
         plan([1, 2, 3], [[1, 2, 3, 4, 5, 6]], facts=server)

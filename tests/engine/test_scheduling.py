@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm.score import score
 
 from tests.helpers import random_prompts, token_logprobs
+from vllm.score import score
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,9 @@ def score_params(**options):
     return SamplingParams(score_mode=True, prompt_logprobs=0, **options)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(seed=st.integers(0, 2**20))
 def test_random_mixes_of_200_equal_one_by_one(llm, seed):
     rng = np.random.default_rng(seed)
@@ -57,7 +59,9 @@ def test_random_mixes_of_200_equal_one_by_one(llm, seed):
 @pytest.mark.parametrize("budget", [16, 33, 128, 1024])
 def test_every_split_of_the_prefill(budget, engine, reference):
     llm = engine("llama", max_num_batched_tokens=budget, max_num_seqs=8, max_model_len=1024)
-    prompts = random_prompts([1, 2, budget, budget + 1, budget + 2, 2 * budget + 1], vocab_of(llm), budget)
+    prompts = random_prompts(
+        [1, 2, budget, budget + 1, budget + 2, 2 * budget + 1], vocab_of(llm), budget
+    )
     prompts = [p[:1024] for p in prompts]
     for p, s in zip(prompts, score(llm, prompts, use_tqdm=False), strict=True):
         want = token_logprobs(reference("llama", p), p)
@@ -80,10 +84,14 @@ def test_repeated_prompts_read_the_prefix_cache_before_the_first_scored_row(llm,
         want = token_logprobs(reference("llama", p), p)[-len(t) :]
         np.testing.assert_allclose(o.scores.logprobs, want, atol=TOLERANCE)
     (again,) = llm.generate(
-        [requests[-1]], SamplingParams(score_mode=True, skip_reading_prefix_cache=True), use_tqdm=False
+        [requests[-1]],
+        SamplingParams(score_mode=True, skip_reading_prefix_cache=True),
+        use_tqdm=False,
     )
     assert not again.num_cached_tokens
-    np.testing.assert_allclose(again.scores.logprobs, outputs[-1].scores.logprobs, atol=BATCH_TOLERANCE)
+    np.testing.assert_allclose(
+        again.scores.logprobs, outputs[-1].scores.logprobs, atol=BATCH_TOLERANCE
+    )
     # All rows are wanted: nothing may come from the cache.
     for _ in range(2):
         (whole,) = llm.generate([{"prompt_token_ids": shared}], score_params(), use_tqdm=False)
@@ -120,9 +128,12 @@ def test_a_cache_too_small_for_the_batch(scheduler, engine, reference, monkeypat
     vocab = vocab_of(llm)
     short = random_prompts([100, 110, 120], vocab, seed=21)
     long = random_prompts([500, 600, 400, 700], vocab, seed=22)
-    prompts = [{"prompt_token_ids": p} for p in [short[0], long[0], short[1], long[1], short[2], *long[2:]]]
+    prompts = [
+        {"prompt_token_ids": p} for p in [short[0], long[0], short[1], long[1], short[2], *long[2:]]
+    ]
     params = [
-        score_params() if len(p["prompt_token_ids"]) > 200 else generate_params(150) for p in prompts
+        score_params() if len(p["prompt_token_ids"]) > 200 else generate_params(150)
+        for p in prompts
     ]
     priorities = [0 if len(p["prompt_token_ids"]) <= 200 else 1 for p in prompts]
     del priorities  # first come, first served: the youngest is preempted
@@ -151,17 +162,25 @@ def test_scores_beside_generations(llm, reference):
             assert o.prompt_logprobs is None
             text = p + list(o.outputs[0].token_ids)
             own = token_logprobs(reference("llama", text), text)[len(p) - 1 :]
-            got = [step[t].logprob for step, t in zip(o.outputs[0].logprobs, text[len(p) :], strict=True)]
+            got = [
+                step[t].logprob
+                for step, t in zip(o.outputs[0].logprobs, text[len(p) :], strict=True)
+            ]
             np.testing.assert_allclose(got, own, atol=TOLERANCE)
 
 
 def test_requests_that_arrive_while_others_run(llm, reference):
-    engine, arrivals = llm.llm_engine, random_prompts([300, 500, 20, 1, 700, 260], vocab_of(llm), 41)
+    engine, arrivals = (
+        llm.llm_engine,
+        random_prompts([300, 500, 20, 1, 700, 260], vocab_of(llm), 41),
+    )
     outputs, added = {}, 0
     while added < len(arrivals) or engine.has_unfinished_requests():
         if added < len(arrivals):
             engine.add_request(
-                f"late-{added}", {"type": "token", "prompt_token_ids": arrivals[added]}, score_params()
+                f"late-{added}",
+                {"type": "token", "prompt_token_ids": arrivals[added]},
+                score_params(),
             )
             added += 1
         for o in engine.step():

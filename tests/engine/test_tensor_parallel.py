@@ -44,5 +44,7 @@ def test_two_workers_score_as_one(model_dir, reference, tmp_path):
     for i, p in enumerate(prompts):
         rows = reference("llama", p)
         np.testing.assert_allclose(got["logprobs"][i], token_logprobs(rows, p), atol=2e-5)
-        np.testing.assert_allclose(got["entropy"][i], -(np.exp(rows) * rows).sum(-1)[:-1], atol=3e-5)
+        np.testing.assert_allclose(
+            got["entropy"][i], -(np.exp(rows) * rows).sum(-1)[:-1], atol=3e-5
+        )
         assert got["argmax"][i] == rows.argmax(-1)[:-1].tolist()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vllm.score.engine.layout import RowLayout
 from vllm.score.engine.statistics import STATISTICS
 from vllm.score.ops.head import head_product
@@ -58,14 +59,18 @@ def test_reduction_equals_float64(rows, vocab, k, scale, temperature, seed):
     scaled = x.astype(np.float64) / temperature
     want = float64_log_softmax(scaled)
     margin = 1e-6 * max(1.0, np.abs(scaled).max()) + 2e-6
-    np.testing.assert_allclose(out[:, :k], np.take_along_axis(want, targets, 1), atol=margin, rtol=2e-6)
+    np.testing.assert_allclose(
+        out[:, :k], np.take_along_axis(want, targets, 1), atol=margin, rtol=2e-6
+    )
     expected = float64_statistics(scaled, targets[:, 0])
     for i, name in enumerate(STATISTICS):
         got = out[:, k + i]
         if name in ("rank", "argmax"):
             np.testing.assert_array_equal(got, expected[name])
         else:
-            np.testing.assert_allclose(got, expected[name], atol=20 * margin, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                got, expected[name], atol=20 * margin, rtol=1e-5, err_msg=name
+            )
     ids = out[:, layout.top_start : layout.top_start + top].astype(int)
     np.testing.assert_allclose(
         np.take_along_axis(want, ids, 1), -np.sort(-want, axis=-1)[:, :top], atol=margin, rtol=2e-6

@@ -97,6 +97,10 @@ def other_tokenizers() -> dict[str, Any]:
             pre_tokenizer=pre_tokenizers.Metaspace(),
             normalizer=normalizers.NFKC(),
         ),
+        "unigram over spaces": _train(
+            models.Unigram(),
+            trainers.UnigramTrainer(vocab_size=500, unk_token=UNKNOWN, **common),
+        ),
         "word pieces": _train(
             models.WordPiece(unk_token=UNKNOWN),
             trainers.WordPieceTrainer(vocab_size=700, **common),

@@ -125,7 +125,7 @@ def _sampling_params(
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        score_mode=True,  # type: ignore[call-arg]
+        score_mode=True,
         score_statistics=list(statistics) or None,
         score_temperature=temperature,
         prompt_logprobs=None if full_vocabulary else top,

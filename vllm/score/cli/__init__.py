@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
-import click
 import typer
 import typer.core
 
@@ -16,10 +16,10 @@ COMMANDS = {"perplexity": "perplexity", "doctor": "doctor"}
 class LazyGroup(typer.core.TyperGroup):
     """Imports a command's module when it is used, so that `vllm-score -h` is quick."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, name: str) -> Any:
         if name not in COMMANDS:
             return None
         module = import_module(f"{__name__}.{COMMANDS[name]}")
@@ -58,5 +58,3 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("vllm-score: interrupted", file=sys.stderr)
         sys.exit(130)
-
-

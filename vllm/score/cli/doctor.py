@@ -128,7 +128,7 @@ def _print(
         console.print(f"head: {kernel['head']}")
     if check:
         console.print(
-            f"check: {check['tokens']} tokens of a random model differ from Hugging Face float64 by "
-            f"at most {check['max_difference_nats']:.1e} nats"
+            f"check: {check['tokens']} tokens of a random model differ from Hugging Face float64 "
+            f"by at most {check['max_difference_nats']:.1e} nats"
         )
     console.print(f"[red]scores are refused:[/red] {problem}" if problem else "scores: ready")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.exceptions import VLLMValidationError
 from vllm.score.errors import ScoreModeError
 
@@ -14,3 +16,10 @@ class InvalidScoreRequest(VLLMValidationError, ScoreModeError):
         parameter: the field.
         value: what was given.
     """
+
+    def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter, value=value)
+
+    def __str__(self) -> str:
+        # The sentence names both already; the stock class would append them.
+        return str(self.args[0])

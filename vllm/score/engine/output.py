@@ -98,4 +98,6 @@ def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | N
     output.scores = scores
     output.prompt_logprobs = PromptLogprobsView(scores, plan.prompt_token_ids, decode)
     # The stock field holds what its name says, the statistics' columns are ours.
-    output.prompt_token_id_logprobs = rows[:, : rows.shape[1] if plan.layout.top < 0 else plan.layout.num_targets]
+    output.prompt_token_id_logprobs = rows[
+        :, : rows.shape[1] if plan.layout.top < 0 else plan.layout.num_targets
+    ]

@@ -50,7 +50,7 @@ def check_options(params: Any) -> None:
 
 
 def unsupported_configuration(config: Any) -> str | None:
-    """Why an engine with this `VllmConfig` cannot score, in a sentence with the remedy; else None."""
+    """Why an engine with this `VllmConfig` cannot score, with the remedy; else None."""
     model, parallel = config.model_config, config.parallel_config
     speculative = config.speculative_config
     checks: tuple[tuple[bool, str], ...] = (

@@ -90,7 +90,9 @@ def score_step(
         if step.count > 0:
             groups.setdefault(step.scores.layout, []).append(step)
     for layout, members in groups.items():
-        index = np.concatenate([np.arange(s.hidden_first, s.hidden_first + s.count) for s in members])
+        index = np.concatenate(
+            [np.arange(s.hidden_first, s.hidden_first + s.count) for s in members]
+        )
         targets = np.concatenate(
             [s.scores.targets[s.low - s.scores.start : s.high - s.scores.start] for s in members]
         )

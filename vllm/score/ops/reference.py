@@ -46,7 +46,9 @@ def _reduce_block(
     if layout.num_targets:
         torch.gather(logprobs, 1, targets, out=out[:, : layout.num_targets])
     if layout.statistics:
-        _statistics(x, logprobs, targets[:, :1], layout.statistics, out[:, layout.statistics_columns])
+        _statistics(
+            x, logprobs, targets[:, :1], layout.statistics, out[:, layout.statistics_columns]
+        )
     if layout.top == FULL_VOCABULARY:
         out[:, layout.top_start :] = logprobs
     elif layout.top:

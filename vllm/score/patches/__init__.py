@@ -1,4 +1,4 @@
-"""What a fork would change in vLLM: one module for each amended upstream module, and their register."""
+"""What a fork would change in vLLM: a module for each amended one, and their register."""
 
 from __future__ import annotations
 

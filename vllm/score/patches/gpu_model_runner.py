@@ -34,9 +34,7 @@ def apply(module: ModuleType) -> None:
             }
         return output
 
-    wrapt.wrap_function_wrapper(
-        module, "GPUModelRunner._get_prompt_logprobs_dict", prompt_logprobs
-    )
+    wrapt.wrap_function_wrapper(module, "GPUModelRunner._get_prompt_logprobs_dict", prompt_logprobs)
     wrapt.wrap_function_wrapper(module, "GPUModelRunner.sample_tokens", sample_tokens)
 
 

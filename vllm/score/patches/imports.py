@@ -28,6 +28,19 @@ def when_imported(name: str, hook: Hook) -> None:
         hook(module)
 
 
+def settle(name: str) -> None:
+    """Run the hook of a module that is complete, but that nobody has read yet."""
+    module = sys.modules.get(name)
+    if module is not None:
+        getattr(module, "score_mode", None)
+
+
+def is_complete(name: str) -> bool:
+    """Whether the module `name` is imported, and its import is over."""
+    module = sys.modules.get(name)
+    return module is not None and not _is_initializing(module)
+
+
 def _is_initializing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
@@ -40,7 +53,7 @@ def _when_first_read(module: ModuleType, hook: Hook) -> None:
             spec = ModuleType.__getattribute__(self, "__spec__")
             # Dunder reads are the import machinery's own, some before the module is complete.
             if not attribute.startswith("__") and not getattr(spec, "_initializing", False):
-                self.__class__ = original
+                self.__class__ = original  # type: ignore[assignment]
                 hook(self)
             return original.__getattribute__(self, attribute)
 

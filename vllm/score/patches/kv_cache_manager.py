@@ -32,9 +32,7 @@ def apply(module: ModuleType) -> None:
 
         return call(*args, **kwargs)
 
-    wrapt.wrap_function_wrapper(
-        module, "KVCacheManager.get_computed_blocks", get_computed_blocks
-    )
+    wrapt.wrap_function_wrapper(module, "KVCacheManager.get_computed_blocks", get_computed_blocks)
 
 
 PATCH = Patch(

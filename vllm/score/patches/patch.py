@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
 import wrapt
+
+from vllm.score.patches.imports import is_complete
 
 Role = Literal["front end", "engine core", "worker"]
 State = Literal["not imported", "applied", "failed"]
@@ -55,6 +58,7 @@ class Application:
     state: State = "not imported"
     reason: str = ""
     module: ModuleType | None = field(default=None, repr=False)
+    placed: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def run(self, module: ModuleType, version: str) -> None:
         """Check the contract, apply, read back. Never raises: ordinary vLLM must go on."""
@@ -65,28 +69,48 @@ class Application:
             problem = contract_problem(self.patch, module, version)
             if problem is None:
                 self.patch.apply(module)
+                self.placed = {d: _static(module, d) for d in self.patch.contract}
                 problem = self._lost()
             elif self.patch.refuse is not None:
                 self.patch.refuse(module)
-        except Exception as error:  # noqa: BLE001 - an import of vLLM must not fail by us
+        except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         self.state, self.reason = ("applied", "") if problem is None else ("failed", problem)
 
     def _lost(self) -> str | None:
-        assert self.module is not None
+        if sys.modules.get(self.patch.target) is not self.module:
+            return "the module was imported a second time"
+        try:
+            return self._undone(self.module)
+        except AttributeError as error:
+            return f"what was amended is gone: {error}"
+
+    def _undone(self, module: Any) -> str | None:
         if self.patch.holds is not None:
-            return None if self.patch.holds(self.module) else "the amendment is not in place"
-        for dotted in self.patch.contract:
-            if not isinstance(_static(self.module, dotted), wrapt.FunctionWrapper):
+            return None if self.patch.holds(module) else "the amendment is not in place"
+        for dotted, wrapper in self.placed.items():
+            if not isinstance(wrapper, wrapt.FunctionWrapper):
                 return f"{dotted} is not wrapped"
+            if not _calls(_static(module, dotted), wrapper):
+                return f"{dotted} was replaced after it was wrapped"
         return None
 
     def check(self) -> None:
         """Read back again: another plugin may have undone the amendment since."""
+        problem = None
         if self.state == "applied":
             problem = self._lost()
-            if problem is not None:
-                self.state, self.reason = "failed", problem
+        elif self.state == "not imported" and is_complete(self.patch.target):
+            problem = "the module is imported, but the import hook did not run"
+        if problem is not None:
+            self.state, self.reason = "failed", problem
+
+
+def _calls(function: Any, wrapper: Any) -> bool:
+    """Whether `function` is `wrapper`, or somebody's wrapper around it."""
+    while function is not None and function is not wrapper:
+        function = getattr(function, "__wrapped__", None)
+    return function is wrapper
 
 
 def _static(owner: Any, dotted: str) -> Any:

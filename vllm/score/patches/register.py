@@ -1,4 +1,4 @@
-"""The register of patches, which arming, `vllm-score doctor`, the documentation and the tests read."""
+"""The register of patches, which arming, the doctor, the documents and the tests read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm.score.patches import (
     sampling_params,
     scheduler,
 )
-from vllm.score.patches.imports import when_imported
+from vllm.score.patches.imports import settle, when_imported
 from vllm.score.patches.patch import Application, Patch, Role
 
 REGISTER: tuple[Patch, ...] = (
@@ -51,11 +51,10 @@ def arm() -> None:
     if _applications:
         return
     version = upstream_version()
-    for patch in REGISTER:
-        application = Application(patch)
-        _applications[patch.target] = application
-        when_imported(patch.target, partial(application.run, version=version))
     sampling_params.refuse_when(lambda: front_end_problem())
+    _applications.update({patch.target: Application(patch) for patch in REGISTER})
+    for target, application in _applications.items():
+        when_imported(target, partial(application.run, version=version))
 
 
 def armed() -> bool:
@@ -65,7 +64,8 @@ def armed() -> bool:
 
 def applications() -> list[Application]:
     """The state of every patch in this process, read back now; empty when not armed."""
-    for application in _applications.values():
+    for target, application in _applications.items():
+        settle(target)
         application.check()
     return list(_applications.values())
 

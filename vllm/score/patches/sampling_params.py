@@ -1,4 +1,4 @@
-"""`SamplingParams(score_mode=True)`: the stock class replaced by a subclass with four more fields."""
+"""`SamplingParams(score_mode=True)`: a subclass with four more fields in the stock place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def apply(module: ModuleType) -> None:
 
     base: Any = module.SamplingParams
 
-    class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[misc, call-arg]
+    class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[call-arg]
         __doc__ = base.__doc__
 
         score_mode: bool = False
@@ -37,7 +37,7 @@ def apply(module: ModuleType) -> None:
         """Set at admission, which makes later copies exempt from the checks of user input."""
 
         def __post_init__(self) -> None:
-            asked = self.skip_reading_prefix_cache
+            asked = self.skip_reading_prefix_cache  # type: ignore[has-type]
             super().__post_init__()
             if self.score_mode:
                 # The stock default skips the cache for prompt_logprobs; here a hit is capped at
@@ -126,7 +126,7 @@ def refuse(module: ModuleType) -> None:
     """For a vLLM that the patch does not fit: know the field, and refuse to set it."""
     base: Any = module.SamplingParams
 
-    class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[misc, call-arg]
+    class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[call-arg]
         __doc__ = base.__doc__
 
         score_mode: bool = False
@@ -137,6 +137,12 @@ def refuse(module: ModuleType) -> None:
 
                 raise ScoreModeUnavailable(_problem() or "score mode is off.")
             super().__post_init__()
+
+        @staticmethod
+        def from_optional(*args: Any, score_mode: bool | None = False, **kwargs: Any) -> Any:
+            if score_mode:
+                SamplingParams(score_mode=True)  # raises
+            return base.from_optional(*args, **kwargs)
 
     _take_place(module, SamplingParams)
 

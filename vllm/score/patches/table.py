@@ -1,4 +1,4 @@
-"""The register as Markdown, for SCORE_MODE_IMPLEMENTATION.md: `python -m vllm.score.patches.table`."""
+"""The register as Markdown, for SCORE_MODE_IMPLEMENTATION.md."""
 
 from __future__ import annotations
 

@@ -52,10 +52,16 @@ class BlockStream:
         encode: tokenises a piece of text.
         pieces: the text, cut anyhow.
         block, overlap: in characters.
+        separators: whitespace before which words end; "" for any whitespace.
     """
 
     def __init__(
-        self, encode: Encode, pieces: Iterable[str], block: int = BLOCK, overlap: int = OVERLAP
+        self,
+        encode: Encode,
+        pieces: Iterable[str],
+        block: int = BLOCK,
+        overlap: int = OVERLAP,
+        separators: str = "",
     ) -> None:
         if not 32 <= overlap < block / 2:
             raise ScoreModeError(
@@ -65,6 +71,7 @@ class BlockStream:
         self._pieces = iter(pieces)
         self._block_size = block
         self._overlap = overlap
+        self._separators = separators
         self._pending = ""  # read from the pieces, not yet in the buffer
         self._text = ""  # the text from self._base on, as far as it has been read
         self._base = 0
@@ -115,8 +122,9 @@ class BlockStream:
         return min(found, key=lambda start: abs(start - middle), default=None)
 
     def _word_ends(self, position: int) -> bool:
-        index = position - self._base
-        return self._text[index].isspace() and not self._text[index - 1].isspace()
+        before, after = self._text[position - self._base - 1 : position - self._base + 1]
+        separates = after in self._separators if self._separators else after.isspace()
+        return separates and not before.isspace()
 
     def _tokenize(self, start: int) -> _Block:
         """The block from `start` to as far as the text has been read."""

@@ -4,11 +4,13 @@ The tokenizer adds no special token: what stands in front of a text is said by t
 Special tokens spelled out in the text are recognised, as tokenizer(text) does by default.
 
 A document of a fast tokenizer is tokenised in overlapping blocks (`resync`), so it need not fit
-in memory; a slow tokenizer gives no offsets, and gets each document whole.
+in memory. Whole documents are needed by a slow tokenizer, which gives no offsets, and by a unigram
+model that does not split at spaces.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,7 +61,10 @@ def tokenize_documents(
     for document, group in groupby(pieces, key=lambda piece: piece[0]):
         texts = (_encodable(text, document) for _, text in group)
         if getattr(tokenizer, "is_fast", False):
-            stream = resync.BlockStream(_offset_encoder(tokenizer), texts, block, overlap)
+            separators = _separators(tokenizer)
+            size = block if separators is not None else sys.maxsize
+            encode = _offset_encoder(tokenizer)
+            stream = resync.BlockStream(encode, texts, size, overlap, separators or "")
             for ids, token_texts, text in stream.chunks():
                 yield TokenChunk(document, ids, token_texts, text)
         else:
@@ -94,6 +99,20 @@ def automatic_prefix(tokenizer: Any) -> list[int]:
         if plain and full[start : start + len(plain)] == plain:
             return full[:start]
     return []
+
+
+def _separators(tokenizer: Any) -> str | None:
+    """Before which whitespace a text can be cut ("": any); None: nowhere.
+
+    BPE and word pieces go by ranks, which say the same wherever a word stands. A unigram model
+    adds up float64 scores from the beginning of a word, and a tie can fall either way with the
+    rounding, so that only whole words will do: those its pre-tokenizer makes.
+    """
+    backend = tokenizer.backend_tokenizer
+    if type(backend.model).__name__ != "Unigram":
+        return ""
+    words = backend.pre_tokenizer and backend.pre_tokenizer.pre_tokenize_str("a b")
+    return " " if words and len(words) > 1 else None
 
 
 def _offset_encoder(tokenizer: Any) -> resync.Encode:

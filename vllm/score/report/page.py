@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from html import escape
 
 from vllm.score.perplexity.result import PerplexityResult
 from vllm.score.report.characters import visible, visible_token
 from vllm.score.report.losses import LossSummary
 from vllm.score.report.numbers import count, significant
-from vllm.score.report.plots import draw_curves
 from vllm.score.report.table import LABELS, headline, provenance_rows
 
 _STYLE = """
@@ -27,8 +25,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 """
 
 
-def render_page(result: PerplexityResult, summary: LossSummary) -> str:
-    """Curves (as SVG), the hardest tokens in their context, all figures, and provenance."""
+def render_page(result: PerplexityResult, summary: LossSummary, svg: str) -> str:
+    """A drawing (an <svg> element), the hardest tokens in their context, figures, provenance."""
     title = headline(result).plain
     notes = "".join(f"<p>{escape(note)}</p>" for note in result.notes)
     return f"""<!doctype html>
@@ -36,7 +34,7 @@ def render_page(result: PerplexityResult, summary: LossSummary) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
-{_svg(summary)}
+{svg}
 <h2>Hardest tokens</h2>
 <table><tr><th class="number">loss (nats)</th><th class="number">position</th>
 <th>token, after what precedes it</th></tr>
@@ -50,13 +48,6 @@ def render_page(result: PerplexityResult, summary: LossSummary) -> str:
 {notes}
 </body></html>
 """
-
-
-def _svg(summary: LossSummary) -> str:
-    buffer = io.StringIO()
-    draw_curves(summary).savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]  # without the declarations of a file of its own
 
 
 def _hardest_rows(summary: LossSummary) -> str:

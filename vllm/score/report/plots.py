@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.result import PerplexityResult
 from vllm.score.report.characters import visible, visible_token
 from vllm.score.report.losses import LossSummary, summarize
 from vllm.score.report.numbers import count, significant
+from vllm.score.report.page import render_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,45 +46,56 @@ _STYLE = {
 def write_plot(result: PerplexityResult, path: Path) -> None:
     """Draw a result into a .png file, or with a table of the hardest tokens into a .html page.
 
-    Any other ending is a .png's content; callers check the ending beforehand (`FORMATS`).
+    Raises:
+        ScoreModeError: for another ending.
     """
-    summary = summarize(result)
-    if path.suffix.lower() == ".html":
-        from vllm.score.report.page import render_page
+    from matplotlib import rc_context
 
-        path.write_text(render_page(result, summary), encoding="utf-8")
-    else:
-        draw_all(result, summary).savefig(path, format="png", dpi=150)
+    check_format(path)
+    summary = summarize(result)
+    with rc_context(_STYLE):
+        if path.suffix.lower() == ".png":
+            draw_all(result, summary).savefig(path, dpi=150)
+            return
+        drawing = io.StringIO()
+        draw_curves(summary).savefig(drawing, format="svg", metadata={"Date": None})
+    svg = drawing.getvalue()
+    svg = svg[svg.index("<svg") :]  # without the declarations of a file of its own
+    path.write_text(render_page(result, summary, svg), encoding="utf-8")
+
+
+def check_format(path: Path) -> None:
+    """Raise ScoreModeError for a file whose ending is not one of `FORMATS`."""
+    if path.suffix.lower() not in FORMATS:
+        raise ScoreModeError(
+            f"plot is {str(path)!r}; a drawing can be written as .png or .html, name such a file"
+        )
 
 
 def draw_all(result: PerplexityResult, summary: LossSummary) -> Figure:
     """Losses along the text, their distribution, the hardest tokens: one picture."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(12, 7.8), layout="constrained")
-        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
-        draw_along_text(figure.add_subplot(grid[0, :]), summary)
-        draw_distribution(figure.add_subplot(grid[1, 0]), summary)
-        draw_hardest(figure.add_subplot(grid[1, 1]), summary)
-        figure.suptitle(_title(result), fontsize=12, x=0.01, ha="left")
-        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
-        return figure
+    figure = Figure(figsize=(12, 7.8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
+    draw_along_text(figure.add_subplot(grid[0, :]), summary)
+    draw_distribution(figure.add_subplot(grid[1, 0]), summary)
+    draw_hardest(figure.add_subplot(grid[1, 1]), summary)
+    figure.suptitle(_title(result), fontsize=12, x=0.01, ha="left")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
+    return figure
 
 
 def draw_curves(summary: LossSummary) -> Figure:
     """Losses along the text above their distribution."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(10, 6.5), layout="constrained")
-        upper, lower = figure.subplots(2, 1)
-        draw_along_text(upper, summary)
-        draw_distribution(lower, summary)
-        figure.get_layout_engine().set(h_pad=0.12)
-        return figure
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    draw_along_text(upper, summary)
+    draw_distribution(lower, summary)
+    figure.get_layout_engine().set(h_pad=0.12)
+    return figure
 
 
 def draw_along_text(axes: Axes, summary: LossSummary) -> None:

@@ -65,7 +65,8 @@ def _checked(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarr
         return np.zeros(0, dtype=np.int64)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ScoreModeError(
-            f"token_ids has shape {ids.shape} and dtype {ids.dtype}; it must be a vector of integers"
+            f"token_ids has shape {ids.shape} and dtype {ids.dtype}; it must be a vector of "
+            "integers"
         )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:

@@ -170,7 +170,7 @@ def _configuration(
 def _draw_weights(
     model: PreTrainedModel, architecture: str, *, logit_std: float, seed: int
 ) -> None:
-    """Fill every parameter; each has a generator of its own, so that their order does not matter."""
+    """Fill every parameter, each from a generator of its own: their order does not matter."""
     import torch
 
     embedding = model.get_input_embeddings().weight

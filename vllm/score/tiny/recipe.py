@@ -38,9 +38,10 @@ class Recipe:
         hidden_size, intermediate_size, num_layers, head_dim: of the Llama architecture.
         max_position_embeddings: longest sequence the model takes, in tokens.
         phases: batches and steps, in order.
-        learning_rate: peak, of every matrix in the layers; linear warm-up, then linear to zero.
+        learning_rate: peak, of every matrix in the layers; linear warm-up, then linear to
+            zero, by tokens seen.
         embedding_rate_factor: how much faster the embedding and the head learn.
-        warmup_fraction: share of the steps until the peak.
+        warmup_fraction: share of the tokens until the peak, in [0, 1).
         weight_decay: of the matrices.
         init_std: standard deviation of the initial weights.
         held_out_fraction: expected share of the packages kept out of the training.
@@ -73,6 +74,10 @@ class Recipe:
             raise ScoreModeError(
                 f"hidden_size is {self.hidden_size}; it must be a multiple of head_dim, "
                 f"{self.head_dim}"
+            )
+        if not 0.0 <= self.warmup_fraction < 1.0:
+            raise ScoreModeError(
+                f"warmup_fraction is {self.warmup_fraction}; it must be at least 0 and below 1"
             )
         if not self.phases:
             raise ScoreModeError("phases is empty; at least one phase of training is needed")

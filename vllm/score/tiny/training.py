@@ -52,9 +52,7 @@ def train(
     return model.eval(), float(np.mean(tail))
 
 
-def held_out_nats(
-    model: LlamaForCausalLM, token_ids: np.ndarray, window: int
-) -> tuple[float, int]:
+def held_out_nats(model: LlamaForCausalLM, token_ids: np.ndarray, window: int) -> tuple[float, int]:
     """Negative log-likelihood of a stream in windows that do not overlap.
 
     Args:
@@ -120,21 +118,24 @@ def _optimise(
         disable=None if progress else True,
     )
     with bar, Replicas(model) as replicas:
-        for step, batch in enumerate(_batches(token_ids, recipe)):
-            factor = _rate_factor(step, recipe)
+        seen = 0
+        for batch in _batches(token_ids, recipe):
+            tokens = batch[:, 1:].numel()
+            factor = _rate_factor(seen, seen + tokens, recipe)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             loss = replicas.backward(batch)
             if not math.isfinite(loss):
                 raise ScoreModeError(
-                    f"the loss is {loss} at step {step}; lower learning_rate, which is "
+                    f"the loss is {loss} after {seen} tokens; lower learning_rate, which is "
                     f"{recipe.learning_rate}"
                 )
             torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM)
             optimiser.step()
             optimiser.zero_grad()
             losses.append(loss)
-            bar.update(batch[:, 1:].numel())
+            seen += tokens
+            bar.update(tokens)
     return losses
 
 
@@ -152,10 +153,15 @@ def _optimiser(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, betas=_ADAM_BETAS, fused=True)
 
 
-def _rate_factor(step: int, recipe: Recipe) -> float:
-    """Linear from 0 to 1 over the warm-up, then linear to 0 after the last step."""
-    warmup = max(1, round(recipe.warmup_fraction * recipe.steps))
-    return min((step + 1) / warmup, (recipe.steps - step) / max(1, recipe.steps - warmup))
+def _rate_factor(before: int, after: int, recipe: Recipe) -> float:
+    """Linear from 0 to 1 over the warm-up, then linear to 0 at the last token.
+
+    Counted in tokens, not in steps: the long sequences at the end come in few, large steps, and
+    would else be seen when hardly anything is learned any more.
+    """
+    warmup = recipe.warmup_fraction * recipe.tokens
+    falling = (recipe.tokens - before) / (recipe.tokens - warmup)
+    return min(falling, after / warmup if warmup else 1.0)
 
 
 def _batches(token_ids: np.ndarray, recipe: Recipe) -> Iterator[torch.Tensor]:

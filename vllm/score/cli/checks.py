@@ -1,0 +1,161 @@
+"""Refusals of `vllm-score perplexity` that need no engine: field, value, remedy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm.score.data import Source
+from vllm.score.errors import ScoreModeError
+from vllm.score.perplexity import conventions as known
+from vllm.score.perplexity.job import prepare
+from vllm.score.perplexity.plans import BOS_RULES, ScoringPlan
+from vllm.score.perplexity.run import GROUP_TOKENS
+from vllm.score.perplexity.stream import TextStream
+from vllm.score.perplexity.windows import SlidingWindows
+
+
+def check_sizes(
+    *, context_length: int, stride: int, bos: str, conventions: Sequence[str], **positive: int | None
+) -> None:
+    """Windows, BOS rule and conventions that exist; numbers of at least 1."""
+    SlidingWindows(context_length, stride)
+    if bos not in BOS_RULES:
+        raise ScoreModeError(f"--bos is {bos!r}; it must be one of {', '.join(BOS_RULES)}")
+    known.longest_prompt(conventions, context_length)
+    for field, value in positive.items():
+        if value is not None and value < 1:
+            option = "--" + field.replace("_", "-")
+            raise ScoreModeError(f"{option} is {value}; it must be at least 1")
+
+
+def check_store(store: Path | None, resume: bool) -> None:
+    """`--resume` needs a store; without it the store must be empty or new."""
+    if store is None:
+        if resume:
+            raise ScoreModeError(
+                "--resume is given without --store; name the directory of the run to go on with"
+            )
+        return
+    if store.exists() and not store.is_dir():
+        raise ScoreModeError(f"--store {str(store)!r} is a file; name a directory")
+    if (store / "manifest.json").exists() and not resume:
+        raise ScoreModeError(
+            f"--store {str(store)!r} already holds a run; add --resume to go on with it, or name "
+            "another directory"
+        )
+    existing = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
+    _check_writable("--store", store, existing)
+
+
+def check_output(option: str, path: Path | None, endings: Sequence[str]) -> None:
+    """A file that can be written, with an ending that says what it is to hold."""
+    if path is None:
+        return
+    if path.suffix.lower() not in endings:
+        raise ScoreModeError(
+            f"{option} {str(path)!r} ends in {path.suffix or 'nothing'!r}; name a file that ends in "
+            f"{' or '.join(endings)}"
+        )
+    if path.is_dir():
+        raise ScoreModeError(f"{option} {str(path)!r} is a directory; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ScoreModeError(
+            f"{option} {str(path)!r} lies in a directory that does not exist; make it first"
+        )
+    _check_writable(option, path, path.absolute().parent)
+
+
+def check_fits_model(
+    limit: int | None, model: str, *, context_length: int, conventions: Sequence[str]
+) -> None:
+    """Every window within what the model's configuration allows."""
+    if limit is None:
+        return
+    if context_length > limit:
+        raise ScoreModeError(
+            f"--context-length is {context_length}, more than the {limit} tokens that {model!r} "
+            f"takes (max_position_embeddings); pass --context-length {limit} or less"
+        )
+    for name in (n for asked in conventions for n in ([*known.CONVENTIONS] if asked == "all" else [asked])):
+        size = known.longest_prompt([name], 1)
+        if size > limit:
+            bare = name.partition(":")[0]
+            raise ScoreModeError(
+                f"--convention {name!r} has windows of {size} tokens, more than the {limit} that "
+                f"{model!r} takes (max_position_embeddings); ask for {bare}:{limit} or less"
+            )
+
+
+def check_text(source: Source) -> None:
+    """A text that can be read and is not empty. Reads up to its first character."""
+    if not any(text for _, text in source.pieces()):
+        raise ScoreModeError(f"the text ({source.name}) is empty; there is nothing to score")
+
+
+def check_job(
+    source: Source,
+    tokenizer: Any,
+    *,
+    context_length: int,
+    stride: int,
+    bos: str,
+    separator: str | None,
+    conventions: Sequence[str],
+    limit: int | None,
+) -> None:
+    """What needs the tokenizer: a BOS where one is asked for, a text long enough for each plan.
+
+    Reads as much of the text as the first windows need.
+    """
+    job = prepare(
+        source,
+        tokenizer,
+        context_length=context_length,
+        stride=stride,
+        bos=bos,
+        separator=separator,
+        conventions=conventions,
+        max_tokens=limit,
+        group_tokens=GROUP_TOKENS,
+    )
+
+    def has_window(plan: ScoringPlan) -> bool:
+        stream = TextStream(job.chunks(plan))
+        windows = stream.windows(
+            plan.windows,
+            prefix=plan.prefix,
+            every_window=plan.every_window,
+            replace_first=plan.replace_first,
+        )
+        return next(windows, None) is not None
+
+    if not has_window(job.plan):
+        raise ScoreModeError(
+            f"the text ({source.name}) has no token with a token of context; give a longer text, "
+            "or --bos start"
+        )
+    for request in job.conventions:
+        try:
+            enough = has_window(request.plan)
+        except ScoreModeError as error:
+            raise ScoreModeError(f"--convention {request.label}: {error}") from error
+        if not enough:
+            raise ScoreModeError(
+                f"--convention {request.label}: the text ({source.name}) is too short for its "
+                "windows; give a longer text, or leave the convention out"
+            )
+
+
+def _check_writable(option: str, path: Path, directory: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+        if path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        raise ScoreModeError(
+            f"{option} {str(path)!r} cannot be written ({error.strerror or error}); name another "
+            "place"
+        ) from error
