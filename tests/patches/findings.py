@@ -21,7 +21,7 @@ def check_findings(found: dict[str, Any]) -> None:
     assert found["states"] == {patch.target: ["applied", ""] for patch in REGISTER}
     assert found["problems"] == [None, None, None]
     assert found["holders"] and all(found["holders"].values()), found["holders"]
-    assert found["other classes of that name"] == []
+    assert found["modules with the stock class"] == []
     assert found["copies"]
     for name, copy in found["copies"].items():
         assert copy == COPY, name

@@ -16,7 +16,6 @@ ORDERS = (
     "import vllm",
     "import vllm.sampling_params",
     "from vllm import LLM",
-    "import vllm.score",
     "from vllm.score import score",
     "import vllm.v1.engine.core",
     "from vllm.v1.engine.async_llm import AsyncLLM",

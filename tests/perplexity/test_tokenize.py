@@ -45,7 +45,7 @@ def chunks_of(tokenizer: Any, text: str, **sizes: int) -> list[TokenChunk]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=odd_texts())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_stream_equals_whole(name: str, text: str) -> None:
     tokenizer = tokenizer_named(name)
     chunks = chunks_of(tokenizer, text)
@@ -70,7 +70,7 @@ def test_prose_goes_through_in_many_blocks(name: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a" * 20_000, "1" * 20_001, " " * 20_000, "漢" * 5_000, "x" * 9_000 + " " + "y" * 9_000],
+    ["a" * 8_000, "1" * 8_001, " " * 8_000, "漢" * 3_000, "x" * 4_000 + " " + "y" * 4_000],
     ids=["letters", "digits", "spaces", "no spaces", "two words"],
 )
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -69,11 +69,10 @@ print(
                 is ours,
                 "EngineCoreRequest": ours in typing.get_args(annotation),
             },
-            "other classes of that name": [
+            "modules with the stock class": [
                 name
                 for name, module in sorted(sys.modules.items())
-                if name.partition(".")[0] == "vllm"
-                and vars(module).get("SamplingParams", ours) is not ours
+                if any(value is ours.__base__ for value in vars(module).values())
             ],
             "copies": {
                 "constructed": facts(params),

@@ -18,7 +18,12 @@ from vllm.score.perplexity.windows import SlidingWindows
 
 
 def check_sizes(
-    *, context_length: int, stride: int, bos: str, conventions: Sequence[str], **positive: int | None
+    *,
+    context_length: int,
+    stride: int,
+    bos: str,
+    conventions: Sequence[str],
+    **positive: int | None,
 ) -> None:
     """Windows, BOS rule and conventions that exist; numbers of at least 1."""
     SlidingWindows(context_length, stride)
@@ -56,8 +61,8 @@ def check_output(option: str, path: Path | None, endings: Sequence[str]) -> None
         return
     if path.suffix.lower() not in endings:
         raise ScoreModeError(
-            f"{option} {str(path)!r} ends in {path.suffix or 'nothing'!r}; name a file that ends in "
-            f"{' or '.join(endings)}"
+            f"{option} {str(path)!r} is not of the kind that is written; name a "
+            f"file that ends in {' or '.join(endings)}"
         )
     if path.is_dir():
         raise ScoreModeError(f"{option} {str(path)!r} is a directory; name a file")
@@ -69,23 +74,25 @@ def check_output(option: str, path: Path | None, endings: Sequence[str]) -> None
 
 
 def check_fits_model(
-    limit: int | None, model: str, *, context_length: int, conventions: Sequence[str]
+    longest: int | None, model: str, context_length: int, conventions: Sequence[str]
 ) -> None:
-    """Every window within what the model's configuration allows."""
-    if limit is None:
+    """Every window within the `longest` that the model's configuration allows (None: unknown)."""
+    if longest is None:
         return
-    if context_length > limit:
+    takes = f"more than the {longest} tokens that {model!r} takes (max_position_embeddings)"
+    if context_length > longest:
         raise ScoreModeError(
-            f"--context-length is {context_length}, more than the {limit} tokens that {model!r} "
-            f"takes (max_position_embeddings); pass --context-length {limit} or less"
+            f"--context-length is {context_length}, {takes}; pass "
+            f"--context-length {longest} or less"
         )
-    for name in (n for asked in conventions for n in ([*known.CONVENTIONS] if asked == "all" else [asked])):
-        size = known.longest_prompt([name], 1)
-        if size > limit:
+    listed = [*known.CONVENTIONS] if "all" in conventions else conventions
+    for name in listed:
+        size = known.longest_prompt([name], context_length)
+        if size > longest:
             bare = name.partition(":")[0]
             raise ScoreModeError(
-                f"--convention {name!r} has windows of {size} tokens, more than the {limit} that "
-                f"{model!r} takes (max_position_embeddings); ask for {bare}:{limit} or less"
+                f"--convention {name} has windows of {size} tokens, {takes}; ask for "
+                f"{bare}:{longest} or less"
             )
 
 
@@ -104,12 +111,14 @@ def check_job(
     bos: str,
     separator: str | None,
     conventions: Sequence[str],
-    limit: int | None,
+    max_tokens: int | None,
 ) -> None:
     """What needs the tokenizer: a BOS where one is asked for, a text long enough for each plan.
 
-    Reads as much of the text as the first windows need.
+    Reads as much of the text as the first windows need. Without a tokenizer the run itself checks.
     """
+    if tokenizer is None:
+        return
     job = prepare(
         source,
         tokenizer,
@@ -118,7 +127,7 @@ def check_job(
         bos=bos,
         separator=separator,
         conventions=conventions,
-        max_tokens=limit,
+        max_tokens=max_tokens,
         group_tokens=GROUP_TOKENS,
     )
 

@@ -22,6 +22,9 @@ def doctor(
     Starts a tiny engine in its own process, asks every process for its state, and compares a few
     scores with Hugging Face. Exit code 1 if scores would be refused or are wrong.
     """
+    from vllm.score.cli.engine import quieten
+
+    quieten()
     statuses = [front_end_status()]
     check = None
     if not quick and statuses[0]["problem"] is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def open_llm(
     Raises:
         ScoreModeError: the model cannot be loaded as asked.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    quieten()
     settings = {name: value for name, value in options.items() if value is not None}
     parallel = int(settings.get("tensor_parallel_size", 1))
     if in_process and parallel == 1:
@@ -46,6 +48,9 @@ def open_llm(
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    # The V2 runner, a GPU's default, has no patch yet.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    settings.setdefault("use_tqdm_on_load", False)
     settings.update(model=model, dtype=dtype, max_model_len=context_length)
     if low_memory:
         settings.setdefault("max_num_seqs", 4)
@@ -64,6 +69,24 @@ def open_llm(
     elif enforce_eager is not None:
         settings["enforce_eager"] = enforce_eager
     return LLM(**settings)
+
+
+def quieten() -> None:
+    """Errors only from vLLM and its libraries, here and in child processes.
+
+    The user's own VLLM_LOGGING_LEVEL counts more.
+    """
+    if "VLLM_LOGGING_LEVEL" in os.environ:
+        return
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def cpu_cache_bytes(

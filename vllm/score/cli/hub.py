@@ -1,8 +1,9 @@
-"""The model's configuration, from this machine or the hub, before the engine needs it."""
+"""The model's configuration and tokenizer, from this machine or the hub, without an engine."""
 
 from __future__ import annotations
 
 import os
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,10 +17,10 @@ _PROBE_SECONDS = 5.0
 def go_offline_if_unreachable() -> bool:
     """Switch the Hugging Face libraries to what is on this machine where the hub does not answer.
 
-    They would otherwise retry for minutes before they look. Works only before they are imported;
-    returns whether they are offline, by this or by the user's HF_HUB_OFFLINE.
+    They would otherwise retry for minutes before they look. Returns whether they are offline, by
+    this or by the user's HF_HUB_OFFLINE.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO", "OFF"):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return True
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
@@ -29,14 +30,17 @@ def go_offline_if_unreachable() -> bool:
     except urllib.error.HTTPError:
         return False  # somebody answered
     except (OSError, ValueError):
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        return True
+        pass
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for processes yet to come
+    if "huggingface_hub" in sys.modules:  # has read the environment already
+        sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+    return True
 
 
 def model_config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """The configuration (`transformers`) of the part of a model that reads text.
+    """The configuration of the part of a model that reads text, as vLLM reads it.
 
-    None where the model is a single file, whose configuration only the engine reads.
+    None where the model is a single file, which only the engine opens.
 
     Raises:
         ScoreModeError: there is no such model, or it cannot be had.
@@ -46,31 +50,30 @@ def model_config(model: str, *, revision: str | None, trust_remote_code: bool) -
         return None
     offline = False
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "params.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "params.json")):
             raise ScoreModeError(
                 f"model {model!r} is a folder without a config.json; name the folder of a model in "
                 "the format of Hugging Face"
             )
     elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ScoreModeError(f"model {model!r} does not exist; name a folder, or a model of the hub")
+        raise ScoreModeError(
+            f"model {model!r} does not exist; name a folder, or a model of the hub"
+        )
     else:
         offline = go_offline_if_unreachable()
-    from transformers import AutoConfig
+    from vllm.transformers_utils.config import get_config
 
     try:
-        config = AutoConfig.from_pretrained(
-            model, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
+        config = get_config(model, trust_remote_code=trust_remote_code, revision=revision)
+    except Exception as error:  # of transformers, the hub and vLLM, and of the model's own code
         if offline:
             raise ScoreModeError(
-                f"model {model!r} is not on this machine and the Hugging Face Hub cannot be reached "
-                "(or HF_HUB_OFFLINE is set); fetch it elsewhere and name its folder, or set "
-                "HF_ENDPOINT to a mirror"
+                f"model {model!r} is not on this machine and the Hugging Face Hub cannot be "
+                "reached (or HF_HUB_OFFLINE is set); fetch it elsewhere and name its folder, or "
+                "set HF_ENDPOINT to a mirror"
             ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScoreModeError(
-            f"model {model!r} cannot be loaded: {reason.rstrip('.')}; give a folder with a "
+            f"model {model!r} cannot be loaded: {_first_line(error)}; give a folder with a "
             "config.json, or the name of a model of the hub"
         ) from error
     return config.get_text_config()
@@ -90,3 +93,26 @@ def longest_context(config: Any) -> int | None:
         if part.get("rope_type") in ("linear", "dynamic"):
             factors.append(float(part.get("factor") or 1.0))
     return int(positions * max(factors))
+
+
+def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer that the engine will use; None for a single file, which only it opens.
+
+    Raises:
+        ScoreModeError: it cannot be loaded.
+    """
+    if Path(name).is_file():
+        return None
+    from vllm.tokenizers import get_tokenizer
+
+    try:
+        return get_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise ScoreModeError(
+            f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}; name another with "
+            "--tokenizer"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

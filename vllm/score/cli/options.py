@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 TEXT, WINDOWS, ENGINE, LONG, OUTPUT = "Text", "Windows", "Engine", "Long runs", "Output"
 
 ModelArgument = Annotated[
-    Optional[str],
+    str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Name or folder of the model. Without one: a small model made on this machine.",
         show_default=False,
     ),
 ]
 Model = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--model", metavar="MODEL", help="The same as MODEL.", show_default=False),
 ]
 
 Dataset = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--dataset",
         metavar="NAME",
@@ -32,7 +32,7 @@ Dataset = Annotated[
     ),
 ]
 DatasetConfig = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--dataset-config",
         metavar="CONFIG",
@@ -41,17 +41,21 @@ DatasetConfig = Annotated[
     ),
 ]
 Split = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
-        "--split", help="Split of the dataset.  [default: test]", rich_help_panel=TEXT
+        "--split",
+        metavar="NAME",
+        help="Split of the dataset.",
+        show_default="test",
+        rich_help_panel=TEXT,
     ),
 ]
 DirectText = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--text", metavar="TEXT", help="The text itself.", rich_help_panel=TEXT),
 ]
 File = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--file",
         metavar="PATH",
@@ -61,11 +65,12 @@ File = Annotated[
     ),
 ]
 TextColumn = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--text-column",
         metavar="NAME",
-        help="Column that holds the text.  [default: text]",
+        help="Column that holds the text.",
+        show_default="text",
         rich_help_panel=TEXT,
     ),
 ]
@@ -78,7 +83,7 @@ SeparateDocuments = Annotated[
     ),
 ]
 Limit = Annotated[
-    Optional[int],
+    int | None,
     typer.Option(
         "--limit",
         metavar="TOKENS",
@@ -115,7 +120,7 @@ Bos = Annotated[
     ),
 ]
 Conventions = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--convention",
         metavar="NAME",
@@ -135,7 +140,7 @@ Dtype = Annotated[
     ),
 ]
 Quantization = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--quantization",
         "-q",
@@ -155,13 +160,13 @@ TensorParallelSize = Annotated[
     ),
 ]
 MaxNumSeqs = Annotated[
-    Optional[int],
+    int | None,
     typer.Option(
         "--max-num-seqs", metavar="N", help="Windows in a batch at most.", rich_help_panel=ENGINE
     ),
 ]
 MaxNumBatchedTokens = Annotated[
-    Optional[int],
+    int | None,
     typer.Option(
         "--max-num-batched-tokens",
         metavar="N",
@@ -170,7 +175,7 @@ MaxNumBatchedTokens = Annotated[
     ),
 ]
 GpuMemoryUtilization = Annotated[
-    Optional[float],
+    float | None,
     typer.Option(
         "--gpu-memory-utilization",
         metavar="SHARE",
@@ -179,10 +184,10 @@ GpuMemoryUtilization = Annotated[
     ),
 ]
 EnforceEager = Annotated[
-    Optional[bool],
+    bool,
     typer.Option(
-        "--enforce-eager/--no-enforce-eager",
-        help="Compile nothing.  [default: on a CPU]",
+        "--enforce-eager",
+        help="Compile nothing (as always on a CPU).",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -203,7 +208,7 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Revision = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--revision",
         metavar="NAME",
@@ -212,7 +217,7 @@ Revision = Annotated[
     ),
 ]
 Tokenizer = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--tokenizer",
         metavar="NAME",
@@ -222,7 +227,7 @@ Tokenizer = Annotated[
 ]
 
 StoreDirectory = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--store",
         metavar="DIR",
@@ -244,7 +249,7 @@ Json = Annotated[
     ),
 ]
 Output = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--output",
         metavar="FILE.parquet",
@@ -253,7 +258,7 @@ Output = Annotated[
     ),
 ]
 Plot = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--plot",
         metavar="FILE.png|.html",
@@ -263,7 +268,5 @@ Plot = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "--quiet", help="No progress on standard error.", rich_help_panel=OUTPUT
-    ),
+    typer.Option("--quiet", help="No progress on standard error.", rich_help_panel=OUTPUT),
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -36,7 +36,7 @@ def perplexity(
     max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     gpu_memory_utilization: options.GpuMemoryUtilization = None,
-    enforce_eager: options.EnforceEager = None,
+    enforce_eager: options.EnforceEager = False,
     low_memory: options.LowMemory = False,
     trust_remote_code: options.TrustRemoteCode = False,
     revision: options.Revision = None,
@@ -59,9 +59,11 @@ def perplexity(
     --dataset-config wikitext-2-raw-v1 --convention all
     """
     from vllm.score.cli import checks
-    from vllm.score.cli.hub import longest_context, model_config
+    from vllm.score.cli.engine import open_llm
+    from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.sources import TextOptions
     from vllm.score.cli.streams import quiet_engine, results_stream
+    from vllm.score.data import file_source
 
     conventions = convention or []
     model = _one_model(model, model_option)
@@ -79,8 +81,7 @@ def perplexity(
     checks.check_store(store, resume)
     checks.check_output("--output", output, (".parquet",))
     checks.check_output("--plot", plot, (".png", ".html"))
-
-    settings = {
+    settings: dict[str, Any] = {
         "context_length": context_length,
         "stride": stride,
         "bos": bos,
@@ -88,19 +89,103 @@ def perplexity(
         "conventions": conventions,
         "max_tokens": limit,
     }
+    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
 
     with results_stream() as results:
         quiet_engine()
         embedded = None
-        source = texts.open() if texts.given or model else None
+        if texts.given or model is not None:
+            source = texts.open()
         if model is None:
+            from vllm.score.tiny.embedded import embedded_model
+
             embedded = embedded_model(progress=not quiet)
             model = str(embedded.directory)
-            # vLLM's "auto" would round the float32 weights to bfloat16.
+            # vLLM's "auto" would round its float32 weights to bfloat16.
             dtype = "float32" if dtype == "auto" else dtype
-            source = source or file_source(embedded.held_out_text)
-        loaded = {"trust_remote_code": trust_remote_code, "revision": revision}
-        limits = longest_context(model_config(model, **loaded))
-        checks.check_fits_model(limits, model, context_length, conventions)
+            if not texts.given:
+                source = file_source(embedded.held_out_text)
+        longest = longest_context(model_config(model, **loading))
+        checks.check_fits_model(longest, model, context_length, conventions)
         checks.check_text(source)
-        checks.check_job(source, _tokenizer(tokenizer or model, **loaded), **settings)
+        checks.check_job(source, load_tokenizer(tokenizer or model, **loading), **settings)
+
+        from vllm.score.perplexity import longest_prompt
+        from vllm.score.perplexity import perplexity as run
+
+        llm = open_llm(
+            model,
+            context_length=longest_prompt(conventions, context_length),
+            dtype=dtype,
+            quantization=quantization,
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager or None,
+            low_memory=low_memory,
+            tokenizer=tokenizer,
+            use_tqdm_on_load=not quiet,
+            **loading,
+        )
+        result = run(llm, source, store=store, resume=resume, use_tqdm=not quiet, **settings)
+        _report(result, _baselines(result, embedded), results, as_json=as_json)
+        _write_files(result, output, plot, quiet=quiet)
+
+
+def _one_model(argument: str | None, option: str | None) -> str | None:
+    from vllm.score.errors import ScoreModeError
+
+    if argument == "-":
+        raise ScoreModeError("model is '-'; standard input is named by --file -")
+    if argument is not None and option not in (None, argument):
+        raise ScoreModeError(f"two models are named, {argument!r} and --model {option!r}; name one")
+    return option if argument is None else argument
+
+
+def _baselines(result: PerplexityResult, embedded: EmbeddedModel | None) -> list[Baseline]:
+    """Guesses without a model, on the same tokens; known for the embedded model only, whose
+    training text is at hand."""
+    if embedded is None:
+        return []
+    from vllm.score.report.baseline import Baseline
+
+    nats = 0.0
+    for batch in result.batches():
+        ids = batch.column("token_id").to_numpy()
+        nats += len(ids) * math.log(embedded.unigram_perplexity(ids))
+    unigram = math.exp(nats / result.provenance.scored_tokens)
+    return [
+        Baseline("Unigram", "by the frequencies of the tokens in the training text", unigram),
+        Baseline("Uniform", "every token as likely as another", embedded.uniform_perplexity()),
+    ]
+
+
+def _report(
+    result: PerplexityResult, baselines: list[Baseline], stream: TextIO, *, as_json: bool
+) -> None:
+    if as_json:
+        from vllm.score.report.machine import to_json
+
+        print(to_json(result, baselines), file=stream, flush=True)
+        return
+    from rich.console import Console
+
+    from vllm.score.report.table import print_result
+
+    print_result(result, Console(file=stream, highlight=False), baselines)
+    stream.flush()
+
+
+def _write_files(
+    result: PerplexityResult, output: Path | None, plot: Path | None, *, quiet: bool
+) -> None:
+    if output is not None:
+        result.write_parquet(output)
+    if plot is not None:
+        from vllm.score.report.plots import write_plot
+
+        write_plot(result, plot)
+    for path in (output, plot):
+        if path is not None and not quiet:
+            print(f"wrote {path}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
@@ -41,10 +42,14 @@ def results_stream() -> Iterator[TextIO]:
 
 
 def quiet_engine() -> None:
-    """vLLM's warnings and errors only, unless the user has set VLLM_LOGGING_LEVEL."""
+    """Only errors from vLLM and no announcements of changes to libraries, unless the user has set
+    VLLM_LOGGING_LEVEL or PYTHONWARNINGS."""
     if "VLLM_LOGGING_LEVEL" not in os.environ:
-        os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"  # for processes yet to come
-        logging.getLogger("vllm").setLevel(logging.WARNING)
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # for processes yet to come
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch
 
 from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 
-# A block of float32 rows that stays in a core's L2 cache: the reduction is memory-bound, and a
-# block is read several times.
-CACHE_BLOCK_BYTES = 2 << 20
+# Bytes of a block of float32 rows. On a CPU it stays in the caches, because it is read several
+# times; on a GPU it bounds the temporaries, of which the statistics need half a dozen.
+BLOCK_BYTES = {"cpu": 2 << 20, "other": 16 << 20}
 
 
 def reduce_logits(logits: torch.Tensor, targets: torch.Tensor, layout: RowLayout) -> torch.Tensor:
@@ -27,9 +27,8 @@ def reduce_logits(logits: torch.Tensor, targets: torch.Tensor, layout: RowLayout
     """
     rows, vocab_size = logits.shape
     out = torch.empty(rows, layout.width(vocab_size), dtype=torch.float32, device=logits.device)
-    block = rows
-    if logits.device.type == "cpu":
-        block = max(1, CACHE_BLOCK_BYTES // (4 * vocab_size))
+    budget = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["other"])
+    block = max(1, budget // (4 * vocab_size))
     for first in range(0, rows, block):
         part = slice(first, first + block)
         _reduce_block(logits[part], targets[part], layout, out[part])

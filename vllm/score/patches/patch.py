@@ -108,9 +108,13 @@ class Application:
 
 def _calls(function: Any, wrapper: Any) -> bool:
     """Whether `function` is `wrapper`, or somebody's wrapper around it."""
-    while function is not None and function is not wrapper:
+    while function is not None:
+        # Read through the class, a wrapt wrapper is a bound one, which knows its parent. Identity:
+        # a wrapt wrapper is equal to what it wraps.
+        if function is wrapper or getattr(function, "_self_parent", None) is wrapper:
+            return True
         function = getattr(function, "__wrapped__", None)
-    return function is wrapper
+    return False
 
 
 def _static(owner: Any, dotted: str) -> Any:

@@ -14,9 +14,7 @@ def visible(text: str, drawable: Callable[[str], bool] = str.isprintable) -> str
     Args:
         drawable: whether a character can be shown (by a font).
     """
-    return "".join(
-        _MARKS.get(char) or (char if drawable(char) else _escape(char)) for char in text
-    )
+    return "".join(_MARKS.get(char) or (char if drawable(char) else _escape(char)) for char in text)
 
 
 def visible_token(

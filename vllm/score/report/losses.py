@@ -46,7 +46,7 @@ class HardToken:
 class LossSummary:
     """Losses are nats per token.
 
-    mean: exact, in float64; median: to 0.001 nats.
+    mean: exact, in float64; median: to 0.001 nats (the lower one of an even number).
     block_position: float64 [b], mean position of a block's tokens in the text.
     block_mean, block_low, block_high: float64 [b], mean, 10th and 90th percentile of each block.
     positions, losses: int64 and float64 [n] of each token, where there are at most `MOST_POINTS`;
@@ -68,18 +68,18 @@ class LossSummary:
     counts: np.ndarray
     hardest: tuple[HardToken, ...]
 
-    def histogram(self, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
-        """Share of the tokens by loss, from 0 to the largest loss.
+    def histogram(self, bins: int = 60, covered: float = 0.999) -> tuple[np.ndarray, np.ndarray]:
+        """Share of the tokens by loss, from 0 to a loss that at least `covered` of them keep to:
+        a few far out would press the others together.
 
         Returns:
             edges: float64 [bins + 1], nats.
-            shares: float64 [bins], summing to 1.
+            shares: float64 [bins]; 1 minus their sum lies beyond the last edge.
         """
-        last = min(len(self.counts), int(self.largest / _STEP) + 1)
-        width = -(-last // bins)
-        padded = np.zeros(width * bins, dtype=np.int64)
-        padded[:last] = self.counts[:last]
-        shares = padded.reshape(bins, width).sum(axis=1) / self.tokens
+        width = -(-(_rank(self.counts, covered) + 1) // bins)
+        padded = np.zeros(max(width * bins, len(self.counts)), dtype=np.int64)
+        padded[: len(self.counts)] = self.counts
+        shares = padded[: width * bins].reshape(bins, width).sum(axis=1) / self.tokens
         return np.arange(bins + 1) * width * _STEP, shares
 
 
@@ -114,7 +114,7 @@ def summarize_batches(batches: Iterable[pa.RecordBatch], tokens: int) -> LossSum
     return LossSummary(
         tokens=tokens,
         mean=blocks.total / tokens,
-        median=_median(counts),
+        median=(_rank(counts, 0.5) + 0.5) * _STEP,
         largest=largest,
         block_position=position,
         block_mean=mean,
@@ -132,7 +132,9 @@ class _Blocks:
 
     def __init__(self, tokens: int) -> None:
         number = max(1, min(MOST_BLOCKS, tokens // SMALLEST_BLOCK))
-        self._ends: Iterator[int] = iter(np.linspace(0, tokens, number + 1)[1:].astype(int).tolist())
+        self._ends: Iterator[int] = iter(
+            np.linspace(0, tokens, number + 1)[1:].astype(int).tolist()
+        )
         self._end, self._begin = next(self._ends), 0
         self._positions = np.zeros(0, dtype=np.int64)
         self._losses = np.zeros(0)
@@ -183,7 +185,7 @@ class _Hardest:
         return tuple(entry for *_, entry in sorted(self._heap, reverse=True))
 
 
-def _median(counts: np.ndarray) -> float:
-    """The middle of the step that holds the middle token."""
+def _rank(counts: np.ndarray, share: float) -> int:
+    """The first step up to which at least this share of the tokens lies."""
     below = np.cumsum(counts)
-    return (int(np.searchsorted(below, (below[-1] + 1) // 2)) + 0.5) * _STEP
+    return int(np.searchsorted(below, share * below[-1]))

@@ -15,9 +15,11 @@ def significant(value: float, digits: int = 6) -> str:
     """
     if not math.isfinite(value):
         return str(value)
-    if value and not 1e-3 <= abs(value) < 10**digits:
-        return f"{value:.{digits - 3}e}"
-    whole = 1 if abs(value) < 1 else math.floor(math.log10(abs(value))) + 1
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 10**digits:
+        return f"{value:.{digits - 1}e}"
+    whole = math.floor(math.log10(abs(value))) + 1  # digits before the point; below 0.1 negative
     return f"{value:.{max(0, min(4, digits - whole))}f}"
 
 

@@ -69,7 +69,9 @@ def _figure_rows(result: PerplexityResult) -> str:
         label = LABELS.get(figure.name, figure.name)
         error = "" if figure.standard_error is None else significant(figure.standard_error, 3)
         interval = "" if figure.interval is None else " to ".join(map(significant, figure.interval))
-        convention = f"{figure.convention} ({figure.variant})" if figure.variant else figure.convention
+        convention = (
+            f"{figure.convention} ({figure.variant})" if figure.variant else figure.convention
+        )
         rows.append(
             f'<tr><td>{escape(label)}</td><td class="number">{significant(figure.value)}</td>'
             f'<td class="number">{error}</td><td class="number">{interval}</td>'

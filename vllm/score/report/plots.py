@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".html")
 HARDEST_DRAWN = 12
 _BLUE, _LIGHT, _RED, _GREY = "#1f5a94", "#a9c7e4", "#b3261e", "#5f6368"
-_CONTEXT_WIDTH, _TOKEN_WIDTH = 40, 14  # characters
+_CONTEXT_WIDTH, _TOKEN_WIDTH = 42, 14  # characters
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -76,13 +76,13 @@ def draw_all(result: PerplexityResult, summary: LossSummary) -> Figure:
     """Losses along the text, their distribution, the hardest tokens: one picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.8), layout="constrained")
+    figure = Figure(figsize=(12, 7.8), layout=_layout())
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
     draw_along_text(figure.add_subplot(grid[0, :]), summary)
     draw_distribution(figure.add_subplot(grid[1, 0]), summary)
-    draw_hardest(figure.add_subplot(grid[1, 1]), summary)
+    pair = grid[1, 1].subgridspec(1, 2, width_ratios=(1.35, 1))
+    draw_hardest(figure.add_subplot(pair[0]), figure.add_subplot(pair[1]), summary)
     figure.suptitle(_title(result), fontsize=12, x=0.01, ha="left")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
     return figure
 
 
@@ -90,11 +90,10 @@ def draw_curves(summary: LossSummary) -> Figure:
     """Losses along the text above their distribution."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout=_layout())
     upper, lower = figure.subplots(2, 1)
     draw_along_text(upper, summary)
     draw_distribution(lower, summary)
-    figure.get_layout_engine().set(h_pad=0.12)
     return figure
 
 
@@ -119,7 +118,9 @@ def draw_along_text(axes: Axes, summary: LossSummary) -> None:
         )
     if blocks > 1:
         label = f"mean of a block of {length:.0f} tokens"
-        axes.plot(summary.block_position, summary.block_mean, color=_BLUE, linewidth=1.5, label=label)
+        axes.plot(
+            summary.block_position, summary.block_mean, color=_BLUE, linewidth=1.5, label=label
+        )
     label = f"mean of all, {significant(summary.mean, 4)}"
     axes.axhline(summary.mean, color=_RED, linewidth=1.2, linestyle="--", label=label)
     axes.set(title="Loss along the text", xlabel="position in the text (tokens)")
@@ -135,9 +136,14 @@ def draw_distribution(axes: Axes, summary: LossSummary) -> None:
     """Histogram with mean and median."""
     edges, shares = summary.histogram()
     axes.stairs(100 * shares, edges, fill=True, color=_LIGHT)
-    for value, name, style in ((summary.median, "median", ":"), (summary.mean, "mean", "--")):
+    if (beyond := 1 - shares.sum()) > 0:
+        note = f"{100 * beyond:.1g} % beyond, up to {summary.largest:.1f}"
+        offset: dict[str, Any] = {"xytext": (0, 14), "textcoords": "offset points"}
+        style: dict[str, Any] = {"ha": "right", "fontsize": 8, "color": _GREY}
+        axes.annotate(note, (1, 0), xycoords="axes fraction", **offset, **style)
+    for value, name, line in ((summary.median, "median", ":"), (summary.mean, "mean", "--")):
         label = f"{name} {significant(value, 4)}"
-        axes.axvline(value, color=_RED, linewidth=1.2, linestyle=style, label=label)
+        axes.axvline(value, color=_RED, linewidth=1.2, linestyle=line, label=label)
     axes.set(title="Distribution of the loss", xlabel="loss (nats per token)")
     axes.set_ylabel("tokens (%)")
     axes.set_xlim(left=0, right=edges[-1])
@@ -145,29 +151,32 @@ def draw_distribution(axes: Axes, summary: LossSummary) -> None:
     axes.legend(loc="upper right", frameon=False)
 
 
-def draw_hardest(axes: Axes, summary: LossSummary) -> None:
-    """A bar a token, with the characters before it."""
-    from matplotlib.transforms import blended_transform_factory
-
+def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
+    """Side by side: each token after the characters before it, and its loss."""
     tokens = summary.hardest[:HARDEST_DRAWN]
-    rows = range(len(tokens))
-    axes.barh(rows, [token.loss for token in tokens], height=0.62, color=_LIGHT)
-    axes.set_ylim(HARDEST_DRAWN - 0.4, -0.6)
-    axes.set_xlim(left=0, right=1.12 * max([token.loss for token in tokens], default=1.0))
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.grid(visible=False)
-    axes.set(title="Hardest tokens, after what precedes them", xlabel="loss (nats)")
-    # Text and bars share the panel: the bars begin where the longest token ends.
-    place = blended_transform_factory(axes.transAxes, axes.transData)
     style: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8, "va": "center"}
-    axes.set_box_aspect(None)
-    for row, token in zip(rows, tokens, strict=True):
+    rows = (HARDEST_DRAWN - 0.4, -0.6)
+    text_axes.set(xlim=(0, 1), ylim=rows, title="Hardest tokens, after what precedes them")
+    text_axes.axis("off")
+    share = _CONTEXT_WIDTH / (_CONTEXT_WIDTH + _TOKEN_WIDTH)
+    for row, token in enumerate(tokens):
         context = _tail(visible(token.context, _drawable), _CONTEXT_WIDTH)
         text = _head(visible_token(token.text, token.token_id, _drawable), _TOKEN_WIDTH)
-        axes.text(-0.26, row, context, transform=place, ha="right", color=_GREY, **style)
-        axes.text(-0.25, row, text, transform=place, ha="left", color=_RED, weight="bold", **style)
-        axes.text(token.loss, row, f" {token.loss:.1f}", va="center", fontsize=8, color=_GREY)
+        text_axes.text(share - 0.005, row, context, ha="right", color=_GREY, **style)
+        text_axes.text(share + 0.005, row, text, ha="left", color=_RED, weight="bold", **style)
+    losses = [token.loss for token in tokens]
+    bars = bar_axes.barh(range(len(losses)), losses, height=0.62, color=_LIGHT)
+    bar_axes.bar_label(bars, fmt=" %.1f", fontsize=8, color=_GREY)
+    bar_axes.set(ylim=rows, yticks=[], xlabel="loss (nats)")
+    bar_axes.set_xlim(left=0, right=1.15 * max(losses, default=1.0))
+    bar_axes.spines["left"].set_visible(False)
+    bar_axes.grid(visible=False)
+
+
+def _layout() -> Any:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
 
 
 def _title(result: PerplexityResult) -> str:

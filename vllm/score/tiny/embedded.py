@@ -78,12 +78,18 @@ def embedded_model(
             its standard library.
     """
     recipe = recipe or Recipe()
-    parent = (cache_dir or default_cache_dir()) / "embedded"
+    parent = Path(cache_dir or default_cache_dir()) / "embedded"
     target = parent / recipe.key()
     if not _complete(target):
-        with _locked(parent, recipe.key()):
-            if not _complete(target):
-                _make(target, recipe, progress)
+        try:
+            with _locked(parent, recipe.key(), progress):
+                if not _complete(target):
+                    _make(target, recipe, progress)
+        except OSError as error:
+            raise ScoreModeError(
+                f"the embedded model cannot be made in {parent} ({error}); set {CACHE_VARIABLE} "
+                "to a folder that can be written"
+            ) from error
     return EmbeddedModel(
         directory=target / _MODEL,
         held_out_text=target / _HELD_OUT,
@@ -107,22 +113,26 @@ def _complete(target: Path) -> bool:
 
 
 @contextmanager
-def _locked(parent: Path, key: str) -> Iterator[None]:
+def _locked(parent: Path, key: str, progress: bool) -> Iterator[None]:
+    """The right to make this model; the system takes it back from a process that dies."""
     import filelock
 
+    parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(parent / f"{key}.lock")
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(parent / f"{key}.lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        _say("Another process is making the embedded model; waiting for it", progress)
         lock.acquire()
-    except OSError as error:
-        raise ScoreModeError(
-            f"the cache {parent} cannot be written ({error.strerror or error}); set "
-            f"{CACHE_VARIABLE} to a folder that can"
-        ) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _say(line: str, progress: bool) -> None:
+    if progress:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _make(target: Path, recipe: Recipe, progress: bool) -> None:
@@ -133,7 +143,6 @@ def _make(target: Path, recipe: Recipe, progress: bool) -> None:
     building = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         _build(building, recipe, progress)
-        building.chmod(0o755)  # mkdtemp's folders are closed to others; a cache may be shared
         shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
     finally:
@@ -142,13 +151,11 @@ def _make(target: Path, recipe: Recipe, progress: bool) -> None:
 
 def _build(folder: Path, recipe: Recipe, progress: bool) -> None:
     started = time.perf_counter()
-    if progress:
-        print(
-            "Making the embedded model from the docstrings of Python's standard library "
-            "(once; about a minute)",
-            file=sys.stderr,
-            flush=True,
-        )
+    _say(
+        "Making the embedded model from the docstrings of Python's standard library "
+        "(once; about a minute on 2 cores)",
+        progress,
+    )
     import torch
     import transformers
 

@@ -1,0 +1,53 @@
+"""`vllm-score doctor` in a process of its own, as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    program = "from vllm.score.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, "doctor", *arguments],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.mark.engine
+def test_every_process_reports_and_the_scores_are_right():
+    from vllm.score.patches.register import REGISTER
+
+    done = doctor("--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["problem"] is None
+    assert [p["role"] for p in report["processes"]] == ["front end", "engine core", "worker"]
+    assert len({p["pid"] for p in report["processes"]}) == 3
+    for process in report["processes"]:
+        assert process["kernel"]["name"] and process["kernel"]["reason"]
+        assert {p["state"] for p in process["patches"]} == {"applied"}
+    seen = {p["target"] for process in report["processes"] for p in process["patches"]}
+    assert seen == {patch.target for patch in REGISTER}
+    assert report["check"]["max_difference_nats"] <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"VLLM_PLUGINS": "other"}, "switched off by VLLM_PLUGINS"),
+        ({"VLLM_SCORE_KERNEL": "fast"}, "VLLM_SCORE_KERNEL='fast' names a kernel"),
+    ],
+)
+def test_refusals_are_exit_code_one(environment, message):
+    done = doctor("--quick", **environment)
+    assert done.returncode == 1
+    assert message in " ".join(done.stdout.split())

@@ -1,0 +1,85 @@
+"""The register does not drift: it names what exists, all of it, once, and with its reasons."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+import pytest
+import vllm.score.patches as patches
+import wrapt
+from vllm.score.patches import register
+from vllm.score.patches.patch import Patch, _static
+
+REGISTER = register.REGISTER
+ROLES = {"front end", "engine core", "worker"}
+
+
+def modules_with_a_patch() -> dict[str, Patch]:
+    found = {}
+    for entry in pkgutil.iter_modules(patches.__path__):
+        module = import_module(f"{patches.__name__}.{entry.name}")
+        if hasattr(module, "PATCH"):
+            found[entry.name] = module.PATCH
+    return found
+
+
+def amended() -> dict[str, Any]:
+    """What stands at every name of every contract in this process."""
+    return {
+        f"{patch.target}:{dotted}": _static(import_module(patch.target), dotted)
+        for patch in REGISTER
+        for dotted in patch.contract
+    }
+
+
+def test_every_patch_is_registered() -> None:
+    found = modules_with_a_patch()
+    assert found
+    assert {id(patch) for patch in REGISTER} == {id(patch) for patch in found.values()}
+
+
+def test_a_patch_lives_in_a_module_named_after_its_target() -> None:
+    for name, patch in modules_with_a_patch().items():
+        assert patch.target.replace(".", "_").endswith(f"_{name}")
+
+
+def test_no_two_patches_share_a_target() -> None:
+    targets = [patch.target for patch in REGISTER]
+    assert len(set(targets)) == len(targets)
+
+
+@pytest.mark.parametrize("patch", REGISTER, ids=lambda patch: patch.target)
+def test_a_patch_is_documented(patch: Patch) -> None:
+    assert patch.contract and all(patch.contract.values())
+    assert patch.roles and set(patch.roles) <= ROLES
+    for field in ("why", "how", "risk", "upstream", "remove_when"):
+        text = getattr(patch, field)
+        assert text.strip() == text and text.endswith("."), field
+
+
+@pytest.mark.parametrize("patch", REGISTER, ids=lambda patch: patch.target)
+def test_a_patch_is_applied_in_this_process(patch: Patch) -> None:
+    module = import_module(patch.target)
+    (application,) = (a for a in register.applications() if a.patch is patch)
+    assert (application.state, application.reason) == ("applied", "")
+    assert application.module is module
+
+
+def test_arming_again_changes_nothing() -> None:
+    before, applications = amended(), register.applications()
+    assert len(applications) == len(REGISTER)
+    patches.arm()
+    patches.verify()
+    register.arm()
+    assert [id(a) for a in register.applications()] == [id(a) for a in applications]
+    after = amended()
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_nothing_is_wrapped_twice() -> None:
+    wrappers = {n: f for n, f in amended().items() if isinstance(f, wrapt.FunctionWrapper)}
+    assert wrappers
+    for name, wrapper in wrappers.items():
+        assert not isinstance(wrapper.__wrapped__, wrapt.FunctionWrapper), name

@@ -1,0 +1,342 @@
+"""Whole runs with a model in numpy: interrupted and resumed, streamed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.perplexity.bigram import IDENTITY, Bigram
+from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
+from vllm.score.data import as_source
+from vllm.score.errors import ScoreModeError
+from vllm.score.perplexity import resync
+from vllm.score.perplexity.job import Job, check_fits, prepare
+from vllm.score.perplexity.result import PerplexityResult
+from vllm.score.perplexity.run import run_job
+from vllm.score.perplexity.stream import Window
+
+TEXT = PROSE[:20_000]
+NAMES = ("hf-stride", "gptq:96", "llama.cpp:64", "lm-eval-rolling")
+
+
+def job_for(source: Any = TEXT, tokenizer: Any = None, **options: Any) -> Job:
+    settings: dict[str, Any] = {
+        "context_length": 96,
+        "stride": 40,
+        "bos": "auto",
+        "separator": "\n\n",
+        "conventions": (),
+        "max_tokens": None,
+        "group_tokens": 1000,
+        **options,
+    }
+    return prepare(as_source(source), tokenizer or byte_level(), **settings)
+
+
+def run(job: Job, model: Bigram | None = None, **options: Any) -> PerplexityResult:
+    model = model or Bigram(len(byte_level()))
+    return run_job(job, model.score, IDENTITY, use_tqdm=False, **options)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupting(Bigram):
+    """Gives up after so many calls."""
+
+    def __init__(self, size: int, calls: int) -> None:
+        super().__init__(size)
+        self.calls = calls
+
+    def score(self, windows: Sequence[Window]) -> list[np.ndarray]:
+        if self.calls == 0:
+            raise Interrupted
+        self.calls -= 1
+        return super().score(windows)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 7, 14])
+def test_resumed_is_uninterrupted_to_the_last_bit(tmp_path: Path, calls: int) -> None:
+    whole_model = Bigram(len(byte_level()))
+    whole = run(job_for(conventions=NAMES), whole_model)
+    first = Interrupting(whole_model.size, calls)
+    with pytest.raises(Interrupted):
+        run(job_for(conventions=NAMES), first, store=tmp_path)
+    second = Bigram(whole_model.size)
+    resumed = run(job_for(conventions=NAMES), second, store=tmp_path, resume=True)
+    assert resumed.figures == whole.figures
+    assert resumed.tokens() == whole.tokens()
+    assert first.prompts + second.prompts == whole_model.prompts  # nothing twice
+    third = Bigram(whole_model.size)
+    assert run(job_for(conventions=NAMES), third, store=tmp_path, resume=True).figures == (
+        whole.figures
+    )
+    assert third.prompts == []
+
+
+def test_conventions_may_be_added_later(tmp_path: Path) -> None:
+    model = Bigram(len(byte_level()))
+    run(job_for(), model, store=tmp_path)
+    own = len(model.prompts)
+    later = run(job_for(conventions=NAMES), model, store=tmp_path, resume=True)
+    assert later.figures == run(job_for(conventions=NAMES)).figures
+    assert model.prompts[own:] and model.prompts[own] not in model.prompts[:own]
+
+
+KILLED = """
+import sys, time
+import numpy as np
+from tests.perplexity.bigram import Bigram
+from tests.perplexity.test_run import NAMES, job_for, run
+
+class Slow(Bigram):
+    def score(self, windows):
+        time.sleep(0.01)
+        print("scored", flush=True)
+        return super().score(windows)
+
+job = job_for(conventions=NAMES)
+run(job, Slow(len(job.tokenizer)), store=sys.argv[1], resume=True)
+print("done", flush=True)
+"""
+
+
+def test_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    stored: set[str] = set()
+    for groups in (3, 7):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, cwd=root, env=environment, text=True
+        )
+        assert process.stdout is not None
+        for _ in range(groups):
+            assert process.stdout.readline() == "scored\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        now = {str(path) for path in (tmp_path / "store").rglob("*.parquet")}
+        assert stored <= now and len(now) >= len(stored) + groups - 1
+        stored = now
+    result = run(job_for(conventions=NAMES), store=tmp_path / "store", resume=True)
+    whole = run(job_for(conventions=NAMES))
+    assert result.figures == whole.figures
+    assert result.tokens() == whole.tokens()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": 41}, r"settings\.stride was 40, is now 41"),
+        ({"context_length": 97}, r"settings\.context_length was 96, is now 97"),
+        ({"separator": " "}, r"settings\.separator was '\\n\\n', is now ' '"),
+        ({"bos": "start"}, r"settings\.bos was 'auto', is now 'start'"),
+        ({"max_tokens": 100}, r"settings\.max_tokens was 'all', is now 100"),
+        ({"group_tokens": 999}, r"settings\.group_tokens was 1000, is now 999"),
+        ({"source": TEXT + "."}, r"text\.sha256 was '[0-9a-f]{64}', is now '[0-9a-f]{64}'"),
+        ({"tokenizer": "other"}, r"tokenizer\.sha256 was '[0-9a-f]{64}', is now"),
+    ],
+)
+def test_a_change_refuses_to_resume(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    run(job_for(), store=tmp_path)
+    if change.get("tokenizer"):
+        change = {"tokenizer": byte_level_with_bos(), "bos": "auto"}
+    with pytest.raises(ScoreModeError, match=message):
+        run(job_for(**change), store=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        ({"model": {"name": "b", "weights_sha256": "0"}}, "model.weights_sha256 was '0000"),
+        ({"engine": {"dtype": "bfloat16"}}, "engine.dtype was 'float64', is now 'bfloat16'"),
+        ({"versions": {"numpy": "0.1"}}, "versions.numpy was .*, is now '0.1'"),
+    ],
+)
+def test_another_model_refuses_to_resume(
+    tmp_path: Path, identity: dict[str, Any], message: str
+) -> None:
+    run(job_for(), store=tmp_path)
+    model = Bigram(len(byte_level()))
+    with pytest.raises(ScoreModeError, match=message):
+        run_job(job_for(), model.score, {**IDENTITY, **identity}, store=tmp_path, resume=True)
+    assert model.prompts == []
+
+
+@pytest.mark.parametrize("changed", ["Z" + TEXT[1:], TEXT[:10_000], TEXT[:10_000] + "Z"])
+def test_a_stream_that_changed_is_noticed(tmp_path: Path, changed: str) -> None:
+    """Of a stream no hash is known beforehand: the prompts are compared as they are made again."""
+    run(job_for(iter([TEXT])), store=tmp_path)
+    with pytest.raises(ScoreModeError, match="text changed since the stored run"):
+        run(job_for(iter([changed])), store=tmp_path, resume=True)
+
+
+def test_a_stream_resumes_where_it_stopped(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(job_for(iter([TEXT])), Interrupting(len(byte_level()), 3), store=tmp_path)
+    resumed = run(job_for(iter([TEXT])), store=tmp_path, resume=True)
+    assert resumed.tokens() == run(job_for()).tokens()
+
+
+def test_a_text_without_end_is_read_as_it_is_scored() -> None:
+    read = 0
+
+    def documents() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 30_000
+            yield PROSE[:30_000]
+
+    model = Bigram(len(byte_level()))
+    result = run(job_for(documents(), max_tokens=5000), model)
+    assert result.provenance.scored_tokens == 4999
+    assert read < 3 * resync.BLOCK
+
+
+def test_rows_of_the_result() -> None:
+    result = run(job_for())
+    ids = byte_level()(TEXT)["input_ids"]
+    table = result.tokens()
+    assert table.column_names == ["position", "token_id", "text", "logprob", "window"]
+    assert table["position"].to_pylist() == list(range(1, len(ids)))
+    assert table["token_id"].to_pylist() == ids[1:]
+    first = len(byte_level().decode([ids[0]]))
+    assert "".join(table["text"].to_pylist()) == TEXT[first:]
+    logprobs = table["logprob"].to_numpy()
+    assert logprobs.dtype == np.float32
+    assert -logprobs.astype(float).mean() == pytest.approx(result.nll, rel=1e-12)
+    assert np.all(np.diff(table["window"].to_numpy()) >= 0)
+
+
+def test_parquet_file(tmp_path: Path) -> None:
+    result = run(job_for(conventions="gptq:96"))
+    result.write_parquet(tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").replace_schema_metadata() == result.tokens()
+    metadata = pq.read_schema(tmp_path / "out.parquet").metadata
+    assert json.loads(metadata[b"vllm_score.figures"]) == json.loads(json.dumps(result.to_dict()))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_json_has_every_figure() -> None:
+    result = run(job_for(conventions=NAMES))
+    found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert found["perplexity"] == result.perplexity
+    assert len(found["figures"]) == len(result.figures)
+    for figure in found["figures"]:
+        provenance = figure["provenance"]
+        for field in ("context_length", "stride", "bos", "scored_tokens", "text_sha256"):
+            assert provenance[field] not in (None, "")
+        assert provenance["tokenizer_sha256"] and provenance["dtype"] == "float64"
+
+
+def test_a_missing_figure_lists_those_there() -> None:
+    with pytest.raises(ScoreModeError, match=r"'nll' of convention 'gptq'.* it has: nll \(run\)"):
+        run(job_for()).figure("nll", "gptq")
+
+
+def test_max_tokens_scores_the_beginning() -> None:
+    ids = byte_level()(TEXT)["input_ids"]
+    cut = run(job_for(max_tokens=500))
+    assert cut.tokens() == run(job_for(ids[:500])).tokens().set_column(
+        2, cut.tokens().field("text"), cut.tokens()["text"]
+    )
+    assert cut.provenance.text_tokens == 500
+
+
+def test_progress_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_for()
+    run_job(job, Bigram(len(job.tokenizer)).score, IDENTITY)
+    shown = capsys.readouterr().err
+    assert "Scoring: 100%" in shown and "tok/s" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 97}, "stride is 97, more than context_length 96"),
+        ({"bos": "both"}, "bos is 'both'; it must be one of 'auto'"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"group_tokens": 1.5}, r"group_tokens is 1\.5"),
+        ({"group_tokens": 1 << 21}, "it must be at most 1048576"),
+        ({"conventions": "gtpq"}, "did you mean 'gptq'"),
+    ],
+)
+def test_impossible_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScoreModeError, match=message):
+        job_for(**options)
+
+
+@pytest.mark.parametrize("source", ["", "a", [5], ["", ""]])
+def test_nothing_to_score_is_an_error(source: Any) -> None:
+    with pytest.raises(ScoreModeError, match="nothing can be scored"):
+        run(job_for(source, separator=None))
+
+
+def test_windows_longer_than_the_model() -> None:
+    check_fits(job_for(), 96)
+    with pytest.raises(ScoreModeError, match="context_length is 96, more than the engine's max_mo"):
+        check_fits(job_for(), 95)
+    with pytest.raises(ScoreModeError, match=r"convention 'gptq' .* 2048 .* ask for 'gptq:96'"):
+        check_fits(job_for(conventions="gptq"), 96)
+
+
+def test_text_without_a_tokenizer_is_an_error() -> None:
+    job = job_for()
+    with pytest.raises(ScoreModeError, match="the engine has no tokenizer"):
+        prepare(
+            job.source,
+            None,
+            context_length=8,
+            stride=4,
+            bos="auto",
+            separator=None,
+            conventions=(),
+            max_tokens=None,
+            group_tokens=8,
+        )
+
+
+def test_token_ids_without_a_tokenizer() -> None:
+    ids = byte_level()(TEXT)["input_ids"]
+    job = replace(job_for(ids), tokenizer=None)
+    result = run(job)
+    assert result.nll == run(job_for(ids)).nll
+    assert result.tokens()["text"].null_count == result.provenance.scored_tokens
+
+
+def test_resume_needs_a_store() -> None:
+    with pytest.raises(ScoreModeError, match="resume=True needs store="):
+        run(job_for(), resume=True)
+
+
+def test_impossible_scores_are_not_stored(tmp_path: Path) -> None:
+    class Broken(Bigram):
+        def score(self, windows: Sequence[Window]) -> list[np.ndarray]:
+            found = super().score(windows)
+            found[-1][0] = np.nan
+            return found
+
+    with pytest.raises(ScoreModeError, match=r"logprobs of windows 0 to .* is nan"):
+        run(job_for(), Broken(len(byte_level())), store=tmp_path)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_missing_scores_are_an_error() -> None:
+    class Short(Bigram):
+        def score(self, windows: Sequence[Window]) -> list[np.ndarray]:
+            return [found[1:] for found in super().score(windows)]
+
+    with pytest.raises(ScoreModeError, match=r"window 0: 95 targets were sent, .* \(94,\) came"):
+        run(job_for(), Short(len(byte_level())))

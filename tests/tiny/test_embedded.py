@@ -1,0 +1,171 @@
+"""The embedded model, by a recipe of seconds: made once, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm.score.errors import ScoreModeError
+from vllm.score.tiny.embedded import EmbeddedModel, default_cache_dir, embedded_model
+from vllm.score.tiny.recipe import Phase, Recipe
+
+SMALL = Recipe(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=1,
+    phases=(Phase(32, 16, 150),),
+    learning_rate=1e-2,
+)
+# The same call in another process; it says what it got.
+SCRIPT = f"""
+import json, sys
+from pathlib import Path
+from vllm.score.tiny.embedded import embedded_model
+from vllm.score.tiny.recipe import Phase, Recipe
+model = embedded_model(Path(sys.argv[1]), progress=False, recipe={SMALL!r})
+print(json.dumps([str(model.directory), dict(model.facts)]))
+"""
+
+
+def _start(cache: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(cache)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def _wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, "the other process ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which a process was killed in the middle of making the model."""
+    cache = tmp_path_factory.mktemp("cache")
+    process = _start(cache)
+    _wait_for(lambda: list((cache / "embedded").glob(f".{SMALL.key()}.*")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert list((cache / "embedded").glob(".*")), "nothing was left behind: killed too late"
+    assert not (cache / "embedded" / SMALL.key()).exists()
+    return cache
+
+
+@pytest.fixture(scope="module")
+def model(killed: Path) -> EmbeddedModel:
+    """Made in the cache of the killed run, by two processes at once."""
+    process = _start(killed)
+    _wait_for(lambda: len(list((killed / "embedded").glob(".*"))) > 0, process)
+    mine = embedded_model(killed, progress=False, recipe=SMALL)
+    theirs, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    # One of them made it; both have the same, down to the seconds it took.
+    assert json.loads(theirs) == [str(mine.directory), mine.facts]
+    return mine
+
+
+def test_nothing_is_left_but_the_model(model: EmbeddedModel, killed: Path) -> None:
+    names = {path.name for path in (killed / "embedded").iterdir()}
+    assert names - {f"{SMALL.key()}.lock"} == {SMALL.key()}
+    folder = killed / "embedded" / SMALL.key()
+    assert json.loads((folder / "recipe.json").read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(SMALL))
+    )
+
+
+def test_the_second_call_reads_what_the_first_made(
+    model: EmbeddedModel, killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in model.directory.rglob("*")}
+    again = embedded_model(killed, recipe=SMALL)
+    assert again.facts == model.facts
+    assert np.array_equal(again.train_counts, model.train_counts)
+    assert before == {path: path.stat().st_mtime_ns for path in model.directory.rglob("*")}
+    assert capsys.readouterr().err == ""
+
+
+def test_facts_against_hugging_face_in_float64(model: EmbeddedModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    text = model.held_out_text.read_bytes().decode()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == model.facts["held_out_tokens"]
+    assert len(text.encode()) == model.facts["held_out_bytes"]
+
+    loaded = AutoModelForCausalLM.from_pretrained(model.directory, dtype=torch.float64).eval()
+    assert sum(p.numel() for p in loaded.parameters()) == model.facts["parameters"]
+    total, count = 0.0, 0
+    for start in range(0, len(ids), 2048):
+        window = torch.tensor(ids[start : start + 2048])
+        with torch.no_grad():
+            logprobs = loaded(window[None]).logits[0].log_softmax(-1)
+        total -= float(logprobs[range(len(window) - 1), window[1:]].sum())
+        count += len(window) - 1
+    perplexity = math.exp(total / count)
+    assert model.facts["held_out_perplexity"] == pytest.approx(perplexity, rel=1e-6)
+
+    unigram = model.unigram_perplexity(ids[1:])
+    assert model.facts["held_out_unigram_perplexity"] == pytest.approx(unigram, rel=1e-12)
+    assert perplexity < unigram < model.uniform_perplexity() == 512.0
+
+
+def test_counts_are_those_of_the_training_text(model: EmbeddedModel) -> None:
+    assert model.train_counts.shape == (512,)
+    text = model.facts["training_text"]
+    assert model.train_counts.sum() == text["tokens"]
+    assert model.train_counts[0] == model.train_counts[1] == text["files"]  # a BOS, an EOS each
+    assert model.facts["training_tokens_seen"] == 32 * 16 * 150
+
+
+def test_a_model_with_a_file_missing_is_not_used(model: EmbeddedModel, tmp_path: Path) -> None:
+    target = tmp_path / "embedded" / SMALL.key()
+    target.parent.mkdir()
+    os.symlink(model.directory.parent, target)
+    assert embedded_model(tmp_path, recipe=SMALL).directory == target / "model"
+    target.unlink()
+    (target / "model").mkdir(parents=True)
+    (target / "facts.json").write_text("{}")
+    impossible = dataclasses.replace(SMALL, minimum_bytes=10**12)
+    target.rename(target.parent / impossible.key())
+    with pytest.raises(ScoreModeError, match="bytes of docstrings found"):
+        embedded_model(tmp_path, progress=False, recipe=impossible)
+    # The failed attempt left no half-made folder either.
+    assert not [path for path in target.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ScoreModeError, match=r"cannot be made in .*file.*set VLLM_SCORE_CACHE"):
+        embedded_model(blocked, progress=False, recipe=SMALL)
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_SCORE_CACHE", str(tmp_path / "mine"))
+    assert default_cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("VLLM_SCORE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_cache_dir() == tmp_path / "xdg" / "vllm-score"
+
+
+def test_the_default_recipe_gives_a_model_for_contexts_of_2048() -> None:
+    recipe = Recipe()
+    assert recipe.max_position_embeddings >= 2048
+    assert max(phase.sequence_length for phase in recipe.phases) == 2048
