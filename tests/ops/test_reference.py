@@ -101,8 +101,9 @@ def test_input_is_not_modified():
 
 @pytest.mark.parametrize("vocab", [1000, 32_768, 151_936, 262_144, 2**24])
 def test_chunks_keep_the_memory_bound(vocab):
-    assert chunk_rows(vocab) >= 1
-    assert chunk_rows(vocab) * vocab * 4 <= max(LOGITS_BUDGET_BYTES, 4 * vocab)
+    for width in (1, vocab):
+        assert chunk_rows(vocab, width) >= 1
+        assert chunk_rows(vocab, width) * vocab * 4 <= max(LOGITS_BUDGET_BYTES, 4 * vocab)
 
 
 def test_chunked_rows_keep_their_order():

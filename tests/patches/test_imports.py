@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from vllm.score.patches.imports import is_complete, settle, when_imported
 
 HALF_EXECUTED = """

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import wrapt
+
 from vllm.score.patches.patch import Application, Patch, contract_problem
 
 NAME = "amended_by_test_patch"

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-import vllm.score.patches as patches
 import wrapt
+
+import vllm.score.patches as patches
 from vllm.score.patches import register
 from vllm.score.patches.patch import Patch, _static
 

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from vllm.score.patches.register import REGISTER
 
 from tests.patches.processes import run_script
+from vllm.score.patches.register import REGISTER
 
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "off": ((), {"VLLM_PLUGINS": ""}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.perplexity import slow_run
 from tests.perplexity.bigram import IDENTITY, Bigram
 from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
 from vllm.score.data import as_source
@@ -95,43 +95,26 @@ def test_conventions_may_be_added_later(tmp_path: Path) -> None:
     assert model.prompts[own:] and model.prompts[own] not in model.prompts[:own]
 
 
-KILLED = """
-import sys, time
-import numpy as np
-from tests.perplexity.bigram import Bigram
-from tests.perplexity.test_run import NAMES, job_for, run
-
-class Slow(Bigram):
-    def score(self, windows):
-        time.sleep(0.01)
-        print("scored", flush=True)
-        return super().score(windows)
-
-job = job_for(conventions=NAMES)
-run(job, Slow(len(job.tokenizer)), store=sys.argv[1], resume=True)
-print("done", flush=True)
-"""
-
-
 def test_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    store, root = tmp_path / "store", Path(__file__).parents[2]
     stored: set[str] = set()
     for groups in (3, 7):
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, cwd=root, env=environment, text=True
+            [sys.executable, "-m", "tests.perplexity.slow_run", str(store)],
+            stdout=subprocess.PIPE,
+            cwd=root,
+            text=True,
         )
         assert process.stdout is not None
         for _ in range(groups):
             assert process.stdout.readline() == "scored\n"
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        now = {str(path) for path in (tmp_path / "store").rglob("*.parquet")}
+        now = {str(path) for path in store.rglob("*.parquet")}
         assert stored <= now and len(now) >= len(stored) + groups - 1
         stored = now
-    result = run(job_for(conventions=NAMES), store=tmp_path / "store", resume=True)
-    whole = run(job_for(conventions=NAMES))
+    result = slow_run.run(Bigram(slow_run.VOCABULARY), store)
+    whole = slow_run.run(Bigram(slow_run.VOCABULARY), None)
     assert result.figures == whole.figures
     assert result.tokens() == whole.tokens()
 

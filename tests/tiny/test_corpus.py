@@ -33,11 +33,11 @@ def test_docstrings_in_the_order_of_the_source_each_once(tmp_path: Path) -> None
         tmp_path / "b.py",
         '"""Module."""\n'
         "class C:\n"
-        '    """Class.\n\n      Indented.\n    """\n'
+        '    """Class.\n\n      Indented.\n    Not.\n    """\n'
         "    if True:\n"
         '        def method(self):\n            "Method."\n'
         'async def late():\n    """Late."""\n'
-        'def twin():\n    """Class.\n\n      Indented.\n    """\n'
+        'def twin():\n    """Class.\n\n      Indented.\n    Not.\n    """\n'
         'value = """no docstring"""\n',
     )
     _write(tmp_path / "a.py", 'def first():\n    """Late."""\n')
@@ -45,7 +45,7 @@ def test_docstrings_in_the_order_of_the_source_each_once(tmp_path: Path) -> None
     documents = read_documents(tmp_path)
     assert documents == [
         Document("a", "Late.\n"),
-        Document("b", "Module.\n\nClass.\n\n  Indented.\n\nMethod.\n"),
+        Document("b", "Module.\n\nClass.\n\n  Indented.\nNot.\n\nMethod.\n"),
     ]
 
 

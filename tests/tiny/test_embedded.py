@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,9 @@ def _start(cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def _wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+def _wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert process.poll() is None, "the other process ended early"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -71,12 +72,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(killed: Path) -> EmbeddedModel:
     """Made in the cache of the killed run, by two processes at once."""
+    left = set((killed / "embedded").glob(".*"))
     process = _start(killed)
-    _wait_for(lambda: len(list((killed / "embedded").glob(".*"))) > 0, process)
+    _wait_for(lambda: set((killed / "embedded").glob(".*")) - left, process)
     mine = embedded_model(killed, progress=False, recipe=SMALL)
     theirs, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    # One of them made it; both have the same, down to the seconds it took.
+    # The other made it, this one waited: both have the same, down to the seconds it took.
     assert json.loads(theirs) == [str(mine.directory), mine.facts]
     return mine
 
@@ -142,9 +144,9 @@ def test_a_model_with_a_file_missing_is_not_used(model: EmbeddedModel, tmp_path:
     target.unlink()
     (target / "model").mkdir(parents=True)
     (target / "facts.json").write_text("{}")
-    impossible = dataclasses.replace(SMALL, minimum_bytes=10**12)
+    impossible = dataclasses.replace(SMALL, held_out_fraction=2.0)
     target.rename(target.parent / impossible.key())
-    with pytest.raises(ScoreModeError, match="bytes of docstrings found"):
+    with pytest.raises(ScoreModeError, match=r"held_out_fraction is 2\.0"):
         embedded_model(tmp_path, progress=False, recipe=impossible)
     # The failed attempt left no half-made folder either.
     assert not [path for path in target.parent.iterdir() if path.name.startswith(".")]

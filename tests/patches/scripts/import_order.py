@@ -10,7 +10,7 @@ import typing
 
 exec(sys.argv[1])
 
-from vllm.score.patches import register
+from vllm.score.patches import register  # noqa: E402
 
 # Before anything of vLLM is read that the statement did not read: what is imported is amended.
 after_first = {
@@ -20,9 +20,9 @@ for patch in register.REGISTER:
     importlib.import_module(patch.target)
 states = {a.patch.target: [a.state, a.reason] for a in register.applications()}
 
-import vllm
-from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+import vllm  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 
 ours = vllm.SamplingParams
 annotation = typing.get_type_hints(EngineCoreRequest)["sampling_params"]
@@ -58,9 +58,7 @@ print(
             "score": importlib.import_module("vllm.score").__file__,
             "after first": after_first,
             "states": states,
-            "problems": [
-                register.problem(role) for role in ("front end", "engine core", "worker")
-            ],
+            "problems": [register.problem(role) for role in ("front end", "engine core", "worker")],
             "holders": {
                 "vllm.sampling_params": sys.modules["vllm.sampling_params"].SamplingParams is ours,
                 "vllm.entrypoints.llm": importlib.import_module(

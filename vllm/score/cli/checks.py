@@ -16,6 +16,8 @@ from vllm.score.perplexity.run import GROUP_TOKENS
 from vllm.score.perplexity.stream import TextStream
 from vllm.score.perplexity.windows import SlidingWindows
 
+DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
+
 
 def check_sizes(
     *,
@@ -55,8 +57,30 @@ def check_store(store: Path | None, resume: bool) -> None:
     _check_writable("--store", store, existing)
 
 
-def check_output(option: str, path: Path | None, endings: Sequence[str]) -> None:
-    """A file that can be written, with an ending that says what it is to hold."""
+def check_engine(dtype: str, gpu_memory_utilization: float | None) -> None:
+    """What vLLM would refuse in many lines."""
+    if dtype not in DTYPES:
+        raise ScoreModeError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
+        raise ScoreModeError(
+            f"--gpu-memory-utilization is {gpu_memory_utilization}; it must be above 0 and at "
+            "most 1"
+        )
+
+
+def check_no_model(**given: str | None) -> None:
+    """Options that say something of a model, where none is named."""
+    for field, value in given.items():
+        if value is not None:
+            raise ScoreModeError(
+                f"--{field} is {value!r}, but no model is named; add --model MODEL"
+            )
+
+
+def check_output(
+    option: str, path: Path | None, endings: Sequence[str], inputs: Sequence[str] = ()
+) -> None:
+    """A file that can be written, none of the inputs, with an ending that says what it holds."""
     if path is None:
         return
     if path.suffix.lower() not in endings:
@@ -64,6 +88,8 @@ def check_output(option: str, path: Path | None, endings: Sequence[str]) -> None
             f"{option} {str(path)!r} is not of the kind that is written; name a "
             f"file that ends in {' or '.join(endings)}"
         )
+    if any(path.absolute() == Path(name).absolute() for name in inputs):
+        raise ScoreModeError(f"{option} {str(path)!r} is the text itself; name another file")
     if path.is_dir():
         raise ScoreModeError(f"{option} {str(path)!r} is a directory; name a file")
     if not path.absolute().parent.is_dir():

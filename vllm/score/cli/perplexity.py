@@ -59,10 +59,10 @@ def perplexity(
     --dataset-config wikitext-2-raw-v1 --convention all
     """
     from vllm.score.cli import checks
-    from vllm.score.cli.engine import open_llm
+    from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.sources import TextOptions
-    from vllm.score.cli.streams import quiet_engine, results_stream
+    from vllm.score.cli.streams import results_stream
     from vllm.score.data import file_source
 
     conventions = convention or []
@@ -79,8 +79,11 @@ def perplexity(
         max_num_batched_tokens=max_num_batched_tokens,
     )
     checks.check_store(store, resume)
-    checks.check_output("--output", output, (".parquet",))
-    checks.check_output("--plot", plot, (".png", ".html"))
+    checks.check_engine(dtype, gpu_memory_utilization)
+    if model is None:
+        checks.check_no_model(quantization=quantization, tokenizer=tokenizer, revision=revision)
+    checks.check_output("--output", output, (".parquet",), texts.files)
+    checks.check_output("--plot", plot, (".png", ".html"), texts.files)
     settings: dict[str, Any] = {
         "context_length": context_length,
         "stride": stride,
@@ -92,7 +95,7 @@ def perplexity(
     loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
 
     with results_stream() as results:
-        quiet_engine()
+        quieten()
         embedded = None
         if texts.given or model is not None:
             source = texts.open()
@@ -108,7 +111,11 @@ def perplexity(
         longest = longest_context(model_config(model, **loading))
         checks.check_fits_model(longest, model, context_length, conventions)
         checks.check_text(source)
-        checks.check_job(source, load_tokenizer(tokenizer or model, **loading), **settings)
+        if tokenizer is None:
+            loaded = load_tokenizer(model, **loading)
+        else:  # the revision is the model's
+            loaded = load_tokenizer(tokenizer, **{**loading, "revision": None})
+        checks.check_job(source, loaded, **settings)
 
         from vllm.score.perplexity import longest_prompt
         from vllm.score.perplexity import perplexity as run
@@ -125,7 +132,6 @@ def perplexity(
             enforce_eager=enforce_eager or None,
             low_memory=low_memory,
             tokenizer=tokenizer,
-            use_tqdm_on_load=not quiet,
             **loading,
         )
         result = run(llm, source, store=store, resume=resume, use_tqdm=not quiet, **settings)
@@ -156,8 +162,8 @@ def _baselines(result: PerplexityResult, embedded: EmbeddedModel | None) -> list
         nats += len(ids) * math.log(embedded.unigram_perplexity(ids))
     unigram = math.exp(nats / result.provenance.scored_tokens)
     return [
-        Baseline("Unigram", "by the frequencies of the tokens in the training text", unigram),
-        Baseline("Uniform", "every token as likely as another", embedded.uniform_perplexity()),
+        Baseline("unigram", "by the frequencies of the tokens in the training text", unigram),
+        Baseline("uniform", "every token as likely as another", embedded.uniform_perplexity()),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,8 @@ class TextOptions:
         if STANDARD_INPUT in self.files:
             return stdin_source()
         if self.files:
+            # `datasets` logs the error that it raises, too.
+            logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
             return file_source(list(self.files), text_column=self.text_column)
         if self.dataset is not None:
             return hub_source(

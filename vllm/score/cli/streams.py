@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
@@ -39,17 +37,6 @@ def results_stream() -> Iterator[TextIO]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def quiet_engine() -> None:
-    """Only errors from vLLM and no announcements of changes to libraries, unless the user has set
-    VLLM_LOGGING_LEVEL or PYTHONWARNINGS."""
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # for processes yet to come
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-    if not sys.warnoptions:
-        for category in (FutureWarning, DeprecationWarning):
-            warnings.simplefilter("ignore", category)
 
 
 @contextmanager

@@ -18,9 +18,15 @@ LOGITS_BUDGET_BYTES = 96 << 20
 MAX_CHUNK_ROWS = 1024
 
 
-def chunk_rows(vocab_size: int) -> int:
-    """Rows of logits held at once, so that the extra memory stays under 256 MiB."""
-    return max(1, min(MAX_CHUNK_ROWS, LOGITS_BUDGET_BYTES // (4 * vocab_size)))
+def chunk_rows(vocab_size: int, width: int) -> int:
+    """Rows scored at once, so that the extra memory stays under 256 MiB.
+
+    Args:
+        vocab_size: logits a row.
+        width: results a row; those of the chunk before may still be held.
+    """
+    a_row = 4 * (vocab_size + 2 * width)
+    return max(1, min(MAX_CHUNK_ROWS, LOGITS_BUDGET_BYTES // a_row))
 
 
 def score_chunks(
@@ -46,7 +52,7 @@ def score_chunks(
         float32 [c, layout.width(V)], the chunks of the R rows in order.
         A head that does not give V logits a row yields NaN, which the front end reports.
     """
-    chunk = chunk_rows(vocab_size)
+    chunk = chunk_rows(vocab_size, layout.width(vocab_size))
     for first in range(0, index.shape[0], chunk):
         rows = slice(first, first + chunk)
         logits = logits_of(hidden.index_select(0, index[rows]))

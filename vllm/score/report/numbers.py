@@ -8,16 +8,16 @@ HASH_DIGITS = 12  # of a sha256, where people compare by eye
 
 
 def significant(value: float, digits: int = 6) -> str:
-    """A number with so many significant digits, at most 4 of them after the point.
+    """A number with so many significant digits: all before the point, 4 after it at most.
 
-    >>> significant(26.48123), significant(0.0123456), significant(2048.0)
-    ('26.4812', '0.0123', '2048.00')
+    >>> significant(26.48123), significant(0.0123456), significant(2048.0), significant(1234.5, 3)
+    ('26.4812', '0.0123', '2048.00', '1234')
     """
     if not math.isfinite(value):
         return str(value)
     if value == 0:
         return "0"
-    if not 1e-3 <= abs(value) < 10**digits:
+    if not 1e-3 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}"
     whole = math.floor(math.log10(abs(value))) + 1  # digits before the point; below 0.1 negative
     return f"{value:.{max(0, min(4, digits - whole))}f}"

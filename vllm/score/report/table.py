@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -28,7 +29,8 @@ def print_result(
     """The headline, the figures by convention, where they come from, and notes."""
     console.print(headline(result), soft_wrap=True)
     for baseline in baselines:
-        line = f"{baseline.name:<10} {significant(baseline.perplexity)}   {baseline.meaning}"
+        name, value = baseline.name.capitalize(), significant(baseline.perplexity)
+        line = f"{name:<10} {value}   {baseline.meaning}"
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
     console.print(figure_table(result.figures))
@@ -64,7 +66,7 @@ def figure_table(figures: Sequence[Figure]) -> Table:
             seen = figure.convention
         error = figure.standard_error
         table.add_row(
-            Text(("  " if several else "") + _label(figure)),
+            Padding(Text(_label(figure)), (0, 0, 0, 2 if several else 0)),
             significant(figure.value),
             "" if error is None else significant(error, 3),
             figure.unit,

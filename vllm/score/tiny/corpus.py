@@ -87,6 +87,7 @@ def standard_library_corpus(
         ScoreModeError: for a fraction outside (0, 1), or where less text is found than asked for
             (a Python without its sources), or where one side of the split is empty.
     """
+    _check_fraction(held_out_fraction)
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     corpus = split_corpus(read_documents(folder), held_out_fraction=held_out_fraction)
     found = corpus.train_bytes + corpus.held_out_bytes
@@ -132,16 +133,20 @@ def split_corpus(documents: Iterable[Document], *, held_out_fraction: float = 0.
     Raises:
         ScoreModeError: for a fraction outside (0, 1).
     """
-    if not 0.0 < held_out_fraction < 1.0:
-        raise ScoreModeError(
-            f"held_out_fraction is {held_out_fraction!r}; it must lie between 0 and 1, e.g. 0.1"
-        )
+    _check_fraction(held_out_fraction)
     train: list[Document] = []
     held_out: list[Document] = []
     for document in documents:
         below = _unit_hash(document.package) < held_out_fraction
         (held_out if below else train).append(document)
     return Corpus(tuple(train), tuple(held_out))
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0.0 < fraction < 1.0:
+        raise ScoreModeError(
+            f"held_out_fraction is {fraction!r}; it must lie between 0 and 1, e.g. 0.1"
+        )
 
 
 def _docstrings(path: Path) -> Iterator[str]:

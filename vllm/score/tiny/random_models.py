@@ -176,7 +176,8 @@ def _draw_weights(
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        # PyTorch's generator on the CPU takes 32 bits of a seed and drops the rest.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
         with torch.no_grad():
             if weight is head:

@@ -1,7 +1,7 @@
 """Two threads that share one model's weights and split each batch.
 
 On matrices this small OpenMP spends its time waiting at barriers, several in each layer, and on a
-machine that others use as well it comes nearly to a stop (20 times slower was measured). One
+machine that others use as well it comes nearly to a stop (10 times slower was measured). One
 thread for each half of the batch, each with one OpenMP thread, meet once a step. The result also
 no longer depends on the number of cores.
 """
@@ -9,8 +9,9 @@ no longer depends on the number of cores.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,29 +22,27 @@ if TYPE_CHECKING:
 _REPLICAS = 2  # not the number of cores: the same sums on every machine
 
 
-class Replicas:
-    """Copies of a model with the same weights in memory and gradients of their own.
+@contextmanager
+def one_openmp_thread() -> Iterator[None]:
+    """Inside, PyTorch uses one OpenMP thread for each thread of ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    A context manager; inside, PyTorch uses one OpenMP thread for each of ours.
-    """
+
+class Replicas:
+    """Copies of a model with the same weights in memory and gradients of their own."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._models = [model, *(_sharing_copy(model) for _ in range(_REPLICAS - 1))]
         self._pool = ThreadPoolExecutor(_REPLICAS)
-        self._threads_before = torch.get_num_threads()
 
-    def __enter__(self) -> Replicas:
-        torch.set_num_threads(1)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown()
-        torch.set_num_threads(self._threads_before)
 
     def backward(self, batch: torch.Tensor) -> float:
         """Add the gradient of the mean loss over a batch to the first model's gradients.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.recipe import Phase, Recipe
-from vllm.score.tiny.replicas import Replicas
+from vllm.score.tiny.replicas import Replicas, one_openmp_thread
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -67,7 +68,7 @@ def held_out_nats(model: LlamaForCausalLM, token_ids: np.ndarray, window: int) -
         ids = torch.from_numpy(token_ids[start : start + window])[None]
         if ids.shape[1] < 2:
             break
-        with torch.no_grad():
+        with torch.no_grad(), one_openmp_thread():
             logits = model(ids, use_cache=False).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:], reduction="sum")
         total += loss.item()
@@ -117,7 +118,7 @@ def _optimise(
         unit_scale=True,
         disable=None if progress else True,
     )
-    with bar, Replicas(model) as replicas:
+    with bar, one_openmp_thread(), closing(Replicas(model)) as replicas:
         seen = 0
         for batch in _batches(token_ids, recipe):
             tokens = batch[:, 1:].numel()

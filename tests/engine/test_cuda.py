@@ -1,0 +1,100 @@
+"""The V1 runner on a GPU: asynchronous scheduling, CUDA graphs, bfloat16; and the V2 runner's no.
+
+VLLM_USE_V2_MODEL_RUNNER=0 pytest -m cuda
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from vllm.score import ScoreModeError, score
+
+from tests.helpers import random_prompts, token_logprobs
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.engine,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+# Float32 attention runs in TF32 on a GPU (stock vLLM's too), so Hugging Face is met to 1e-3 and
+# stock vLLM on the same engine much closer.
+REFERENCE_TOLERANCE, STOCK_TOLERANCE = 5e-3, 2e-4
+CACHE = {"kv_cache_memory_bytes": 1 << 30}
+LENGTHS = [1, 2, 17, 255, 256, 257, 600, 1500]
+
+
+@pytest.fixture(scope="module")
+def v1():
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0":
+        pytest.skip("set VLLM_USE_V2_MODEL_RUNNER=0")
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_float32_scores_equal_hugging_face(eager, v1, engine, reference):
+    from vllm import SamplingParams
+
+    llm = engine("llama", enforce_eager=eager, **CACHE)
+    prompts = random_prompts(LENGTHS, llm.llm_engine.model_config.get_vocab_size(), seed=0)
+    scores = score(llm, prompts, use_tqdm=False)
+    stock = llm.generate(
+        [{"prompt_token_ids": p} for p in prompts],
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    for p, s, o in zip(prompts, scores, stock, strict=True):
+        want = token_logprobs(reference("llama", p), p)
+        np.testing.assert_allclose(s.logprobs, want, atol=REFERENCE_TOLERANCE)
+        theirs = [o.prompt_logprobs[i][p[i]].logprob for i in range(1, len(p))]
+        np.testing.assert_allclose(s.logprobs, theirs, atol=STOCK_TOLERANCE)
+
+
+def test_asynchronous_scheduling_beside_generations(v1, engine, reference):
+    from vllm import SamplingParams
+
+    llm = engine("llama", enforce_eager=True, async_scheduling=True, max_num_seqs=16, **CACHE)
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    prompts = random_prompts([30, 400, 5, 260, 90, 12, 700, 1000], 1000, seed=1)
+    scoring = SamplingParams(score_mode=True, prompt_logprobs=0)
+    generating = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    params = [scoring if i % 2 else generating for i in range(len(prompts))]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    for i, (p, o) in enumerate(zip(prompts, outputs, strict=True)):
+        if i % 2:
+            want = token_logprobs(reference("llama", p), p)
+            np.testing.assert_allclose(o.scores.logprobs, want, atol=REFERENCE_TOLERANCE)
+        else:
+            assert len(o.outputs[0].token_ids) == 20
+
+
+def test_bfloat16_with_statistics_and_the_whole_vocabulary(v1, engine, reference):
+    llm = engine("llama", {"dtype": "bfloat16"}, dtype="bfloat16", enforce_eager=False, **CACHE)
+    prompts = random_prompts([300, 900], llm.llm_engine.model_config.get_vocab_size(), seed=2)
+    scores = score(llm, prompts, statistics=["entropy", "rank"], use_tqdm=False)
+    full = score(llm, prompts, full_vocabulary=True, use_tqdm=False)
+    for p, s, f in zip(prompts, scores, full, strict=True):
+        rows = reference("llama", p, dtype="bfloat16")
+        want = token_logprobs(rows, p)
+        # bfloat16 keeps 8 bits: logits of some tens are off by a tenth.
+        assert np.abs(s.logprobs - want).mean() < 0.1
+        assert np.abs(s.statistics["entropy"] + (np.exp(rows) * rows).sum(-1)[:-1]).mean() < 0.1
+        own = f.logprobs[np.arange(len(p) - 1), p[1:]]
+        np.testing.assert_allclose(own, s.logprobs, atol=0.15)
+        np.testing.assert_allclose(np.exp(f.logprobs).sum(-1), 1.0, atol=1e-4)
+
+
+def test_the_v2_runner_is_refused(engine):
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+        pytest.skip("set VLLM_USE_V2_MODEL_RUNNER=1")
+    llm = engine("llama", enforce_eager=True, **CACHE)
+    assert llm.llm_engine.vllm_config.use_v2_model_runner
+    with pytest.raises(ScoreModeError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        score(llm, [[1, 2, 3]], use_tqdm=False)
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    (out,) = llm.generate([prompt], SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
+    assert len(out.outputs[0].token_ids) == 3
