@@ -101,7 +101,7 @@ def test_several_files(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"text": ', "cannot be read as json"),
         ('{"text": 3}\n', r"document 0 is 3 \(int\), not text"),
         ('{"text": "a"}\n{"text": null}\n', r"document 1 is None"),
-        ("", "a.jsonl"),
+        ("", r"a\.jsonl' is empty"),
     ],
 )
 def test_tables_that_are_none(tmp_path: Path, content: str, message: str) -> None:

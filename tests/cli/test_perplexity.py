@@ -160,6 +160,15 @@ def test_a_bos_that_the_tokenizer_lacks_is_refused(refusal, model_dir, tmp_path,
     assert "tokenizer has none" in message
 
 
+@pytest.mark.engine
+def test_what_the_engine_refuses_is_one_line(model_dir, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["perplexity", str(model_dir("llama")), "--text", "a b c", "--quantization", "awk"])
+    assert exit_.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search("vLLM does not start .*/llama' .*: Unknown quantization method: awk", line)
+
+
 def test_help_is_short_of_nothing(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["perplexity", "-h"])

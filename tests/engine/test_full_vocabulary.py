@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -60,6 +61,14 @@ def test_array_and_view_agree_with_the_reference(output, prompt, reference, llm)
     assert want.shape[1] not in row and -1 not in row
     with pytest.raises(KeyError):
         row[want.shape[1]]
+
+
+def test_outputs_travel(output, prompt):
+    """Ray and process pools pickle outputs."""
+    copy = pickle.loads(pickle.dumps(output))
+    np.testing.assert_array_equal(copy.scores.logprobs, output.scores.logprobs)
+    token = prompt[3]
+    assert copy.prompt_logprobs[3][token].logprob == output.prompt_logprobs[3][token].logprob
 
 
 def test_nothing_is_generated(output, prompt):

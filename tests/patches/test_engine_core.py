@@ -14,7 +14,7 @@ from tests.helpers import token_logprobs
 from tests.patches.processes import run_script
 from tests.patches.scripts.engines import SCORED
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 TOLERANCE = 2e-5
 PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}

@@ -18,7 +18,7 @@ import pytest
 
 from tests.patches.processes import run_script
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import pytest
 from tests.patches.processes import run_script
 from vllm.score.patches.register import REGISTER
 
+pytestmark = pytest.mark.timeout(600)
+
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "off": ((), {"VLLM_PLUGINS": ""}),
     "others only": ((), {"VLLM_PLUGINS": "some_other"}),

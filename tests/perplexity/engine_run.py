@@ -1,7 +1,7 @@
-"""A perplexity run in a process of its own: `engine_run.py MODEL STORE RUNS STEP`.
+"""Perplexity runs in a process of their own.
 
-Does as many runs as asked, in one engine with the settings of the shared fixture but steps of STEP
-tokens, the first into STORE ("" for none); prints the exact loss of each.
+`engine_run.py MODEL store STORE` does one run into STORE, as the shared fixture's engine would.
+`engine_run.py MODEL repeat RUNS` does some, each of one batch, and prints the exact loss of each.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from tests.perplexity.texts import PROSE
 
 TEXT = PROSE[:8_000]
 SETTINGS: dict[str, Any] = {"context_length": 256, "stride": 64, "group_tokens": 2048}
+# Many windows in a batch and several in a step: which ones is what moves the last bits.
+ONE_BATCH: dict[str, Any] = {"context_length": 512, "stride": 100}
+LARGE_STEP = 2048
 
 
-def main(model: str, store: str, runs: int, step: int) -> None:
-    from tests.conftest import MAX_MODEL_LEN
+def main(model: str, task: str, argument: str) -> None:
+    from tests.conftest import MAX_MODEL_LEN, SMALL_CHUNKS
     from vllm import LLM
     from vllm.score.perplexity import perplexity
 
@@ -27,14 +30,16 @@ def main(model: str, store: str, runs: int, step: int) -> None:
         gpu_memory_utilization=0.3,
         distributed_executor_backend="uni",
         max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=step,
+        max_num_batched_tokens=SMALL_CHUNKS if task == "store" else LARGE_STEP,
         max_num_seqs=64,
     )
-    for number in range(runs):
-        folder = store if store and number == 0 else None
-        result = perplexity(llm, TEXT, store=folder, use_tqdm=False, **SETTINGS)
+    if task == "store":
+        perplexity(llm, TEXT, store=argument, use_tqdm=False, **SETTINGS)
+        return
+    for _ in range(int(argument)):
+        result = perplexity(llm, TEXT, use_tqdm=False, **ONE_BATCH)
         print("loss", result.nll.hex(), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(*sys.argv[1:])

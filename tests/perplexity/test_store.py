@@ -116,23 +116,21 @@ def test_a_temporary_store_goes_with_its_object() -> None:
 
 
 def test_killed_while_writing_leaves_whole_parts(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    for groups in (2, 15):
-        writer = subprocess.Popen(
-            [sys.executable, "-m", "tests.perplexity.parts", str(tmp_path)],
-            stdout=subprocess.PIPE,
-            cwd=root,
-        )
-        assert writer.stdout is not None
-        for group in range(groups):
-            assert writer.stdout.readline() == f"{group}\n".encode()
-        writer.send_signal(signal.SIGKILL)
-        assert writer.wait() == -signal.SIGKILL
-        store = Store.open(tmp_path, FINGERPRINT, resume=True)  # the lock died with the process
-        found = sorted((tmp_path / "plan").glob("*"))
-        assert len(found) >= min(groups, NUMBERS)
-        assert all(path.suffix == ".parquet" for path in found)
-        for path in found:
-            number = int(path.stem)
-            assert store.read("plan", number, str(number)) == part(number, rows=LARGE)
-        store.close()
+    groups = 15
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "tests.perplexity.parts", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert writer.stdout is not None
+    for group in range(groups):
+        assert writer.stdout.readline() == f"{group}\n".encode()
+    writer.send_signal(signal.SIGKILL)
+    assert writer.wait() == -signal.SIGKILL
+    store = Store.open(tmp_path, FINGERPRINT, resume=True)  # the lock died with the process
+    found = sorted((tmp_path / "plan").glob("*"))
+    assert groups <= len(found) <= NUMBERS
+    for path in found:
+        assert path.suffix == ".parquet"
+        number = int(path.stem)
+        assert store.read("plan", number, str(number)) == part(number, rows=LARGE)

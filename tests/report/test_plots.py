@@ -14,9 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from tests.report.test_losses import batches, some_logprobs
 from vllm.score.errors import ScoreModeError
 from vllm.score.report import plots
-from vllm.score.report.losses import summarize
+from vllm.score.report.losses import summarize, summarize_batches
 
 pytestmark = pytest.mark.engine
 
@@ -98,6 +99,17 @@ def test_every_axis_has_a_name_and_a_unit(result):
     assert distribution.get_ylabel() == "tokens (%)"
     assert bars.get_xlabel() == "loss (nats)"
     assert all(axes.get_title(loc="left") or axes.get_title() for axes in (along, distribution))
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 1500, 20_000])
+def test_title_and_legend_do_not_overlap(result, tokens):
+    summary = summarize_batches(batches(some_logprobs(tokens, seed=0), []), tokens)
+    for figure in (plots.draw_all(result, summary), plots.draw_curves(summary)):
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        title = next(text for text in (axes.title, axes._left_title) if text.get_text())
+        legend = axes.get_legend()
+        assert not title.get_window_extent().overlaps(legend.get_window_extent())
 
 
 def test_a_picture_is_written(result, tmp_path: Path, recwarn):

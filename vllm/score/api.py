@@ -52,8 +52,8 @@ def score(
         ScoreModeError: a request is malformed (before anything runs), or came back unsound.
         ScoreModeUnavailable: score mode is off in this installation.
     """
-    prompts = _prompts(llm, requests)
     params = _sampling_params(statistics, temperature, top, full_vocabulary, skip_prefix_cache)
+    prompts = _prompts(llm, requests)
     _check(llm, prompts, params, full_vocabulary)
     results: list[TokenScores | None] = [None] * len(prompts)
     with _progress(use_tqdm, prompts) as bar:

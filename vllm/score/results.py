@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm.logprobs import Logprob
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenScores:
     """The scores of one request; m positions, k candidates each, V tokens in the vocabulary.
 

@@ -63,6 +63,8 @@ def engine_report() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from vllm.score.tiny.random_models import make_random_model
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    # A forked engine core would hang on the threads that made the model.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     with TemporaryDirectory(prefix="vllm-score-doctor-") as folder:
         model = make_random_model(Path(folder) / "model", "llama")
         llm = open_llm(

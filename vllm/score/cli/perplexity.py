@@ -62,7 +62,7 @@ def perplexity(
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.sources import TextOptions
-    from vllm.score.cli.streams import results_stream
+    from vllm.score.cli.streams import engine_refusals, results_stream
     from vllm.score.data import file_source
 
     conventions = convention or []
@@ -120,20 +120,21 @@ def perplexity(
         from vllm.score.perplexity import longest_prompt
         from vllm.score.perplexity import perplexity as run
 
-        llm = open_llm(
-            model,
-            context_length=longest_prompt(conventions, context_length),
-            dtype=dtype,
-            quantization=quantization,
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager or None,
-            low_memory=low_memory,
-            tokenizer=tokenizer,
-            **loading,
-        )
+        with engine_refusals(model):
+            llm = open_llm(
+                model,
+                context_length=longest_prompt(conventions, context_length),
+                dtype=dtype,
+                quantization=quantization,
+                tensor_parallel_size=tensor_parallel_size,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enforce_eager=enforce_eager or None,
+                low_memory=low_memory,
+                tokenizer=tokenizer,
+                **loading,
+            )
         result = run(llm, source, store=store, resume=resume, use_tqdm=not quiet, **settings)
         _report(result, _baselines(result, embedded), results, as_json=as_json)
         _write_files(result, output, plot, quiet=quiet)

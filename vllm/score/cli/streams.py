@@ -52,3 +52,21 @@ def one_line_errors(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def engine_refusals(model: str) -> Iterator[None]:
+    """What vLLM refuses while it starts becomes a ScoreModeError of one line."""
+    from vllm.score.errors import ScoreModeError
+
+    try:
+        yield
+    except ScoreModeError:
+        raise
+    except (ValueError, OSError) as error:
+        details = getattr(error, "errors", None)  # of pydantic: the message proper is inside
+        reason = details()[0]["msg"] if callable(details) else str(error) or type(error).__name__
+        reason = " ".join(reason.split()).removeprefix("Value error, ")
+        raise ScoreModeError(
+            f"vLLM does not start {model!r} with these options: {reason}"
+        ) from error

@@ -48,6 +48,9 @@ def file_source(
         if not path.is_file():
             reason = "is a directory" if path.is_dir() else "does not exist"
             raise ScoreModeError(f"file {str(path)!r} {reason}; name a text or table file")
+    if not any(path.stat().st_size for path in listed):
+        names = ", ".join(str(path) for path in listed)
+        raise ScoreModeError(f"file {names!r} is empty: there is nothing to score")
     kinds = {_TABLES.get(_bare_suffix(path)) for path in listed}
     if len(kinds) > 1:
         names = ", ".join(str(path) for path in listed)

@@ -34,7 +34,7 @@ class ModelFacts:
     max_logprobs: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScorePlan:
     """One admitted request.
 

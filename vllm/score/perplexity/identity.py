@@ -47,6 +47,8 @@ def describe_model(llm: LLM) -> dict[str, Any]:
 
 def describe_engine(llm: LLM) -> dict[str, Any]:
     """The settings of the engine that can move a score, if only in its last bits."""
+    from vllm.score.ops.choice import choose_kernel
+
     config = llm.llm_engine.vllm_config
     model, scheduler = config.model_config, config.scheduler_config
     attention = getattr(config, "attention_config", None)
@@ -62,6 +64,7 @@ def describe_engine(llm: LLM) -> dict[str, Any]:
         "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
         "attention_backend": str(getattr(attention, "backend", None) or "auto"),
         "device": _device(),
+        "score_kernel": choose_kernel().name,
     }
 
 

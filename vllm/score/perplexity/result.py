@@ -27,8 +27,9 @@ class Provenance:
     windows, scored_tokens: how many; text_tokens: tokens of the text (without BOS).
     bos: the rule, in words. documents: how they are joined, in words; num_documents: how many.
     words, bytes: of the scored text; None where it has gaps or is not known.
-    text_sha256: of the text in UTF-8 as scored, separators included (of the token ids, as
-        little-endian int64, for a source of ids). text_source: its name.
+    text_sha256: of the text in UTF-8, separators included (a zero byte between documents that
+        stand alone); for a source of token ids, of these as little-endian int64.
+    text_source: its name.
     tokenizer_sha256, model, model_sha256 (of the weights, sampled), dtype, quantization, versions.
     block_length: tokens a block of the bootstrap; None below 30 tokens.
     """

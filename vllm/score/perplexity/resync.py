@@ -122,7 +122,8 @@ class BlockStream:
         return min(found, key=lambda start: abs(start - middle), default=None)
 
     def _word_ends(self, position: int) -> bool:
-        before, after = self._text[position - self._base - 1 : position - self._base + 1]
+        index = position - self._base
+        before, after = self._text[index - 1], self._text[index]
         separates = after in self._separators if self._separators else after.isspace()
         return separates and not before.isspace()
 

@@ -64,7 +64,8 @@ def perplexity(
             scored.
         bos: "auto", "start", "window" or "never", see `plans.BOS_RULES`. With token ids "auto"
             puts nothing in front.
-        separator: joins documents into one text; None: each is a text of its own.
+        separator: joins documents into one text (lists of token ids follow each other without
+            one); None: each is a text of its own.
         conventions: also compute the perplexity as these tools do, see `conventions.CONVENTIONS`.
             What the run's own windows already say is not scored again.
         max_tokens: score only the first tokens of the text.
@@ -210,7 +211,7 @@ class _Runner:
             scored_tokens=totals.tokens,
             text_tokens=stream.tokens,
             bos=describe_bos(plan),
-            documents="each alone" if plan.separator is None else f"joined by {plan.separator!r}",
+            documents=self._documents(plan),
             num_documents=stream.documents,
             words=None if text is None else text.words,
             bytes=None if text is None else text.bytes,
@@ -224,6 +225,12 @@ class _Runner:
             versions=seen["versions"],
             block_length=None,
         )
+
+    def _documents(self, plan: ScoringPlan) -> str:
+        if plan.separator is None:
+            return "each alone"
+        ids_given = isinstance(self._job.source, TokenIdsSource)
+        return "one after the other" if ids_given else f"joined by {plan.separator!r}"
 
 
 def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[str]:

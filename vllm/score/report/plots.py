@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,9 @@ def write_plot(result: PerplexityResult, path: Path) -> None:
     Raises:
         ScoreModeError: for another ending.
     """
-    from matplotlib import rc_context
-
     check_format(path)
     summary = summarize(result)
-    with rc_context(_STYLE):
+    with _style():
         if path.suffix.lower() == ".png":
             draw_all(result, summary).savefig(path, dpi=150)
             return
@@ -76,13 +75,14 @@ def draw_all(result: PerplexityResult, summary: LossSummary) -> Figure:
     """Losses along the text, their distribution, the hardest tokens: one picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.8), layout=_layout())
-    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
-    draw_along_text(figure.add_subplot(grid[0, :]), summary)
-    draw_distribution(figure.add_subplot(grid[1, 0]), summary)
-    pair = grid[1, 1].subgridspec(1, 2, width_ratios=(1.35, 1))
-    draw_hardest(figure.add_subplot(pair[0]), figure.add_subplot(pair[1]), summary)
-    figure.suptitle(_title(result), fontsize=12, x=0.01, ha="left")
+    with _style():
+        figure = Figure(figsize=(12, 7.8), layout=_layout())
+        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
+        draw_along_text(figure.add_subplot(grid[0, :]), summary)
+        draw_distribution(figure.add_subplot(grid[1, 0]), summary)
+        pair = grid[1, 1].subgridspec(1, 2, width_ratios=(1.35, 1))
+        draw_hardest(figure.add_subplot(pair[0]), figure.add_subplot(pair[1]), summary)
+        figure.suptitle(_title(result), fontsize=12, x=0.01, ha="left")
     return figure
 
 
@@ -90,10 +90,11 @@ def draw_curves(summary: LossSummary) -> Figure:
     """Losses along the text above their distribution."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.5), layout=_layout())
-    upper, lower = figure.subplots(2, 1)
-    draw_along_text(upper, summary)
-    draw_distribution(lower, summary)
+    with _style():
+        figure = Figure(figsize=(12, 7.2), layout=_layout())
+        upper, lower = figure.subplots(2, 1)
+        draw_along_text(upper, summary)
+        draw_distribution(lower, summary)
     return figure
 
 
@@ -171,6 +172,12 @@ def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
     bar_axes.set_xlim(left=0, right=1.15 * max(losses, default=1.0))
     bar_axes.spines["left"].set_visible(False)
     bar_axes.grid(visible=False)
+
+
+def _style() -> AbstractContextManager[None]:
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
 
 
 def _layout() -> Any:
