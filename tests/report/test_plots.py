@@ -105,7 +105,7 @@ def test_every_axis_has_a_name_and_a_unit(result):
 def test_title_and_legend_do_not_overlap(result, tokens):
     summary = summarize_batches(batches(some_logprobs(tokens, seed=0), []), tokens)
     for figure in (plots.draw_all(result, summary), plots.draw_curves(summary)):
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         axes = figure.axes[0]
         title = next(text for text in (axes.title, axes._left_title) if text.get_text())
         legend = axes.get_legend()
