@@ -56,13 +56,13 @@ def test_random_mixes_of_200_equal_one_by_one(llm, seed):
         np.testing.assert_allclose(together[i].logprobs, alone.logprobs, atol=BATCH_TOLERANCE)
 
 
-@pytest.mark.parametrize("budget", [16, 33, 128, 1024])
+@pytest.mark.parametrize("budget", [16, 33, 128])
 def test_every_split_of_the_prefill(budget, engine, reference):
-    llm = engine("llama", max_num_batched_tokens=budget, max_num_seqs=8, max_model_len=1024)
+    llm = engine("llama", max_num_batched_tokens=budget, max_num_seqs=8, max_model_len=512)
     prompts = random_prompts(
         [1, 2, budget, budget + 1, budget + 2, 2 * budget + 1], vocab_of(llm), budget
     )
-    prompts = [p[:1024] for p in prompts]
+    prompts = [p[:512] for p in prompts]
     for p, s in zip(prompts, score(llm, prompts, use_tqdm=False), strict=True):
         want = token_logprobs(reference("llama", p), p)
         np.testing.assert_allclose(s.logprobs, want, atol=TOLERANCE)

@@ -35,9 +35,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize(
-    ("rows", "vocab", "top"), [(400, 262_144, 0), (3000, 32_768, 0), (400, 262_144, -1)]
-)
+@pytest.mark.parametrize(("rows", "vocab", "top"), [(400, 262_144, 0), (400, 262_144, -1)])
 def test_extra_memory_is_bounded(rows, vocab, top):
     assert rows * vocab * 4 > 300 << 20, "one float32 copy must be larger than the bound"
     done = subprocess.run(

@@ -99,6 +99,7 @@ def perplexity(
         embedded = None
         if texts.given or model is not None:
             source = texts.open()
+            checks.check_text(source)
         if model is None:
             from vllm.score.tiny.embedded import embedded_model
 
@@ -110,7 +111,6 @@ def perplexity(
                 source = file_source(embedded.held_out_text)
         longest = longest_context(model_config(model, **loading))
         checks.check_fits_model(longest, model, context_length, conventions)
-        checks.check_text(source)
         if tokenizer is None:
             loaded = load_tokenizer(model, **loading)
         else:  # the revision is the model's

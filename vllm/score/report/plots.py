@@ -100,7 +100,7 @@ def draw_curves(summary: LossSummary) -> Figure:
 
 def draw_along_text(axes: Axes, summary: LossSummary) -> None:
     """Block means with the spread of the single tokens (the tokens themselves if few)."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     blocks, length = len(summary.block_mean), summary.tokens / len(summary.block_mean)
     if len(summary.positions):
@@ -128,6 +128,7 @@ def draw_along_text(axes: Axes, summary: LossSummary) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
@@ -135,21 +136,19 @@ def draw_along_text(axes: Axes, summary: LossSummary) -> None:
 
 def draw_distribution(axes: Axes, summary: LossSummary) -> None:
     """Histogram with mean and median."""
-    edges, shares = summary.histogram()
+    edges, shares = summary.histogram(bins=min(60, max(10, int(2 * summary.tokens**0.5))))
     axes.stairs(100 * shares, edges, fill=True, color=_LIGHT)
-    if (beyond := 1 - shares.sum()) > 0:
-        note = f"{100 * beyond:.1g} % beyond, up to {summary.largest:.1f}"
-        offset: dict[str, Any] = {"xytext": (0, 14), "textcoords": "offset points"}
-        style: dict[str, Any] = {"ha": "right", "fontsize": 8, "color": _GREY}
-        axes.annotate(note, (1, 0), xycoords="axes fraction", **offset, **style)
     for value, name, line in ((summary.median, "median", ":"), (summary.mean, "mean", "--")):
         label = f"{name} {significant(value, 4)}"
         axes.axvline(value, color=_RED, linewidth=1.2, linestyle=line, label=label)
-    axes.set(title="Distribution of the loss", xlabel="loss (nats per token)")
+    beyond = round(summary.tokens * (1 - shares.sum()))
+    share = 100 * beyond / summary.tokens
+    more = f"; {share:.1g} % beyond, up to {summary.largest:.1f}" if beyond else ""
+    axes.set(title="Distribution of the loss", xlabel="loss (nats per token)" + more)
     axes.set_ylabel("tokens (%)")
     axes.set_xlim(left=0, right=edges[-1])
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="upper right", facecolor="white", framealpha=0.85, edgecolor="none")
 
 
 def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
