@@ -112,7 +112,8 @@ def test_beam_search_has_no_score_mode(llm):
 
 
 def test_prompt_embeddings_are_refused(engine):
-    llm = engine("llama", enable_prompt_embeds=True, max_model_len=512)
+    # A model of its own: such an engine adds a token to the tokenizer, which vLLM shares by path.
+    llm = engine("llama", {"seed": 8}, enable_prompt_embeds=True, max_model_len=512)
     hidden = llm.llm_engine.model_config.get_hidden_size()
     with pytest.raises(ScoreModeError, match="prompt_embeds cannot be combined"):
         llm.generate([{"prompt_embeds": torch.zeros(4, hidden)}], score_params(), use_tqdm=False)
