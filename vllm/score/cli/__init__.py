@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -48,13 +47,7 @@ def vllm_score() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors that a user can mend become one line and exit code 1."""
-    from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+    from vllm.score.cli.streams import one_line_errors
 
-    try:
+    with one_line_errors("vllm-score"):
         app(args=arguments, prog_name="vllm-score")
-    except (ScoreModeError, ScoreModeUnavailable) as error:
-        print(f"vllm-score: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("vllm-score: interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -23,18 +23,21 @@ def doctor(
     scores with Hugging Face. Exit code 1 if scores would be refused or are wrong.
     """
     from vllm.score.cli.engine import quieten
+    from vllm.score.cli.streams import results_stream
 
-    quieten()
-    statuses = [front_end_status()]
-    check = None
-    if not quick and statuses[0]["problem"] is None:
-        engine_statuses, check = engine_report()
-        statuses += engine_statuses
-    problem = first_problem(statuses, check)
-    if as_json:
-        print(json.dumps({"processes": statuses, "check": check, "problem": problem}, indent=2))
-    else:
-        _print(statuses, check, problem)
+    with results_stream() as results:
+        quieten()
+        statuses = [front_end_status()]
+        check = None
+        if not quick and statuses[0]["problem"] is None:
+            engine_statuses, check = engine_report()
+            statuses += engine_statuses
+        problem = first_problem(statuses, check)
+        if as_json:
+            report = {"processes": statuses, "check": check, "problem": problem}
+            print(json.dumps(report, indent=2), file=results)
+        else:
+            _print(statuses, check, problem, results)
     if problem is not None:
         sys.exit(1)
 
@@ -113,12 +116,15 @@ def first_problem(statuses: list[dict[str, Any]], check: dict[str, Any] | None) 
 
 
 def _print(
-    statuses: list[dict[str, Any]], check: dict[str, Any] | None, problem: str | None
+    statuses: list[dict[str, Any]],
+    check: dict[str, Any] | None,
+    problem: str | None,
+    results: TextIO,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(file=results, highlight=False)
     versions = statuses[0]["versions"]
     console.print("  ".join(f"{name} {number}" for name, number in versions.items()))
     table = Table("process", "pid", "patched module", "state", box=None, pad_edge=False)

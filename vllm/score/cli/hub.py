@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+from vllm.score.data.tables import hub_reachable
 from vllm.score.errors import ScoreModeError
-
-_PROBE_SECONDS = 5.0
 
 
 def go_offline_if_unreachable() -> bool:
@@ -23,14 +20,8 @@ def go_offline_if_unreachable() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return True
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
-            return False
-    except urllib.error.HTTPError:
-        return False  # somebody answered
-    except (OSError, ValueError):
-        pass
+    if hub_reachable(endpoint):
+        return False
     os.environ["HF_HUB_OFFLINE"] = "1"  # for processes yet to come
     if "huggingface_hub" in sys.modules:  # has read the environment already
         sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True

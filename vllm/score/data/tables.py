@@ -118,7 +118,7 @@ def _offline_if_unreachable(dataset: str) -> Iterator[None]:
     import huggingface_hub
 
     constants = huggingface_hub.constants
-    if Path(dataset).exists() or constants.HF_HUB_OFFLINE or _reachable(constants.ENDPOINT):
+    if Path(dataset).exists() or constants.HF_HUB_OFFLINE or hub_reachable(constants.ENDPOINT):
         yield
         return
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -129,7 +129,8 @@ def _offline_if_unreachable(dataset: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _reachable(endpoint: str) -> bool:
+def hub_reachable(endpoint: str) -> bool:
+    """Whether anybody answers at the hub's address, within seconds."""
     import urllib.error
     import urllib.request
 
