@@ -75,11 +75,12 @@ def engine_report() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         )
         try:
             statuses = ask_engine(llm.llm_engine)
+            refused = any(status["problem"] for status in statuses)
+            return statuses, {} if refused else _compare(llm, model)
         except ScoreModeUnavailable as error:
             return [{"role": "engine core", "problem": str(error)}], {}
-        if any(s["problem"] for s in statuses):
-            return statuses, {}
-        return statuses, _compare(llm, model)
+        finally:
+            llm.llm_engine.engine_core.shutdown()  # not at exit, where its threads are gone
 
 
 def _compare(llm: Any, model: Path) -> dict[str, Any]:
