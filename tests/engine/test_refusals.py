@@ -82,6 +82,15 @@ def test_options_set_after_construction_are_refused_too(llm):
     params.n = 2
     with pytest.raises(ScoreModeError, match="n=2 cannot be combined with score_mode=True"):
         llm.generate([{"prompt_token_ids": [5, 6]}], params, use_tqdm=False)
+    for field, value in (
+        ("score_statistics", ["entropie"]),
+        ("score_temperature", 0.0),
+        ("prompt_logprobs", -5),
+    ):
+        params = score_params()
+        setattr(params, field, value)
+        with pytest.raises(ScoreModeError, match=field):
+            llm.generate([{"prompt_token_ids": [5, 6]}], params, use_tqdm=False)
 
 
 def test_the_callers_parameters_are_not_changed(llm):

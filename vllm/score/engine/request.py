@@ -209,6 +209,12 @@ def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, 
 
 def _top(params: Any, target_token_ids: Any) -> int:
     asked = params.prompt_logprobs
+    if asked is not None and asked < FULL_VOCABULARY:
+        raise InvalidScoreRequest(
+            f"prompt_logprobs must be -1 or at least 0, got {asked}.",
+            parameter="prompt_logprobs",
+            value=asked,
+        )
     if target_token_ids is None:
         return FULL_VOCABULARY if asked is None else int(asked)
     if asked == FULL_VOCABULARY:

@@ -56,7 +56,7 @@ def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
 
 def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> Any:
     from vllm.score.engine.request import ModelFacts, plan_request
-    from vllm.score.engine.support import check_configuration, check_options, check_prompt
+    from vllm.score.engine.support import check_configuration, check_prompt
     from vllm.score.errors import ScoreModeUnavailable
     from vllm.score.patches.register import front_end_problem
 
@@ -64,7 +64,7 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
     if problem is not None:
         raise ScoreModeUnavailable(problem)
     check_configuration(processor.vllm_config)
-    check_options(params)  # again: fields may have been set since construction
+    params._verify_score_mode()  # again: fields may have been set since construction
     check_prompt(prompt, named.get("lora_request"), bool(named.get("resumable")))
     model = processor.model_config
     unlimited = getattr(processor, NO_CLIENT_LIMIT, False)
