@@ -1,6 +1,7 @@
-"""The V1 runner on a GPU: asynchronous scheduling, CUDA graphs, bfloat16; and the V2 runner's no.
+"""On a GPU, with either model runner: asynchronous scheduling, CUDA graphs, bfloat16.
 
-VLLM_USE_V2_MODEL_RUNNER=0 pytest -m cuda
+pytest -m cuda                                # the V2 runner, vLLM's default there
+VLLM_USE_V2_MODEL_RUNNER=0 pytest -m cuda     # the V1 runner
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers import random_prompts, token_logprobs
-from vllm.score import ScoreModeError, score
+from vllm.score import score
 
 pytestmark = [
     pytest.mark.cuda,
@@ -27,17 +28,15 @@ CACHE = {"kv_cache_memory_bytes": 1 << 30}
 LENGTHS = [1, 2, 17, 255, 256, 257, 600, 1500]
 
 
-@pytest.fixture(scope="module")
-def v1():
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0":
-        pytest.skip("set VLLM_USE_V2_MODEL_RUNNER=0")
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_float32_scores_equal_hugging_face(eager, v1, engine, reference):
+def test_float32_scores_equal_hugging_face(eager, engine, reference):
     from vllm import SamplingParams
 
     llm = engine("llama", enforce_eager=eager, **CACHE)
+    assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
     prompts = random_prompts(LENGTHS, llm.llm_engine.model_config.get_vocab_size(), seed=0)
     scores = score(llm, prompts, use_tqdm=False)
     stock = llm.generate(
@@ -52,7 +51,7 @@ def test_float32_scores_equal_hugging_face(eager, v1, engine, reference):
         np.testing.assert_allclose(s.logprobs, theirs, atol=STOCK_TOLERANCE)
 
 
-def test_asynchronous_scheduling_beside_generations(v1, engine, reference):
+def test_asynchronous_scheduling_beside_generations(engine, reference):
     from vllm import SamplingParams
 
     llm = engine("llama", enforce_eager=True, async_scheduling=True, max_num_seqs=16, **CACHE)
@@ -70,7 +69,7 @@ def test_asynchronous_scheduling_beside_generations(v1, engine, reference):
             assert len(o.outputs[0].token_ids) == 20
 
 
-def test_bfloat16_with_statistics_and_the_whole_vocabulary(v1, engine, reference):
+def test_bfloat16_with_statistics_and_the_whole_vocabulary(engine, reference):
     llm = engine("llama", {"dtype": "bfloat16"}, dtype="bfloat16", enforce_eager=False, **CACHE)
     prompts = random_prompts([300, 900], llm.llm_engine.model_config.get_vocab_size(), seed=2)
     scores = score(llm, prompts, statistics=["entropy", "rank"], use_tqdm=False)
@@ -86,15 +85,41 @@ def test_bfloat16_with_statistics_and_the_whole_vocabulary(v1, engine, reference
         np.testing.assert_allclose(np.exp(f.logprobs).sum(-1), 1.0, atol=1e-4)
 
 
-def test_the_v2_runner_is_refused(engine):
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
-        pytest.skip("set VLLM_USE_V2_MODEL_RUNNER=1")
-    llm = engine("llama", enforce_eager=True, **CACHE)
-    assert llm.llm_engine.vllm_config.use_v2_model_runner
-    with pytest.raises(ScoreModeError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        score(llm, [[1, 2, 3]], use_tqdm=False)
+def test_candidates_top_and_chunks(engine, reference):
+    llm = engine("llama", enforce_eager=True, max_num_batched_tokens=256, **CACHE)
+    (prompt,) = random_prompts([1200], llm.llm_engine.model_config.get_vocab_size(), seed=3)
+    rows = reference("llama", prompt)
+    candidates = [[5, 6, 7], [8, 9, 10]]
+    names = ["entropy", "rank", "argmax", "margin", "collision_probability", "logit_variance"]
+    request = {"prompt_token_ids": prompt, "target_token_ids": candidates}
+    (got,) = score(llm, [request], statistics=names, use_tqdm=False)
+    (whole,) = score(llm, [prompt], statistics=names, top=3, use_tqdm=False)
+    for i, ids in enumerate(candidates):
+        np.testing.assert_allclose(got.logprobs[i], rows[-3 + i][ids], atol=REFERENCE_TOLERANCE)
+    np.testing.assert_allclose(
+        whole.logprobs, token_logprobs(rows, prompt), atol=REFERENCE_TOLERANCE
+    )
+    entropy = -(np.exp(rows) * rows).sum(-1)[:-1]
+    np.testing.assert_allclose(whole.statistics["entropy"], entropy, atol=REFERENCE_TOLERANCE)
+    assert (whole.statistics["argmax"] == whole.top_token_ids[:, 0]).all()
+    assert (whole.statistics["argmax"] == rows.argmax(-1)[:-1]).mean() > 0.98
+
+
+def test_aborted_requests_leave_their_neighbours_alone(engine, reference):
     from vllm import SamplingParams
 
-    prompt = {"prompt_token_ids": [1, 2, 3]}
-    (out,) = llm.generate([prompt], SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
-    assert len(out.outputs[0].token_ids) == 3
+    llm = engine("llama", enforce_eager=True, max_num_batched_tokens=256, **CACHE)
+    prompts = random_prompts([900, 800, 700], 1000, seed=4)
+    params = SamplingParams(score_mode=True, prompt_logprobs=0)
+    ids = [
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": p}, params)
+        for i, p in enumerate(prompts)
+    ]
+    llm.llm_engine.step()
+    llm.llm_engine.abort_request([ids[0]], internal=True)
+    outputs = {}
+    while llm.llm_engine.has_unfinished_requests():
+        outputs |= {o.request_id: o for o in llm.llm_engine.step() if o.finished}
+    for i in (1, 2):
+        want = token_logprobs(reference("llama", prompts[i]), prompts[i])
+        np.testing.assert_allclose(outputs[str(i)].scores.logprobs, want, atol=REFERENCE_TOLERANCE)

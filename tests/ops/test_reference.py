@@ -10,9 +10,25 @@ from hypothesis import strategies as st
 
 from vllm.score.engine.layout import RowLayout
 from vllm.score.engine.statistics import STATISTICS
-from vllm.score.ops.head import head_product
-from vllm.score.ops.reference import reduce_logits
-from vllm.score.ops.score_rows import LOGITS_BUDGET_BYTES, chunk_rows, score_chunks
+from vllm.score.ops import row_state as rs
+from vllm.score.ops.reference import reduce_logits, score_head, target_logits
+
+
+def reduce(x: torch.Tensor, targets: torch.Tensor, layout: RowLayout, parts: int = 1):
+    """All columns of `layout` but the most likely tokens, from `parts` tiles of the vocabulary."""
+    state = rs.new_state(len(x), x.device)
+    found = rs.new_target_logits(len(x), targets.shape[1], x.device)
+    threshold = x.float().gather(1, targets[:, :1])[:, 0] / layout.temperature
+    mask = rs.statistics_mask(layout.statistics)
+    first = 0
+    for tile in x.tensor_split(parts, dim=1):
+        reduce_logits(
+            tile, targets, first, threshold, 1.0, 0.0, layout.temperature, mask, state, found
+        )
+        first += tile.shape[1]
+    out = torch.empty(len(x), layout.num_targets + len(layout.statistics))
+    rs.score_columns(state, found, layout, out)
+    return out
 
 
 def float64_log_softmax(x: np.ndarray) -> np.ndarray:
@@ -46,15 +62,15 @@ def float64_statistics(x: np.ndarray, target: np.ndarray) -> dict[str, np.ndarra
     k=st.integers(1, 3),
     scale=st.sampled_from([0.0, 1e-3, 1.0, 8.0, 40.0]),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    parts=st.integers(1, 4),
     seed=st.integers(0, 2**20),
 )
-def test_reduction_equals_float64(rows, vocab, k, scale, temperature, seed):
+def test_reduction_equals_float64(rows, vocab, k, scale, temperature, parts, seed):
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((rows, vocab)) * scale).astype(np.float32)
     targets = rng.integers(0, vocab, (rows, k))
-    top = min(3, vocab)
-    layout = RowLayout(k, STATISTICS, top, temperature)
-    out = reduce_logits(torch.from_numpy(x), torch.from_numpy(targets), layout).numpy()
+    layout = RowLayout(k, STATISTICS, 0, temperature)
+    out = reduce(torch.from_numpy(x), torch.from_numpy(targets), layout, parts).numpy()
 
     scaled = x.astype(np.float64) / temperature
     want = float64_log_softmax(scaled)
@@ -71,73 +87,72 @@ def test_reduction_equals_float64(rows, vocab, k, scale, temperature, seed):
             np.testing.assert_allclose(
                 got, expected[name], atol=20 * margin, rtol=1e-5, err_msg=name
             )
-    ids = out[:, layout.top_start : layout.top_start + top].astype(int)
-    np.testing.assert_allclose(
-        np.take_along_axis(want, ids, 1), -np.sort(-want, axis=-1)[:, :top], atol=margin, rtol=2e-6
-    )
 
 
 def test_minus_infinity_logits_are_impossible_tokens():
     x = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
     layout = RowLayout(2, ("entropy", "collision_probability"), 0)
-    out = reduce_logits(x, torch.tensor([[0, 1]]), layout)[0]
-    assert out[0] == pytest.approx(-np.log(2))
-    assert out[1] == -torch.inf
-    assert out[2] == pytest.approx(np.log(2))
-    assert out[3] == pytest.approx(0.5)
+    for parts in (1, 2, 4):  # with four, tiles of -inf alone
+        out = reduce(x, torch.tensor([[0, 1]]), layout, parts)[0]
+        assert out[0] == pytest.approx(-np.log(2))
+        assert out[1] == -torch.inf
+        assert out[2] == pytest.approx(np.log(2))
+        assert out[3] == pytest.approx(0.5)
 
 
-def test_nan_logits_stay_nan():
-    x = torch.tensor([[0.0, torch.nan, 0.0]])
-    assert torch.isnan(reduce_logits(x, torch.tensor([[0]]), RowLayout(1))).all()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinite_logits_give_nan(bad):
+    x = torch.tensor([[0.0, bad, 0.0, 1.0, 2.0, 3.0]])
+    for parts in (1, 2, 3):
+        assert torch.isnan(reduce(x, torch.tensor([[0]]), RowLayout(1), parts)).all()
 
 
 def test_input_is_not_modified():
     x = torch.randn(5, 100)
     before = x.clone()
-    reduce_logits(x, torch.zeros(5, 1, dtype=torch.int64), RowLayout(1, STATISTICS, 0, 0.7))
+    reduce(x, torch.zeros(5, 1, dtype=torch.int64), RowLayout(1, STATISTICS, 0, 0.7))
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("vocab", [1000, 32_768, 151_936, 262_144, 2**24])
-def test_chunks_keep_the_memory_bound(vocab):
-    for width in (1, vocab):
-        assert chunk_rows(vocab, width) >= 1
-        assert chunk_rows(vocab, width) * vocab * 4 <= max(LOGITS_BUDGET_BYTES, 4 * vocab)
-
-
-def test_chunked_rows_keep_their_order():
-    rng = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2500, 8, generator=rng)
-    weight = torch.randn(50, 8, generator=rng)
-    index = torch.randperm(2500, generator=rng)[:2300]
-    targets = torch.randint(0, 50, (2300, 2), generator=rng)
-    chunks = list(score_chunks(lambda h: h @ weight.T, hidden, index, targets, RowLayout(2), 50))
-    assert len(chunks) > 1
-    want = (hidden[index].double() @ weight.double().T).log_softmax(-1).gather(1, targets)
-    torch.testing.assert_close(torch.cat(chunks).double(), want, atol=1e-5, rtol=0)
-
-
-def test_wrong_head_width_gives_nan_not_scores(caplog):
-    chunks = score_chunks(
-        lambda h: h.new_zeros(len(h), 7),
-        torch.zeros(3, 4),
-        torch.arange(3),
-        torch.zeros(3, 1, dtype=torch.int64),
-        RowLayout(1),
-        8,
-    )
-    assert torch.isnan(torch.cat(list(chunks))).all()
-    assert "7 logits" in caplog.text
+def test_columns_not_asked_for_are_left_alone():
+    state = torch.full((3, rs.WIDTH), 7.0)
+    state[:, rs.MAX] = -torch.inf
+    state[:, rs.SUM_EXP] = 0
+    none = torch.zeros(3, 0, dtype=torch.int64)
+    reduce_logits(torch.randn(3, 9), none + 0, 0, None, 1, 0, 1, 0, state, torch.empty(3, 0))
+    assert (state[:, 2:] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_product_is_the_float32_product(dtype, monkeypatch):
-    monkeypatch.setattr("vllm.score.ops.head.WEIGHT_TILE_BYTES", 4 * 16 * 10)  # tiles of 10 rows
-    hidden = torch.randn(6, 16).to(dtype)
-    weight = torch.randn(33, 16).to(dtype)
-    bias = torch.randn(33).to(dtype)
-    got = head_product(hidden, weight, bias)
-    assert got.dtype == torch.float32
-    want = hidden.double() @ weight.double().T + bias.double()
-    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_with_soft_cap_scale_and_shard(dtype, bias, monkeypatch):
+    monkeypatch.setattr("vllm.score.ops.reference.WEIGHT_TILE_BYTES", 4 * 16 * 10)  # 10 columns
+    rng = torch.Generator().manual_seed(0)
+    hidden = (3 * torch.randn(6, 16, generator=rng)).to(dtype)
+    weight = torch.randn(33, 16, generator=rng).to(dtype)
+    offset = torch.randn(33, generator=rng).to(dtype) if bias else None
+    targets = torch.randint(0, 33, (6, 2), generator=rng)
+    x = hidden.double() @ weight.double().T + (offset.double() if bias else 0)
+    x = torch.tanh(x / 5) * 5 * 0.7 / 1.3
+    states, founds = [], []
+    for first, last in ((0, 20), (20, 33)):
+        state, found = rs.new_state(6, x.device), rs.new_target_logits(6, 2, x.device)
+        shard = None if offset is None else offset[first:last]
+        common = (0.7, 5.0, 1.3)
+        score_head(
+            hidden, weight[first:last], shard, targets, first, None, *common, 1, state, found
+        )
+        states.append(state)
+        founds.append(found)
+        again = rs.new_target_logits(6, 2, x.device)
+        target_logits(hidden, weight[first:last], shard, targets, first, *common, again)
+        torch.testing.assert_close(again, found, atol=2e-5, rtol=0)
+    merged = rs.merge(torch.stack(states))
+    found = torch.stack(founds).amax(0)
+    layout = RowLayout(2, ("entropy",))
+    out = torch.empty(6, 3)
+    rs.score_columns(merged, found, layout, out)
+    want = x.log_softmax(-1)
+    torch.testing.assert_close(out[:, :2].double(), want.gather(1, targets), atol=2e-5, rtol=0)
+    entropy = -(want.exp() * want).sum(-1)
+    torch.testing.assert_close(out[:, 2].double(), entropy, atol=5e-5, rtol=0)

@@ -48,8 +48,6 @@ def open_llm(
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    # The V2 runner, a GPU's default, has no patch yet.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     settings.setdefault("use_tqdm_on_load", False)
     settings.update(model=model, dtype=dtype, max_model_len=context_length)
     if low_memory:

@@ -52,10 +52,8 @@ def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
     top_ids = top_logprobs = None
     if layout.top:
         top_ids, top_logprobs = layout.top_of(rows)
-        top_ids = top_ids.astype(np.int64)
-    return TokenScores(
-        ids, np.ascontiguousarray(logprobs), statistics, plan.first_position, top_ids, top_logprobs
-    )
+        top_ids, top_logprobs = top_ids.astype(np.int64), top_logprobs.copy()
+    return TokenScores(ids, logprobs.copy(), statistics, plan.first_position, top_ids, top_logprobs)
 
 
 def problem_with(output: Any, plan: ScorePlan) -> str | None:
@@ -97,7 +95,9 @@ def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | N
     scores = split_columns(rows, plan)
     output.scores = scores
     output.prompt_logprobs = PromptLogprobsView(scores, plan.prompt_token_ids, decode)
-    # The stock field holds what its name says, the statistics' columns are ours.
-    output.prompt_token_id_logprobs = rows[
-        :, : rows.shape[1] if plan.layout.top < 0 else plan.layout.num_targets
-    ]
+    # The stock field holds what its name says, the statistics' columns are ours. Not a view: on a
+    # GPU the engine's array lies in pinned memory, which is to be given back.
+    if plan.layout.top >= 0:
+        output.prompt_token_id_logprobs = scores.logprobs.reshape(
+            len(rows), plan.layout.num_targets
+        )

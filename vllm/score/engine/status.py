@@ -18,14 +18,13 @@ from vllm.score.patches.patch import Role
 def process_status(role: Role) -> dict[str, Any]:
     """This process in the given role: {role, pid, versions, patches, kernel, problem}."""
     from vllm.score.ops.choice import choose_kernel
-    from vllm.score.ops.head import head_rule
     from vllm.score.patches import register
 
     problem = register.problem(role)
     kernel: dict[str, str] = {}
     try:
         choice = choose_kernel()
-        kernel = {"name": choice.name, "reason": choice.reason, "head": head_rule()}
+        kernel = {"name": choice.name, "reason": choice.reason}
     except ScoreModeError as error:
         problem = problem or str(error)
     return {

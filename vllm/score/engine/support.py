@@ -54,10 +54,6 @@ def unsupported_configuration(config: Any) -> str | None:
     model, parallel = config.model_config, config.parallel_config
     speculative = config.speculative_config
     checks: tuple[tuple[bool, str], ...] = (
-        (
-            bool(config.use_v2_model_runner),
-            "the V2 model runner is not supported yet; set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
         (model.runner_type != "generate", "pooling models have no next-token probabilities"),
         (bool(model.is_encoder_decoder), "encoder-decoder models are not supported"),
         (bool(model.is_diffusion), "diffusion models have no next-token probabilities"),

@@ -1,22 +1,25 @@
-"""Scores inside the worker: which rows of this step belong to score requests, and their buffers.
+"""Scores inside the worker: which rows of this step belong to score requests, and their results.
 
 Rows: for an engine prompt of L tokens whose first scored row is `start`, row r (the hidden state
 at position r) scores the token after it. The engine is given the prompt without its last token
 (see `request.py`), so the rows ``[start, L)`` are scored, the last one included.
+
+A step is scored in one go for all requests with the same layout, the results stay on the device,
+and those of the requests that are complete go to the host in one copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm.score.engine.layout import RowLayout
-from vllm.score.ops.head import float32_logits, prefers_float32_product
-from vllm.score.ops.score_rows import score_chunks
+from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
+from vllm.score.engine.model_head import head_of
+from vllm.score.ops.score_rows import block_rows, score_rows
 
 
 def scored_rows(begin: int, num_tokens: int, start: int, num_rows: int) -> tuple[int, int]:
@@ -27,23 +30,50 @@ def scored_rows(begin: int, num_tokens: int, start: int, num_rows: int) -> tuple
     return max(begin, start), min(begin + num_tokens, start + num_rows)
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestScores:
     """One request's growing scores.
 
     Attributes:
-        rows: float32 [m, width], NaN where nothing has been written yet. Rows are overwritten
-            when a preempted request is computed again.
+        layout: what is computed for a row.
+        targets: int32 [m, k].
+        start: first scored row.
+        vocab_size: V, as the front end knows it.
+        parts: (first row, results [c, width] on the device, or on the host for the whole
+            vocabulary), consecutive.
     """
 
     layout: RowLayout
     targets: np.ndarray
     start: int
-    rows: torch.Tensor = field(init=False)
+    vocab_size: int
+    parts: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
-    def allocate(self, vocab_size: int) -> None:
-        width = self.layout.width(vocab_size)
-        self.rows = torch.full((len(self.targets), width), float("nan"), dtype=torch.float32)
+    @classmethod
+    def of(cls, params: Any) -> RequestScores:
+        """From the sampling parameters of an admitted score request."""
+        return cls(
+            layout_of(params),
+            params.prompt_logprob_token_ids,
+            params.prompt_logprob_start,
+            params._score_vocab_size,
+        )
+
+    def add(self, low: int, rows: torch.Tensor) -> None:
+        """Append the results of the rows from `low` on; a row computed again replaces itself."""
+        kept = [(first, part[: low - first]) for first, part in self.parts if first < low]
+        self.parts = [*kept, (low, rows)]
+
+    def assemble(self) -> torch.Tensor:
+        """Float32 [m, width], NaN where no row was computed."""
+        shape = (len(self.targets), self.layout.width(self.vocab_size))
+        if len(self.parts) == 1 and self.parts[0][1].shape == shape:
+            return self.parts[0][1]
+        device = self.parts[0][1].device if self.parts else torch.device("cpu")
+        whole = torch.full(shape, float("nan"), dtype=torch.float32, device=device)
+        for first, part in self.parts:
+            whole[first - self.start : first - self.start + len(part)] = part
+        return whole
 
 
 def layout_of(params: Any) -> RowLayout:
@@ -59,7 +89,9 @@ def layout_of(params: Any) -> RowLayout:
 
 @dataclass
 class StepRows:
-    """The scored rows of one request in one step: hidden-state indices and the slice of scores."""
+    """The scored rows of one request in one step: rows ``[low, high)``, whose first hidden state
+    is the step's `hidden_first`.
+    """
 
     scores: RequestScores
     hidden_first: int
@@ -70,91 +102,136 @@ class StepRows:
     def count(self) -> int:
         return self.high - self.low
 
+    @property
+    def targets(self) -> np.ndarray:
+        """int32 [count, k]."""
+        start = self.scores.start
+        return self.scores.targets[self.low - start : self.high - start]
+
+
+@dataclass
+class Progress:
+    """One request's share of a step.
+
+    Attributes:
+        begin: prompt positions computed before the step.
+        num_tokens: computed in it.
+        prompt_len: of the engine's prompt.
+        first_index: of the request's first hidden state in the step.
+    """
+
+    request_id: str
+    scores: RequestScores
+    begin: int
+    num_tokens: int
+    prompt_len: int
+    first_index: int
+
 
 def score_step(
-    steps: list[StepRows],
+    progress: Iterable[Progress],
     hidden: torch.Tensor,
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
-    vocab_size: int,
-) -> None:
-    """Score the rows of all requests of a step, requests with equal layouts in one batch.
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Score one step.
 
     Args:
-        steps: the rows; `hidden_first` is the index of row `low` in `hidden`.
+        progress: the score requests of the step.
         hidden: [T, H], the step's hidden states.
-        logits_of: the model's head.
-        vocab_size: V.
+        compute_logits: the model's head.
+
+    Returns:
+        The results float32 [m, width] of the requests that are complete, on the host. On a GPU
+        they are valid once the stream has caught up.
     """
     groups: dict[RowLayout, list[StepRows]] = {}
-    for step in steps:
-        if step.count > 0:
-            groups.setdefault(step.scores.layout, []).append(step)
-    for layout, members in groups.items():
-        index = np.concatenate(
-            [np.arange(s.hidden_first, s.hidden_first + s.count) for s in members]
-        )
-        targets = np.concatenate(
-            [s.scores.targets[s.low - s.scores.start : s.high - s.scores.start] for s in members]
-        )
-        chunks = score_chunks(
-            logits_of,
-            hidden,
-            torch.from_numpy(index).to(hidden.device),
-            torch.from_numpy(targets.astype(np.int64)).to(hidden.device),
-            layout,
-            vocab_size,
-        )
-        with float32_logits(prefers_float32_product(hidden.dtype, hidden.device)):
-            _write_chunks(chunks, members)
-
-
-def _write_chunks(chunks: Iterable[torch.Tensor], members: list[StepRows]) -> None:
-    """Copy consecutive chunks of rows into the requests' buffers, which they fill in order."""
-    views = iter([s.scores.rows[s.low - s.scores.start : s.high - s.scores.start] for s in members])
-    view = next(views)
-    for chunk in chunks:
-        scored = chunk.cpu()
-        while len(scored):
-            if not len(view):
-                view = next(views)
-            count = min(len(view), len(scored))
-            view[:count] = scored[:count]
-            view, scored = view[count:], scored[count:]
-
-
-def collect_step(
-    num_scheduled: Mapping[str, int],
-    request_of: Callable[[str], Any],
-    first_index_of: Callable[[str], int],
-    vocab_size: int,
-) -> tuple[list[StepRows], dict[str, RequestScores]]:
-    """The scored rows of a step and the requests whose last row is among them.
-
-    Args:
-        num_scheduled: tokens computed this step, by request id.
-        request_of: the worker's state of a request: `sampling_params`, `num_computed_tokens`
-            (at the start of this step), `prompt_token_ids`.
-        first_index_of: index of the request's first hidden state of this step.
-        vocab_size: V.
-    """
-    steps: list[StepRows] = []
     complete: dict[str, RequestScores] = {}
-    for request_id, num_tokens in num_scheduled.items():
-        request = request_of(request_id)
-        params = None if request is None else request.sampling_params
-        if params is None or not params.score_mode:
-            continue
-        scores = getattr(request, "score_buffer", None)
-        if scores is None:
-            scores = RequestScores(
-                layout_of(params), params.prompt_logprob_token_ids, params.prompt_logprob_start
-            )
-            scores.allocate(vocab_size)
-            request.score_buffer = scores
-        begin = request.num_computed_tokens
-        low, high = scored_rows(begin, num_tokens, scores.start, len(scores.targets))
+    # In the order of their hidden states, so that rows that follow each other need no copy.
+    for p in sorted(progress, key=lambda p: p.first_index):
+        low, high = scored_rows(p.begin, p.num_tokens, p.scores.start, len(p.scores.targets))
         if low < high:
-            steps.append(StepRows(scores, first_index_of(request_id) + low - begin, low, high))
-        if begin + num_tokens >= len(request.prompt_token_ids):
-            complete[request_id] = scores
-    return steps, complete
+            step = StepRows(p.scores, p.first_index + low - p.begin, low, high)
+            groups.setdefault(p.scores.layout, []).append(step)
+        if p.begin + p.num_tokens >= p.prompt_len:
+            complete[p.request_id] = p.scores
+    for layout, members in groups.items():
+        _score_group(layout, members, hidden, compute_logits)
+    return _to_host(complete)
+
+
+def _score_group(
+    layout: RowLayout,
+    members: list[StepRows],
+    hidden: torch.Tensor,
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    vocab_size = members[0].scores.vocab_size
+    index = np.concatenate([np.arange(s.hidden_first, s.hidden_first + s.count) for s in members])
+    targets = np.concatenate([s.targets for s in members])
+    if layout.num_targets == 0:
+        targets = targets[:, :1]  # the rank's; the whole vocabulary needs none
+    results = _score_blocks(layout, index, targets, hidden, compute_logits, vocab_size)
+    first = 0
+    for step in members:
+        step.scores.add(step.low, results[first : first + step.count])
+        first += step.count
+
+
+def _score_blocks(
+    layout: RowLayout,
+    index: np.ndarray,
+    targets: np.ndarray,
+    hidden: torch.Tensor,
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+) -> torch.Tensor:
+    """Results [len(index), width]: on the device, or on the host for the whole vocabulary."""
+    consecutive = int(index[-1]) - int(index[0]) + 1 == len(index)
+    head, _ = head_of(compute_logits, hidden[int(index[0]) : int(index[0]) + 1], vocab_size)
+    a_row = 0 if consecutive else hidden.element_size() * hidden.shape[1]
+    block = block_rows(head, layout, vocab_size, a_row)
+    on_host = layout.top == FULL_VOCABULARY
+    shape = (len(index), layout.width(vocab_size))
+    if on_host:
+        results = torch.empty(shape, dtype=torch.float32)
+    device_targets = to_device(targets.astype(np.int64), hidden.device)
+    blocks = []
+    for first in range(0, len(index), block):
+        rows = slice(first, min(first + block, len(index)))
+        if consecutive:
+            part = hidden[int(index[rows.start]) : int(index[rows.stop - 1]) + 1]
+        else:
+            part = hidden.index_select(0, to_device(index[rows], hidden.device))
+        head, taken = head_of(compute_logits, part, vocab_size)
+        scored = score_rows(head, taken, device_targets[rows], layout, vocab_size)
+        if on_host:
+            results[rows] = scored.cpu()
+        else:
+            blocks.append(scored)
+    if on_host:
+        return results
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`values` on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(complete: dict[str, RequestScores]) -> dict[str, torch.Tensor]:
+    """The finished results, those on the device in one copy that is not waited for."""
+    wholes = {request_id: s.assemble() for request_id, s in complete.items()}
+    away = {r: w for r, w in wholes.items() if w.device.type != "cpu"}
+    if not away:
+        return wholes
+    flat = torch.cat([w.flatten() for w in away.values()])
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    first = 0
+    for request_id, whole in away.items():
+        wholes[request_id] = host[first : first + whole.numel()].view(whole.shape)
+        first += whole.numel()
+    return wholes

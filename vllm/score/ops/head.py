@@ -1,75 +1,32 @@
-"""The product of hidden states and the LM head with float32 logits.
-
-Logits rounded to bfloat16 are the largest error of a score (spacing 0.125 at |logit| 16..32). On
-a CPU without bfloat16 instructions the float32 product is several times faster as well.
-"""
+"""One rank's part of a language-model head, as the scoring operators need it."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-# Rows of the head that are converted to float32 at once.
-WEIGHT_TILE_BYTES = 32 << 20
 
-_wanted = threading.local()
+@dataclass(frozen=True)
+class Head:
+    """The logits ``scale * cap(hidden @ weight.T + bias)`` of a contiguous range of token ids.
 
-
-@contextmanager
-def float32_logits(wanted: bool) -> Iterator[None]:
-    """While open, the model's own head gives float32 logits where its weights are plain."""
-    before = getattr(_wanted, "now", False)
-    _wanted.now = wanted
-    try:
-        yield
-    finally:
-        _wanted.now = before
-
-
-def float32_logits_wanted() -> bool:
-    """Whether this thread is inside `float32_logits(True)`."""
-    return bool(getattr(_wanted, "now", False))
-
-
-def prefers_float32_product(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the float32 product is the better one for a head of this dtype.
-
-    Where the CPU multiplies bfloat16 natively, the model's own head is several times faster.
+    Attributes:
+        weight: [n, H] plain weights; None where only `logits_of` knows them (quantised, adapted).
+        bias: [n] or None.
+        logits_of: hidden states [c, H] to raw logits [c, at least n] of this range.
+        first_id: id of the first row.
+        num_ids: n, vocabulary padding left out; may be 0 on the last rank.
+        scale, soft_cap: of the model; a soft cap of 0 means none.
+        gather: all-gathers [c, ...] of every rank to [P, c, ...]; None when this rank has all ids.
     """
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
-
-def head_rule() -> str:
-    """The rule of `prefers_float32_product` and what it says here, in words."""
-    if prefers_float32_product(torch.bfloat16, torch.device("cpu")):
-        return "on the CPU 16-bit weights are multiplied in float32 (no bfloat16 instructions here)"
-    return "on the CPU the model's own product (bfloat16 instructions here)"
-
-
-def head_product(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """``hidden @ weight.T + bias`` in float32, a tile of the vocabulary at a time.
-
-    Args:
-        hidden: [c, H].
-        weight: [V, H], any floating dtype.
-        bias: [V] or None.
-
-    Returns:
-        float32 [c, V].
-    """
-    rows = hidden.float()
-    out = torch.empty(len(rows), len(weight), dtype=torch.float32, device=rows.device)
-    tile = max(1, WEIGHT_TILE_BYTES // (4 * weight.shape[1]))
-    for first in range(0, len(weight), tile):
-        part = slice(first, first + tile)
-        torch.mm(rows, weight[part].float().t(), out=out[:, part])
-    if bias is not None:
-        out += bias.float()
-    return out
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    logits_of: Callable[[torch.Tensor], torch.Tensor]
+    first_id: int
+    num_ids: int
+    scale: float = 1.0
+    soft_cap: float = 0.0
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -1,71 +1,151 @@
-"""Hidden states to scores, in row chunks whose logits never exceed a fixed amount of memory."""
+"""Hidden states to scores: the one place where the head's product, its reduction and the exchange
+between ranks come together.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from vllm.score.engine.layout import RowLayout
-from vllm.score.ops.reference import reduce_logits
+from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
+from vllm.score.ops import row_state as rs
+from vllm.score.ops.head import Head
+from vllm.score.ops.operators import operators
+from vllm.score.ops.reference import product, transform
 
-logger = logging.getLogger(__name__)
+# Rows whose states are held at once. Their hidden states are gathered only where they are not
+# consecutive, so this bounds that copy as well.
+MAX_BLOCK_ROWS = 8192
+GATHERED_BYTES = 32 << 20
+# Logits that are held at once where the head's own product or a whole row is needed.
+LOGITS_BYTES = 48 << 20
 
-# Logits in the model's dtype and one float32 copy of them; the rest of the budget is the
-# reduction's own temporaries.
-LOGITS_BUDGET_BYTES = 96 << 20
-MAX_CHUNK_ROWS = 1024
 
-
-def chunk_rows(vocab_size: int, width: int) -> int:
-    """Rows scored at once, so that the extra memory stays under 256 MiB.
+def block_rows(head: Head, layout: RowLayout, vocab_size: int, hidden_bytes: int) -> int:
+    """Rows scored at once, so that scoring takes less than 128 MiB beside the model.
 
     Args:
-        vocab_size: logits a row.
-        width: results a row; those of the chunk before may still be held.
+        vocab_size: of the model.
+        hidden_bytes: of one hidden state that has to be copied; 0 where it need not be.
     """
-    a_row = 4 * (vocab_size + 2 * width)
-    return max(1, min(MAX_CHUNK_ROWS, LOGITS_BUDGET_BYTES // a_row))
+    rows = MAX_BLOCK_ROWS
+    if hidden_bytes:
+        rows = min(rows, max(1, GATHERED_BYTES // hidden_bytes))
+    if layout.top:
+        # Float32 logits, and the results of the block before.
+        rows = min(rows, max(1, LOGITS_BYTES // (4 * (vocab_size + layout.width(vocab_size)))))
+    elif head.weight is None:
+        rows = min(rows, max(1, LOGITS_BYTES // (4 * max(head.num_ids, 1))))
+    return rows
 
 
-def score_chunks(
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    targets: torch.Tensor,
-    layout: RowLayout,
-    vocab_size: int,
-) -> Iterator[torch.Tensor]:
-    """Score rows of hidden states, a chunk at a time.
+def score_rows(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, layout: RowLayout, vocab_size: int
+) -> torch.Tensor:
+    """Score rows of hidden states.
+
+    Every rank of a tensor-parallel group calls this with the same rows; the exchange is one
+    all-gather of 10 + k floats a row (two when the rank of the target is asked for).
 
     Args:
-        logits_of: the model's head, hidden states [c, H] to logits [c, V]; every rank of a
-            tensor-parallel group gets all of V.
-        hidden: [T, H].
-        index: int64 [R], the rows of `hidden` to score.
-        targets: int64 [R, k] on the device of `hidden`.
+        head: this rank's part of it.
+        hidden: [c, H], as the head takes them.
+        targets: int64 [c, k]; k may be 0 for the whole vocabulary.
         layout: what to compute.
         vocab_size: V.
 
-    Yields:
-        float32 [c, layout.width(V)], the chunks of the R rows in order.
-        A head that does not give V logits a row yields NaN, which the front end reports.
+    Returns:
+        float32 [c, layout.width(V)].
     """
-    chunk = chunk_rows(vocab_size, layout.width(vocab_size))
-    for first in range(0, index.shape[0], chunk):
-        rows = slice(first, first + chunk)
-        logits = logits_of(hidden.index_select(0, index[rows]))
-        if logits.shape[-1] != vocab_size:
-            # An exception here would take the engine and everybody's requests down; NaN fails
-            # just these requests, with an error, at the front end.
-            logger.error(
-                "The model's head gives %d logits a row, its configuration says %d: no scores.",
-                logits.shape[-1],
-                vocab_size,
-            )
-            yield logits.new_full(
-                (logits.shape[0], layout.width(vocab_size)), float("nan"), dtype=torch.float32
-            )
-            continue
-        yield reduce_logits(logits, targets[rows], layout)
+    mask = rs.statistics_mask(layout.statistics)
+    state = rs.new_state(len(hidden), hidden.device)
+    found = rs.new_target_logits(len(hidden), targets.shape[1], hidden.device)
+    common = (head.scale, head.soft_cap, layout.temperature)
+    ops = operators(hidden.device.type)
+    logits = _logits(head, hidden, layout) if layout.top or head.weight is None else None
+    threshold = None
+    if mask & rs.RANK_BIT:
+        threshold = _threshold(head, hidden, logits, targets, common, ops)
+    # A rank may hold padding only.
+    if head.num_ids:
+        source = (logits,) if logits is not None else (hidden, head.weight, head.bias)
+        run = ops.reduce_logits if logits is not None else ops.score_head
+        run(*source, targets, head.first_id, threshold, *common, mask, state, found)
+    if head.gather is not None:
+        both = head.gather(torch.cat([state, found], dim=1))
+        state = rs.merge(both[..., : rs.WIDTH])
+        found = both[..., rs.WIDTH :].amax(dim=0)
+    out = torch.empty(
+        len(hidden), layout.width(vocab_size), dtype=torch.float32, device=hidden.device
+    )
+    rs.score_columns(state, found, layout, out)
+    if logits is not None and layout.top:
+        x = transform(logits, *common)
+        _top_columns(head, x, rs.log_sum_exp(state), layout, out[:, layout.top_start :])
+    return out
+
+
+def _logits(head: Head, hidden: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """This range's raw logits [c, n], float32 where the weights are plain."""
+    if head.weight is None:
+        return head.logits_of(hidden)[:, : head.num_ids]
+    return product(hidden, head.weight, head.bias)
+
+
+def _threshold(
+    head: Head,
+    hidden: torch.Tensor,
+    logits: torch.Tensor | None,
+    targets: torch.Tensor,
+    common: tuple[float, float, float],
+    ops: Any,
+) -> torch.Tensor:
+    """Float32 [c]: the logit of the first target, whichever rank has it."""
+    first = targets[:, :1]
+    out = rs.new_target_logits(len(first), 1, first.device)
+    if head.num_ids and logits is not None:
+        inside = first - head.first_id
+        held = (inside >= 0) & (inside < head.num_ids)
+        x = transform(logits.gather(1, inside.clamp(0, head.num_ids - 1)), *common)
+        out = torch.where(held, x, out)
+    elif head.num_ids:
+        ops.target_logits(hidden, head.weight, head.bias, first, head.first_id, *common, out)
+    if head.gather is not None:
+        out = head.gather(out).amax(dim=0)
+    return out[:, 0].contiguous()
+
+
+def _top_columns(
+    head: Head, x: torch.Tensor, lse: torch.Tensor, layout: RowLayout, out: torch.Tensor
+) -> None:
+    """The whole vocabulary's log-probabilities, or the most likely ids and theirs."""
+    if layout.top == FULL_VOCABULARY:
+        x.sub_(lse[:, None])
+        if head.gather is None:
+            out.copy_(x)
+            return
+        _gather_vocabulary(head, x, out)
+        return
+    count = min(layout.top, x.shape[1])
+    values, ids = torch.topk(x, count, dim=-1)
+    ids = ids + head.first_id
+    if head.gather is not None:
+        pad = layout.top - count
+        values = torch.nn.functional.pad(values, (0, pad), value=float("-inf"))
+        # Ids are exact in float32, and one exchange is cheaper than two.
+        ids = torch.nn.functional.pad(ids, (0, pad)).float()
+        both = head.gather(torch.stack([values, ids], dim=1))  # [P, c, 2, top]
+        both = both.permute(1, 2, 0, 3).flatten(2)
+        values, chosen = torch.topk(both[:, 0], layout.top, dim=-1)
+        ids = both[:, 1].gather(1, chosen)
+    out[:, : layout.top] = ids.float()
+    out[:, layout.top :] = values - lse[:, None]
+
+
+def _gather_vocabulary(head: Head, x: torch.Tensor, out: torch.Tensor) -> None:
+    assert head.gather is not None
+    counts = head.gather(torch.full((1,), x.shape[1], device=x.device))[:, 0].tolist()
+    width = max(counts)
+    parts = head.gather(torch.nn.functional.pad(x, (0, width - x.shape[1])))
+    torch.cat([part[:, :n] for part, n in zip(parts, counts, strict=True)], dim=1, out=out)

@@ -10,6 +10,7 @@ import wrapt
 from vllm.score.patches.patch import Patch
 
 READY = "score_mode_ready"
+BUFFER = "score_mode_scores"
 
 
 def apply(module: ModuleType) -> None:
@@ -29,9 +30,7 @@ def apply(module: ModuleType) -> None:
         if ready:
             # Asynchronous scheduling wraps the output.
             step = getattr(output, "_model_runner_output", output)
-            step.prompt_token_id_logprobs_dict = {
-                request_id: scores.rows for request_id, scores in ready.items()
-            }
+            step.prompt_token_id_logprobs_dict = ready
         return output
 
     wrapt.wrap_function_wrapper(module, "GPUModelRunner._get_prompt_logprobs_dict", prompt_logprobs)
@@ -39,19 +38,37 @@ def apply(module: ModuleType) -> None:
 
 
 def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
-    from vllm.score.engine.worker import collect_step, score_step
+    from vllm.score.engine.worker import Progress, RequestScores, score_step
 
-    vocab_size = runner.model_config.get_vocab_size()
-    steps, complete = collect_step(
-        num_scheduled_tokens,
-        runner.requests.get,
-        lambda request_id: int(
-            runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]
-        ),
-        vocab_size,
-    )
-    score_step(steps, hidden_states, runner.model.compute_logits, vocab_size)
-    return complete
+    progress = []
+    for request_id, num_tokens in num_scheduled_tokens.items():
+        request = runner.requests.get(request_id)
+        params = None if request is None else request.sampling_params
+        if params is None or not params.score_mode:
+            continue
+        scores = getattr(request, BUFFER, None)
+        if scores is None:
+            scores = RequestScores.of(params)
+            setattr(request, BUFFER, scores)
+        row = runner.input_batch.req_id_to_index[request_id]
+        progress.append(
+            Progress(
+                request_id,
+                scores,
+                request.num_computed_tokens,
+                num_tokens,
+                len(request.prompt_token_ids),
+                int(runner.query_start_loc.np[row]),
+            )
+        )
+    if not progress:
+        return {}
+    ready = score_step(progress, hidden_states, runner.model.compute_logits)
+    if ready and hidden_states.is_cuda:
+        import torch
+
+        torch.cuda.current_stream(hidden_states.device).synchronize()
+    return ready
 
 
 PATCH = Patch(

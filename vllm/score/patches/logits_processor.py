@@ -1,4 +1,4 @@
-"""Float32 logits from the model's own head, while scores are computed and where that is better."""
+"""The head's arguments, handed over while scores are computed."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from vllm.score.patches.patch import Patch
 
 
 def apply(module: ModuleType) -> None:
-    """Wrap the product of the head; scale, soft cap and gathering stay with the stock layer."""
-    plain = (module.UnquantizedEmbeddingMethod, module.UnquantizedLinearMethod)
+    """Wrap the call that ends nearly every model's compute_logits."""
 
-    def apply_head(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
-        from vllm.score.ops.head import float32_logits_wanted, head_product
+    def forward(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
+        from vllm.score.engine.model_head import captured_call
 
-        def call(lm_head: Any, hidden_states: Any, embedding_bias: Any) -> Any:
-            weight = getattr(lm_head, "weight", None)
-            if (
-                float32_logits_wanted()
-                and isinstance(lm_head.quant_method, plain)
-                and weight is not None
-                and weight.ndim == 2
-                and weight.shape[1] == hidden_states.shape[-1]
-            ):
-                return head_product(hidden_states, weight, embedding_bias)
-            return wrapped(lm_head, hidden_states, embedding_bias)
+        def call(
+            lm_head: Any, hidden_states: Any, embedding_bias: Any = None, skip_gather: bool = False
+        ) -> Any:
+            captured = captured_call(processor, lm_head, hidden_states, embedding_bias)
+            if captured is not None:
+                return captured
+            return wrapped(lm_head, hidden_states, embedding_bias, skip_gather)
 
         return call(*args, **kwargs)
 
-    wrapt.wrap_function_wrapper(module, "LogitsProcessor._apply_head", apply_head)
+    wrapt.wrap_function_wrapper(module, "LogitsProcessor.forward", forward)
 
 
 PATCH = Patch(
     target="vllm.model_executor.layers.logits_processor",
     contract={
-        "LogitsProcessor._apply_head": ("self", "lm_head", "hidden_states", "embedding_bias"),
+        "LogitsProcessor.forward": (
+            "self",
+            "lm_head",
+            "hidden_states",
+            "embedding_bias",
+            "skip_gather",
+        ),
     },
     apply=apply,
     roles=("worker",),
-    why="Rounding logits to bfloat16 costs up to 0.06 nats; CPUs without bfloat16 instructions "
-    "multiply float32 faster, too.",
-    how="Inside a thread-local scope that only scoring opens, plain heads are multiplied in "
-    "float32 by our own function; everything else is the stock path.",
+    why="Scores are reduced on each rank's own part of the head, in float32, without ever holding "
+    "a row of logits; stock gathers them, rounded to the model's dtype.",
+    how="Inside a thread-local scope that only scoring opens, the call gives its arguments away "
+    "and returns a tensor that nothing may touch; a model that does touch it is asked for its "
+    "logits instead.",
     risk="None for generation: outside the scope the wrapper calls the stock function.",
-    upstream="Related: head_dtype, which does the same for a whole engine.",
-    remove_when="The kernels compute logits themselves.",
+    upstream="Related: get_top_k_tokens, which reduces shards in the same way.",
+    remove_when="LogitsProcessor offers a reduction over the shard.",
 )

@@ -14,6 +14,7 @@ from vllm.score.patches import (
     logits_processor,
     output_processor,
     outputs,
+    prompt_logprob,
     renderers_base,
     sampling_params,
     scheduler,
@@ -33,6 +34,7 @@ REGISTER: tuple[Patch, ...] = (
     kv_cache_manager.PATCH,
     scheduler.PATCH,
     gpu_model_runner.PATCH,
+    prompt_logprob.PATCH,
     logits_processor.PATCH,
 )
 

@@ -34,6 +34,7 @@ def apply(module: ModuleType) -> None:
         score_temperature: float = 1.0
         """Divides the logits before they are scored; `temperature` is for sampling only."""
         _score_top: int | None = None
+        _score_vocab_size: int = 0
         """Set at admission, which makes later copies exempt from the checks of user input."""
 
         def __post_init__(self) -> None:

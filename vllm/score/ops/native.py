@@ -1,0 +1,120 @@
+"""The compiled operators behind the names and arguments of the PyTorch reference.
+
+`score_head` chooses: one fused kernel, or a product by torch's library a tile at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.score.ops import reference
+from vllm.score.ops.tiled_product import score_head_tiled
+
+# The fused CUDA kernel is for compute capability 9.0 and 16-bit weights whose rows start at
+# multiples of 16 bytes. Below these sizes the tiled product was faster (benchmarks/head_kernel.py).
+FUSED_CAPABILITY = (9, 0)
+FUSED_MIN_ROWS = 1
+
+
+def head_rule(device_type: str) -> str:
+    """How `score_head` chooses its path on a kind of device, in words."""
+    if device_type != "cuda":
+        return "float32 and bfloat16 weights: fused product and reduction; others: PyTorch"
+    return (
+        f"16-bit weights on compute capability 9.0, from {FUSED_MIN_ROWS} rows: fused product and "
+        "reduction; others: cuBLAS a tile at a time, each tile reduced in one pass"
+    )
+
+
+def head_path(hidden: torch.Tensor, weight: torch.Tensor) -> str:
+    """ "fused" or "tiled", by the rule above: hidden [R, H], weight [n, H]."""
+    if not hidden.is_cuda:
+        return "fused" if hidden.dtype in (torch.float32, torch.bfloat16) else "tiled"
+    if hidden.dtype not in (torch.bfloat16, torch.float16) or len(hidden) < FUSED_MIN_ROWS:
+        return "tiled"
+    if torch.cuda.get_device_capability(hidden.device) != FUSED_CAPABILITY:
+        return "tiled"
+    aligned = all(
+        m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 and m.stride(1) == 1
+        for m in (hidden, weight)
+    )
+    return "fused" if aligned else "tiled"
+
+
+def reduce_logits(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    first_id: int,
+    threshold: torch.Tensor | None,
+    scale: float,
+    soft_cap: float,
+    temperature: float,
+    statistics: int,
+    state: torch.Tensor,
+    target_logits: torch.Tensor,
+) -> None:
+    """See `vllm.score.ops.reference.reduce_logits`."""
+    torch.ops.vllm_score.reduce_logits(
+        logits,
+        targets,
+        first_id,
+        threshold,
+        scale,
+        soft_cap,
+        temperature,
+        statistics,
+        state,
+        target_logits,
+    )
+
+
+def score_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    first_id: int,
+    threshold: torch.Tensor | None,
+    scale: float,
+    soft_cap: float,
+    temperature: float,
+    statistics: int,
+    state: torch.Tensor,
+    target_logits: torch.Tensor,
+) -> None:
+    """See `vllm.score.ops.reference.score_head`."""
+    arguments = (
+        hidden,
+        weight,
+        bias,
+        targets,
+        first_id,
+        threshold,
+        scale,
+        soft_cap,
+        temperature,
+        statistics,
+        state,
+        target_logits,
+    )
+    if head_path(hidden, weight) == "fused":
+        torch.ops.vllm_score.score_head(*arguments)
+    else:
+        score_head_tiled(*arguments, reduce_logits=reduce_logits)
+
+
+def target_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    first_id: int,
+    scale: float,
+    soft_cap: float,
+    temperature: float,
+    out: torch.Tensor,
+) -> None:
+    """See `vllm.score.ops.reference.target_logits`."""
+    served = hidden.is_cuda or hidden.dtype in (torch.float32, torch.bfloat16)
+    function = torch.ops.vllm_score.target_logits if served else reference.target_logits
+    function(hidden, weight, bias, targets, first_id, scale, soft_cap, temperature, out)

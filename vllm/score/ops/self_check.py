@@ -1,0 +1,64 @@
+"""One tiny call of each compiled operator, compared with the PyTorch reference."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.score.ops import native, reference
+from vllm.score.ops import row_state as rs
+
+ROWS, COLUMNS, HIDDEN, TARGETS = 5, 70, 32, 2
+EVERYTHING = rs.ENTROPY_BIT | rs.COLLISION_BIT | rs.TOP_BIT | rs.MOMENTS_BIT | rs.RANK_BIT
+# Sums of 70 terms in float32, in another order.
+TOLERANCE = 1e-4
+
+
+def self_check(device_type: str) -> str | None:
+    """Whether the loaded operators give the reference's numbers on this machine.
+
+    Returns:
+        None if so, else what differs, in words.
+    """
+    dtypes = [torch.float32, torch.bfloat16]
+    try:
+        for dtype in dtypes:
+            for name, difference in _differences(torch.device(device_type), dtype).items():
+                if not difference <= TOLERANCE:
+                    return (
+                        f"{name} in {str(dtype).removeprefix('torch.')} differs from the PyTorch "
+                        f"reference by {difference:.1e}"
+                    )
+    except RuntimeError as error:
+        return f"a call fails: {error}"
+    return None
+
+
+def _differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    hidden, weight, bias = random(ROWS, HIDDEN), random(COLUMNS, HIDDEN), random(COLUMNS)
+    logits = random(ROWS, COLUMNS)
+    targets = torch.randint(COLUMNS, (ROWS, TARGETS), generator=generator).to(device)
+    threshold = torch.zeros(ROWS, device=device)
+    numbers = (threshold, 1.5, 4.0, 0.75, EVERYTHING)
+    calls = {
+        "reduce_logits": (logits, targets, 0, *numbers),
+        "score_head": (hidden, weight, bias, targets, 0, *numbers),
+        "target_logits": (hidden, weight, bias, targets, 0, *numbers[1:4]),
+    }
+    found = {}
+    for name, arguments in calls.items():
+        results = []
+        for module in (native, reference):
+            out = [rs.new_target_logits(ROWS, TARGETS, device)]
+            if name != "target_logits":
+                out.insert(0, rs.new_state(ROWS, device))
+            getattr(module, name)(*arguments, *out)
+            results.append(torch.cat(out, dim=1).cpu().double())
+        ours, expected = results
+        # NaN in either is a difference that no tolerance allows.
+        found[name] = float(((ours - expected).abs() / (1 + expected.abs())).max())
+    return found
