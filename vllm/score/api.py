@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 # Enough to keep any engine full, few enough that a long list costs no memory before its turn.
 MAX_REQUESTS_IN_FLIGHT = 4096
@@ -28,6 +29,7 @@ def score(
     full_vocabulary: bool = False,
     use_tqdm: bool | Callable[..., tqdm] = True,
     skip_prefix_cache: bool = False,
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
 ) -> list[TokenScores]:
     """Log-probabilities of given tokens under the model, in nats.
 
@@ -44,6 +46,7 @@ def score(
         use_tqdm: show a progress bar; or a function that makes one.
         skip_prefix_cache: compute every token anew. The cached part of a context was computed in
             another batch, which can move the last bits.
+        lora_request: an adapter for all requests, or one (or None) for each.
 
     Returns:
         One `TokenScores` a request, in order.
@@ -54,10 +57,11 @@ def score(
     """
     params = _sampling_params(statistics, temperature, top, full_vocabulary, skip_prefix_cache)
     prompts = _prompts(llm, requests)
+    adapters = _adapters(llm, lora_request, len(prompts))
     _check(llm, prompts, params, full_vocabulary)
     results: list[TokenScores | None] = [None] * len(prompts)
     with _progress(use_tqdm, prompts) as bar:
-        for index, output in _run(llm, prompts, params):
+        for index, output in _run(llm, prompts, params, adapters):
             result = output.scores
             if result is None:
                 raise ScoreModeError(
@@ -134,6 +138,23 @@ def _sampling_params(
     )
 
 
+def _adapters(
+    llm: LLM, given: LoRARequest | Sequence[LoRARequest | None] | None, count: int
+) -> Sequence[LoRARequest | None]:
+    """One adapter or None a request."""
+    adapters = list(given) if isinstance(given, Sequence) else [given] * count
+    if len(adapters) != count:
+        raise ScoreModeError(
+            f"lora_request has {len(adapters)} entries for {count} requests; give one for all, or "
+            "one or None for each."
+        )
+    if any(adapters) and llm.llm_engine.vllm_config.lora_config is None:
+        raise ScoreModeError(
+            "lora_request is given, but the engine has no LoRA: LLM(enable_lora=True)."
+        )
+    return adapters
+
+
 def _check(
     llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams, full_vocabulary: bool
 ) -> None:
@@ -166,7 +187,10 @@ def _check(
 
 
 def _run(
-    llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams
+    llm: LLM,
+    prompts: list[dict[str, Any]],
+    params: SamplingParams,
+    adapters: Sequence[LoRARequest | None],
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted."""
     engine = llm.llm_engine
@@ -186,7 +210,10 @@ def _run(
                 request_id = str(next(llm.request_counter))
                 running[request_id] = index
                 internal_ids[request_id] = engine.add_request(
-                    request_id, {"type": "token", **prompt}, params
+                    request_id,
+                    {"type": "token", **prompt},
+                    params,
+                    lora_request=adapters[index],
                 )
                 tokens_in_flight += len(prompt["prompt_token_ids"])
             if not running:

@@ -1,9 +1,9 @@
 """The head of the model that vLLM runs, taken where the model itself uses it.
 
-`compute_logits` of nearly every model ends in `LogitsProcessor(lm_head, hidden)`. While `capture`
-is open, that call hands its arguments over and returns a tensor that nothing may touch. A model
-that returns this very tensor has a head and nothing after it: the scores can then be computed on
-this rank's weights. Any other model (one that masks ids, say) is asked for its logits instead.
+`compute_logits` of nearly every model ends in `LogitsProcessor(lm_head, hidden)`. While the head
+is asked for, that call hands its arguments over and returns a tensor that nothing may touch. A
+model that returns this very tensor has a head and nothing after it: the scores can then be computed
+on this rank's weights. Any other (one that masks ids, say) is asked for its logits instead.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from vllm.score.engine.adapters import adapter_delta
 from vllm.score.ops.head import Head
 
 logger = logging.getLogger(__name__)
@@ -47,16 +49,18 @@ class Captured:
 _open = threading.local()
 
 
+def capturing() -> bool:
+    """Whether this thread is asking a model for its head."""
+    return getattr(_open, "calls", None) is not None
+
+
 def captured_call(
     processor: Any, lm_head: Any, hidden: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Called by the amended `LogitsProcessor.forward`; None outside `capture`."""
-    calls = getattr(_open, "calls", None)
-    if calls is None:
-        return None
+) -> torch.Tensor:
+    """Take the arguments of `LogitsProcessor.forward` while `capturing`."""
     if processor.logits_as_input:
         raise _Touched("logits_as_input")
-    calls.append(Captured(processor, lm_head, hidden, bias))
+    _open.calls.append(Captured(processor, lm_head, hidden, bias))
     standing_in: torch.Tensor = torch.Tensor._make_subclass(_Untouchable, torch.empty(0))
     _open.returned = standing_in
     return standing_in
@@ -73,18 +77,22 @@ def _capturing() -> Iterator[list[Captured]]:
 
 
 def head_of(
-    compute_logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocab_size: int
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    index: np.ndarray,
+    vocab_size: int,
 ) -> tuple[Head, torch.Tensor]:
     """The head and the hidden states [c, H'] that it takes, for hidden states [c, H].
 
     Args:
         compute_logits: the model's.
+        index: [c], their places in the step.
         vocab_size: V; a head that serves another number of ids has `num_ids` of that number.
     """
     call = _capture(compute_logits, hidden)
     if call is None:
         return _whole_head(compute_logits, vocab_size), hidden
-    head = _shard(call, vocab_size)
+    head = _shard(call, index, vocab_size)
     if head is None:
         return _whole_head(compute_logits, vocab_size), hidden
     return head, call.hidden
@@ -121,12 +129,16 @@ def _whole_head(compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_si
     return Head(None, None, logits_of, 0, vocab_size)
 
 
-def _shard(call: Captured, vocab_size: int) -> Head | None:
+def _shard(call: Captured, index: np.ndarray, vocab_size: int) -> Head | None:
     """This rank's part; None where the layer is not one whose layout is known."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     processor, lm_head = call.processor, call.lm_head
+    # LoRA wraps both layers.
+    adapted = processor if hasattr(processor, "lora_a_stacked") else None
+    processor = getattr(processor, "base_layer", processor)
+    lm_head = getattr(lm_head, "base_layer", lm_head)
     if type(processor) is not LogitsProcessor or not isinstance(lm_head, VocabParallelEmbedding):
         return None
     shard = lm_head.shard_indices
@@ -148,6 +160,7 @@ def _shard(call: Captured, vocab_size: int) -> Head | None:
         scale=float(processor.scale),
         soft_cap=float(processor.soft_cap or 0.0),
         gather=_gather if lm_head.tp_size > 1 else None,
+        delta=None if adapted is None else adapter_delta(adapted, index, first, count),
     )
 
 

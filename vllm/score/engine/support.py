@@ -58,19 +58,6 @@ def unsupported_configuration(config: Any) -> str | None:
         (bool(model.is_encoder_decoder), "encoder-decoder models are not supported"),
         (bool(model.is_diffusion), "diffusion models have no next-token probabilities"),
         (
-            config.lora_config is not None,
-            "engines with LoRA are not supported yet; start without enable_lora, or merge the "
-            "adapter into the weights",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline_parallel_size > 1 is not supported yet; use tensor_parallel_size",
-        ),
-        (
-            parallel.data_parallel_size > 1,
-            "data_parallel_size > 1 is not supported yet; start one engine for each part",
-        ),
-        (
             parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
             "context parallelism is not supported; use tensor_parallel_size",
         ),
@@ -104,7 +91,7 @@ def check_configuration(config: Any) -> None:
         raise InvalidScoreRequest(sentence, parameter="score_mode")
 
 
-def check_prompt(engine_input: Any, lora_request: Any, resumable: bool) -> None:
+def check_prompt(engine_input: Any, resumable: bool) -> None:
     """Refuse kinds of prompt that cannot be scored.
 
     Raises:
@@ -127,12 +114,6 @@ def check_prompt(engine_input: Any, lora_request: Any, resumable: bool) -> None:
             "prompt_token_ids.",
             parameter="prompt",
             value=kind,
-        )
-    if lora_request is not None:
-        raise InvalidScoreRequest(
-            "lora_request cannot be combined with score_mode=True yet: merge the adapter into "
-            "the weights.",
-            parameter="lora_request",
         )
     if resumable:
         raise InvalidScoreRequest(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm.score.engine.host_copy import to_device, to_host
 from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 from vllm.score.engine.model_head import head_of
 from vllm.score.ops.score_rows import block_rows, score_rows
@@ -187,7 +188,8 @@ def _score_blocks(
 ) -> torch.Tensor:
     """Results [len(index), width]: on the device, or on the host for the whole vocabulary."""
     consecutive = int(index[-1]) - int(index[0]) + 1 == len(index)
-    head, _ = head_of(compute_logits, hidden[int(index[0]) : int(index[0]) + 1], vocab_size)
+    first_row = hidden[int(index[0]) : int(index[0]) + 1]
+    head, _ = head_of(compute_logits, first_row, index[:1], vocab_size)
     a_row = 0 if consecutive else hidden.element_size() * hidden.shape[1]
     block = block_rows(head, layout, vocab_size, a_row)
     on_host = layout.top == FULL_VOCABULARY
@@ -202,7 +204,7 @@ def _score_blocks(
             part = hidden[int(index[rows.start]) : int(index[rows.stop - 1]) + 1]
         else:
             part = hidden.index_select(0, to_device(index[rows], hidden.device))
-        head, taken = head_of(compute_logits, part, vocab_size)
+        head, taken = head_of(compute_logits, part, index[rows], vocab_size)
         scored = score_rows(head, taken, device_targets[rows], layout, vocab_size)
         if on_host:
             results[rows] = scored.cpu()
@@ -213,25 +215,10 @@ def _score_blocks(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`values` on the device, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def _to_host(complete: dict[str, RequestScores]) -> dict[str, torch.Tensor]:
     """The finished results, those on the device in one copy that is not waited for."""
     wholes = {request_id: s.assemble() for request_id, s in complete.items()}
-    away = {r: w for r, w in wholes.items() if w.device.type != "cpu"}
-    if not away:
-        return wholes
-    flat = torch.cat([w.flatten() for w in away.values()])
-    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-    host.copy_(flat, non_blocking=True)
-    first = 0
-    for request_id, whole in away.items():
-        wholes[request_id] = host[first : first + whole.numel()].view(whole.shape)
-        first += whole.numel()
+    away = [request_id for request_id, whole in wholes.items() if whole.device.type != "cpu"]
+    if away:
+        wholes |= zip(away, to_host([wholes[r] for r in away]), strict=True)
     return wholes

@@ -20,6 +20,8 @@ class Head:
         num_ids: n, vocabulary padding left out; may be 0 on the last rank.
         scale, soft_cap: of the model; a soft cap of 0 means none.
         gather: all-gathers [c, ...] of every rank to [P, c, ...]; None when this rank has all ids.
+        delta: what adapters add to the raw logits of these rows, [c, H] to float32 [c, n]; None
+            where they add nothing.
     """
 
     weight: torch.Tensor | None
@@ -30,3 +32,9 @@ class Head:
     scale: float = 1.0
     soft_cap: float = 0.0
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    delta: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the rows' logits have to be held: the weights alone do not give them."""
+        return self.weight is None or self.delta is not None

@@ -35,7 +35,7 @@ def block_rows(head: Head, layout: RowLayout, vocab_size: int, hidden_bytes: int
     if layout.top:
         # Float32 logits, and the results of the block before.
         rows = min(rows, max(1, LOGITS_BYTES // (4 * (vocab_size + layout.width(vocab_size)))))
-    elif head.weight is None:
+    elif head.needs_logits:
         rows = min(rows, max(1, LOGITS_BYTES // (4 * max(head.num_ids, 1))))
     return rows
 
@@ -59,11 +59,12 @@ def score_rows(
         float32 [c, layout.width(V)].
     """
     mask = rs.statistics_mask(layout.statistics)
+    targets = targets.contiguous()
     state = rs.new_state(len(hidden), hidden.device)
     found = rs.new_target_logits(len(hidden), targets.shape[1], hidden.device)
     common = (head.scale, head.soft_cap, layout.temperature)
     ops = operators(hidden.device.type)
-    logits = _logits(head, hidden, layout) if layout.top or head.weight is None else None
+    logits = _logits(head, hidden) if layout.top or head.needs_logits else None
     threshold = None
     if mask & rs.RANK_BIT:
         threshold = _threshold(head, hidden, logits, targets, common, ops)
@@ -86,11 +87,13 @@ def score_rows(
     return out
 
 
-def _logits(head: Head, hidden: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+def _logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
     """This range's raw logits [c, n], float32 where the weights are plain."""
     if head.weight is None:
-        return head.logits_of(hidden)[:, : head.num_ids]
-    return product(hidden, head.weight, head.bias)
+        logits = head.logits_of(hidden)[:, : head.num_ids]
+    else:
+        logits = product(hidden, head.weight, head.bias)
+    return logits if head.delta is None else logits + head.delta(hidden)
 
 
 def _threshold(
@@ -102,7 +105,7 @@ def _threshold(
     ops: Any,
 ) -> torch.Tensor:
     """Float32 [c]: the logit of the first target, whichever rank has it."""
-    first = targets[:, :1]
+    first = targets[:, :1].contiguous()
     out = rs.new_target_logits(len(first), 1, first.device)
     if head.num_ids and logits is not None:
         inside = first - head.first_id

@@ -65,7 +65,7 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
         raise ScoreModeUnavailable(problem)
     check_configuration(processor.vllm_config)
     params._verify_score_mode()  # again: fields may have been set since construction
-    check_prompt(prompt, named.get("lora_request"), bool(named.get("resumable")))
+    check_prompt(prompt, bool(named.get("resumable")))
     model = processor.model_config
     unlimited = getattr(processor, NO_CLIENT_LIMIT, False)
     facts = ModelFacts(

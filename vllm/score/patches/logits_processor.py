@@ -14,15 +14,18 @@ def apply(module: ModuleType) -> None:
     """Wrap the call that ends nearly every model's compute_logits."""
 
     def forward(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
-        from vllm.score.engine.model_head import captured_call
+        from vllm.score.engine.model_head import captured_call, capturing
+
+        if not capturing():
+            return wrapped(*args, **kwargs)
+        if processor is None:
+            # LoRA's layer, which is no LogitsProcessor, calls the function with itself.
+            processor, *args = args
 
         def call(
             lm_head: Any, hidden_states: Any, embedding_bias: Any = None, skip_gather: bool = False
         ) -> Any:
-            captured = captured_call(processor, lm_head, hidden_states, embedding_bias)
-            if captured is not None:
-                return captured
-            return wrapped(lm_head, hidden_states, embedding_bias, skip_gather)
+            return captured_call(processor, lm_head, hidden_states, embedding_bias)
 
         return call(*args, **kwargs)
 

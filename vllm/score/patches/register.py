@@ -12,6 +12,7 @@ from vllm.score.patches import (
     kv_cache_manager,
     llm_engine,
     logits_processor,
+    lora_layers_logits_processor,
     output_processor,
     outputs,
     prompt_logprob,
@@ -36,6 +37,7 @@ REGISTER: tuple[Patch, ...] = (
     gpu_model_runner.PATCH,
     prompt_logprob.PATCH,
     logits_processor.PATCH,
+    lora_layers_logits_processor.PATCH,
 )
 
 _applications: dict[str, Application] = {}
