@@ -59,6 +59,7 @@ class Application:
     reason: str = ""
     module: ModuleType | None = field(default=None, repr=False)
     placed: dict[str, Any] = field(default_factory=dict, repr=False)
+    places: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list, repr=False)
 
     def run(self, module: ModuleType, version: str) -> None:
         """Check the contract, apply, read back. Never raises: ordinary vLLM must go on."""
@@ -71,6 +72,8 @@ class Application:
                 self.patch.apply(module)
                 self.placed = {d: _static(module, d) for d in self.patch.contract}
                 problem = self._lost()
+                if self.patch.holds is None:
+                    self.places = [_place(module, d) for d in self.patch.contract]
             elif self.patch.refuse is not None:
                 self.patch.refuse(module)
         except Exception as error:
@@ -80,6 +83,9 @@ class Application:
     def _lost(self) -> str | None:
         if sys.modules.get(self.patch.target) is not self.module:
             return "the module was imported a second time"
+        # This runs for every score request: where nothing moved, there is nothing to look up.
+        if self.places and all(scope.get(name) is found for scope, name, found in self.places):
+            return None
         try:
             return self._undone(self.module)
         except AttributeError as error:
@@ -118,14 +124,22 @@ def _calls(function: Any, wrapper: Any) -> bool:
 
 
 def _static(owner: Any, dotted: str) -> Any:
-    """Not `inspect.getattr_static`, which is slower: this runs for every score request."""
+    """The attribute as it is stored, unbound."""
+    return _place(owner, dotted)[2]
+
+
+def _place(owner: Any, dotted: str) -> tuple[Mapping[str, Any], str, Any]:
+    """(namespace, name, object) of an attribute; the namespace is live."""
+    scope: Mapping[str, Any] = {}
+    name = ""
     for name in dotted.split("."):
-        scopes = owner.__mro__ if isinstance(owner, type) else (owner,)
-        scope = next((s for s in scopes if name in vars(s)), None)
-        if scope is None:
+        owners = owner.__mro__ if isinstance(owner, type) else (owner,)
+        found = next((o for o in owners if name in vars(o)), None)
+        if found is None:
             raise AttributeError(f"{owner!r} has no attribute {name!r}")
-        owner = vars(scope)[name]
-    return owner
+        scope = vars(found)
+        owner = scope[name]
+    return scope, name, owner
 
 
 def contract_problem(patch: Patch, module: ModuleType, version: str) -> str | None:

@@ -66,12 +66,13 @@ def armed() -> bool:
     return bool(_applications)
 
 
-def applications() -> list[Application]:
-    """The state of every patch in this process, read back now; empty when not armed."""
-    for target, application in _applications.items():
-        settle(target)
+def applications(role: Role | None = None) -> list[Application]:
+    """The state of every patch (that `role` needs), read back now; empty when not armed."""
+    wanted = [a for a in _applications.values() if role is None or role in a.patch.roles]
+    for application in wanted:
+        settle(application.patch.target)
         application.check()
-    return list(_applications.values())
+    return wanted
 
 
 def problem(role: Role) -> str | None:
@@ -85,8 +86,8 @@ def problem(role: Role) -> str | None:
             f"score mode is not armed in the {role}: vLLM {upstream_version()} did not load the "
             f"plugin 'vllm_score' (installed? switched off by VLLM_PLUGINS?); {remedy}."
         )
-    for application in applications():
-        if role in application.patch.roles and application.state == "failed":
+    for application in applications(role):
+        if application.state == "failed":
             return (
                 f"score mode is off in the {role}: the patch of {application.patch.target} does "
                 f"not fit vLLM {upstream_version()} ({application.reason}); {remedy}."
