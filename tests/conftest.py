@@ -29,7 +29,13 @@ SMALL_CHUNKS = 256
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`model_dir(architecture, **options)`: a folder with a random model, made once."""
+    """`model_dir(architecture, **options)`: a folder with a random model, made once.
+
+    `scheme` (and `quantise_head`) among the options make a quantised copy of the model without
+    them, `dequantised=True` the plain float32 model that this copy stands for.
+    """
+    from vllm.score.tiny.dequantised import dequantise_model
+    from vllm.score.tiny.quantised import quantise_model
     from vllm.score.tiny.random_models import make_random_model
 
     made: dict[Any, Path] = {}
@@ -38,8 +44,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(architecture: str, **options: Any) -> Path:
         key = (architecture, tuple(sorted(options.items())))
         if key not in made:
-            name = "-".join([architecture, *(f"{k}_{v}" for k, v in key[1])])
-            made[key] = Path(make_random_model(root / name, architecture, **options))
+            folder = root / "-".join([architecture, *(f"{k}_{v}" for k, v in key[1])])
+            if options.pop("dequantised", False):
+                made[key] = dequantise_model(make(architecture, **options), folder)
+            elif scheme := options.pop("scheme", None):
+                head = options.pop("quantise_head", False)
+                plain = make(architecture, **options)
+                made[key] = quantise_model(plain, folder, scheme, quantise_head=head)
+            else:
+                made[key] = make_random_model(folder, architecture, **options)
         return made[key]
 
     return make

@@ -12,7 +12,8 @@ import resource, sys
 import numpy as np
 import torch
 from vllm.score.engine.layout import RowLayout
-from vllm.score.engine.worker import Progress, RequestScores, score_step
+from vllm.score.engine.request_scores import RequestScores
+from vllm.score.engine.worker import Progress, score_step
 
 rows, vocab, top = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 layout = RowLayout(0 if top < 0 else 1, ("entropy", "rank") if top == 0 else (), top)

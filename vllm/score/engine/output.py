@@ -66,8 +66,10 @@ def problem_with(output: Any, plan: ScorePlan) -> str | None:
         return f"the engine returned no scores (finish_reason {completion.finish_reason!r}){where}."
     if rows.shape != plan.result_shape:
         return f"the engine returned scores of shape {rows.shape}, not {plan.result_shape}{where}."
-    if np.isnan(rows).any():
-        row = plan.first_position + int(np.isnan(rows).any(axis=1).argmax())
+    # The largest of a row is NaN if one of them is; no array as large as the rows is made.
+    unsound = np.isnan(rows.max(axis=1)) if rows.size else np.zeros(0, dtype=bool)
+    if unsound.any():
+        row = plan.first_position + int(unsound.argmax())
         return (
             f"the score of prompt position {row} is NaN: the model's logits are NaN there "
             "(look for overflow: try dtype='bfloat16' or 'float32'), or the row was not computed."

@@ -17,14 +17,12 @@ from vllm.score.patches.patch import Role
 
 def process_status(role: Role) -> dict[str, Any]:
     """This process in the given role: {role, pid, versions, patches, kernel, problem}."""
-    from vllm.score.ops.choice import choose_kernel
     from vllm.score.patches import register
 
     problem = register.problem(role)
     kernel: dict[str, str] = {}
     try:
-        choice = choose_kernel()
-        kernel = {"name": choice.name, "reason": choice.reason}
+        kernel = kernel_status(role)
     except ScoreModeError as error:
         problem = problem or str(error)
     return {
@@ -41,6 +39,24 @@ def process_status(role: Role) -> dict[str, Any]:
     }
 
 
+def kernel_status(role: Role) -> dict[str, str]:
+    """What reduces the rows: {device, name, reason, rule}.
+
+    Workers load and check it; other processes must not initialise CUDA, and say what they expect.
+    """
+    from vllm.platforms import current_platform
+    from vllm.score.ops.choice import choose_kernel, expected_kernel
+
+    device = str(current_platform.device_type)
+    choice = choose_kernel(device) if role == "worker" else expected_kernel(device)
+    status = {"device": device, "name": choice.name, "reason": choice.reason}
+    if choice.name == "native":
+        from vllm.score.ops.native import head_rule
+
+        status["rule"] = head_rule(device)
+    return status
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
@@ -53,8 +69,13 @@ def versions() -> dict[str, str]:
 
 
 def worker_status(worker: Any) -> dict[str, Any]:
-    """Called in each worker through `collective_rpc`."""
-    return process_status("worker")
+    """Called in each worker through `collective_rpc`: `process_status`, and a warning or None."""
+    from vllm.score.engine.quantised_products import int8_warning
+
+    status = process_status("worker")
+    on_cpu = status["kernel"].get("device") == "cpu"
+    status["warning"] = int8_warning(worker.get_model()) if on_cpu else None
+    return status
 
 
 def first_problem(statuses: list[dict[str, Any]]) -> str | None:

@@ -10,16 +10,16 @@ and those of the requests that are complete go to the host in one copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from vllm.score.engine.host_copy import to_device, to_host
+from vllm.score.engine.host_copy import HostWriter, to_device, to_host
 from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 from vllm.score.engine.model_head import head_of
+from vllm.score.engine.request_scores import RequestScores
 from vllm.score.ops.score_rows import block_rows, score_rows
 
 
@@ -29,63 +29,6 @@ def scored_rows(begin: int, num_tokens: int, start: int, num_rows: int) -> tuple
     ``low >= high`` when there are none.
     """
     return max(begin, start), min(begin + num_tokens, start + num_rows)
-
-
-@dataclass(eq=False)
-class RequestScores:
-    """One request's growing scores.
-
-    Attributes:
-        layout: what is computed for a row.
-        targets: int32 [m, k].
-        start: first scored row.
-        vocab_size: V, as the front end knows it.
-        parts: (first row, results [c, width] on the device, or on the host for the whole
-            vocabulary), consecutive.
-    """
-
-    layout: RowLayout
-    targets: np.ndarray
-    start: int
-    vocab_size: int
-    parts: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, params: Any) -> RequestScores:
-        """From the sampling parameters of an admitted score request."""
-        return cls(
-            layout_of(params),
-            params.prompt_logprob_token_ids,
-            params.prompt_logprob_start,
-            params._score_vocab_size,
-        )
-
-    def add(self, low: int, rows: torch.Tensor) -> None:
-        """Append the results of the rows from `low` on; a row computed again replaces itself."""
-        kept = [(first, part[: low - first]) for first, part in self.parts if first < low]
-        self.parts = [*kept, (low, rows)]
-
-    def assemble(self) -> torch.Tensor:
-        """Float32 [m, width], NaN where no row was computed."""
-        shape = (len(self.targets), self.layout.width(self.vocab_size))
-        if len(self.parts) == 1 and self.parts[0][1].shape == shape:
-            return self.parts[0][1]
-        device = self.parts[0][1].device if self.parts else torch.device("cpu")
-        whole = torch.full(shape, float("nan"), dtype=torch.float32, device=device)
-        for first, part in self.parts:
-            whole[first - self.start : first - self.start + len(part)] = part
-        return whole
-
-
-def layout_of(params: Any) -> RowLayout:
-    """The layout that the admitted sampling parameters of a score request describe."""
-    full = params._score_top < 0
-    return RowLayout(
-        num_targets=0 if full else params.prompt_logprob_token_ids.shape[1],
-        statistics=tuple(params.score_statistics or ()),
-        top=params._score_top,
-        temperature=params.score_temperature,
-    )
 
 
 @dataclass
@@ -156,48 +99,64 @@ def score_step(
         if p.begin + p.num_tokens >= p.prompt_len:
             complete[p.request_id] = p.scores
     for layout, members in groups.items():
-        _score_group(layout, members, hidden, compute_logits)
+        if layout.top == FULL_VOCABULARY:
+            for step in members:
+                _score_whole_vocabulary(step, hidden, compute_logits)
+        else:
+            _score_group(members, hidden, compute_logits)
     return _to_host(complete)
 
 
 def _score_group(
-    layout: RowLayout,
     members: list[StepRows],
     hidden: torch.Tensor,
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    vocab_size = members[0].scores.vocab_size
+    """Requests with the same layout, together; their results stay on the device."""
     index = np.concatenate([np.arange(s.hidden_first, s.hidden_first + s.count) for s in members])
     targets = np.concatenate([s.targets for s in members])
-    if layout.num_targets == 0:
-        targets = targets[:, :1]  # the rank's; the whole vocabulary needs none
-    results = _score_blocks(layout, index, targets, hidden, compute_logits, vocab_size)
+    blocks = [
+        scored
+        for _, scored in _score_blocks(members[0].scores, index, targets, hidden, compute_logits)
+    ]
+    results = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     first = 0
     for step in members:
         step.scores.add(step.low, results[first : first + step.count])
         first += step.count
 
 
+def _score_whole_vocabulary(
+    step: StepRows,
+    hidden: torch.Tensor,
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """One request, whose results go to the host block by block."""
+    index = np.arange(step.hidden_first, step.hidden_first + step.count)
+    out = step.scores.host_rows(step.low, step.high)
+    # The targets are those of the rank.
+    blocks = _score_blocks(step.scores, index, step.targets[:, :1], hidden, compute_logits)
+    with HostWriter() as writer:
+        for rows, scored in blocks:
+            writer.write(out[rows], scored)
+    step.scores.add(step.low, out)
+
+
 def _score_blocks(
-    layout: RowLayout,
+    scores: RequestScores,
     index: np.ndarray,
     targets: np.ndarray,
     hidden: torch.Tensor,
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
-    vocab_size: int,
-) -> torch.Tensor:
-    """Results [len(index), width]: on the device, or on the host for the whole vocabulary."""
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the results of the hidden states `index`, [c, width], a block of rows at a time."""
+    layout, vocab_size = scores.layout, scores.vocab_size
     consecutive = int(index[-1]) - int(index[0]) + 1 == len(index)
     first_row = hidden[int(index[0]) : int(index[0]) + 1]
     head, _ = head_of(compute_logits, first_row, index[:1], vocab_size)
     a_row = 0 if consecutive else hidden.element_size() * hidden.shape[1]
     block = block_rows(head, layout, vocab_size, a_row)
-    on_host = layout.top == FULL_VOCABULARY
-    shape = (len(index), layout.width(vocab_size))
-    if on_host:
-        results = torch.empty(shape, dtype=torch.float32)
     device_targets = to_device(targets.astype(np.int64), hidden.device)
-    blocks = []
     for first in range(0, len(index), block):
         rows = slice(first, min(first + block, len(index)))
         if consecutive:
@@ -205,14 +164,7 @@ def _score_blocks(
         else:
             part = hidden.index_select(0, to_device(index[rows], hidden.device))
         head, taken = head_of(compute_logits, part, index[rows], vocab_size)
-        scored = score_rows(head, taken, device_targets[rows], layout, vocab_size)
-        if on_host:
-            results[rows] = scored.cpu()
-        else:
-            blocks.append(scored)
-    if on_host:
-        return results
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        yield rows, score_rows(head, taken, device_targets[rows], layout, vocab_size)
 
 
 def _to_host(complete: dict[str, RequestScores]) -> dict[str, torch.Tensor]:

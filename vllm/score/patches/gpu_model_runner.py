@@ -38,7 +38,8 @@ def apply(module: ModuleType) -> None:
 
 
 def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
-    from vllm.score.engine.worker import Progress, RequestScores, score_step
+    from vllm.score.engine.request_scores import RequestScores
+    from vllm.score.engine.worker import Progress, score_step
 
     progress = []
     for request_id, num_tokens in num_scheduled_tokens.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -38,13 +39,15 @@ def not_patched(error: Exception) -> Exception:
 
 
 def raise_if_refused(statuses: list[dict[str, Any]]) -> None:
-    """Raise ScoreModeUnavailable when a process reports a problem."""
+    """Raise ScoreModeUnavailable when a process reports a problem; pass warnings on, once each."""
     from vllm.score.engine.status import first_problem
     from vllm.score.errors import ScoreModeUnavailable
 
     problem = first_problem(statuses)
     if problem is not None:
         raise ScoreModeUnavailable(problem)
+    for text in sorted({s["warning"] for s in statuses if s.get("warning")}):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def wants_scores(args: Any, kwargs: Any) -> bool:

@@ -21,7 +21,7 @@ def apply(module: ModuleType) -> None:
             if not sampling_params.score_mode:
                 return wrapped(req_id, req_idx, sampling_params)
             from vllm import SamplingParams
-            from vllm.score.engine.worker import RequestScores
+            from vllm.score.engine.request_scores import RequestScores
 
             _requests(worker)[req_id] = RequestScores.of(sampling_params)
             # Upstream is told of a request without prompt scores: its own state would cost three

@@ -1,0 +1,213 @@
+"""The head alone on a GPU: scores from hidden states, against the bare product of the same shape.
+
+The bare product is cuBLAS with bfloat16 output, in one call; nothing is done with the logits. Ours
+gives the target's logit, the maximum and the sum of exponentials of each row, from float32 logits.
+
+    python benchmarks/head_kernel.py                 # the two shapes of the targets
+    python benchmarks/head_kernel.py --statistics    # with entropy, rank and argmax, too
+    python benchmarks/head_kernel.py --sweep         # tile shapes of the tiled product
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from harness import Contender, interleave, report
+
+from vllm.score.ops import library, native, tiled_product
+from vllm.score.ops import row_state as rs
+
+# (hidden size, vocabulary), and what share of the bare product's speed is asked of each path.
+SHAPES = {
+    "8b": (4096, 131072, {"tiled": 0.84, "fused": 0.95}),
+    "0.6b": (1024, 151936, {"tiled": 0.71, "fused": 0.90}),
+}
+BARE = "cuBLAS product, bf16 output"
+STATISTICS = rs.ENTROPY_BIT | rs.RANK_BIT | rs.TOP_BIT
+CHECKED_ROWS = 64
+DEVICE = torch.device("cuda")
+
+
+@dataclass
+class Head:
+    """Random operands whose logits have the standard deviation 3."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def random(cls, rows: int, hidden_size: int, vocab_size: int) -> Head:
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
+        hidden = torch.randn(rows, hidden_size, **options)
+        weight = torch.randn(vocab_size, hidden_size, **options) * (3 / hidden_size**0.5)
+        return cls(hidden, weight, torch.randint(vocab_size, (rows, 1), device=DEVICE))
+
+    def flops(self) -> float:
+        return 2.0 * self.hidden.shape[0] * self.weight.numel()
+
+    def float64_logits(self) -> torch.Tensor:
+        """float64 [CHECKED_ROWS, V]."""
+        parts = self.weight.split(8192)
+        hidden = self.hidden[:CHECKED_ROWS].double()
+        return torch.cat([hidden @ part.double().T for part in parts], dim=1)
+
+
+Scores = tuple[torch.Tensor, torch.Tensor]  # state, target logits
+
+
+def scorer(head: Head, statistics: int, function: Callable[..., Any]) -> Callable[[], Scores]:
+    """A call that scores all rows with `function`, which has the arguments of score_head."""
+    rows = len(head.hidden)
+    threshold = torch.full((rows,), 3.0, device=DEVICE) if statistics & rs.RANK_BIT else None
+
+    def run() -> Scores:
+        state = rs.new_state(rows, DEVICE)
+        found = rs.new_target_logits(rows, 1, DEVICE)
+        function(
+            head.hidden,
+            head.weight,
+            None,
+            head.targets,
+            0,
+            threshold,
+            1.0,
+            0.0,
+            1.0,
+            statistics,
+            state,
+            found,
+        )
+        return state, found
+
+    return run
+
+
+def tiled(shape: tuple[int, int] | None = None) -> Callable[..., Any]:
+    def function(*arguments: Any) -> None:
+        tiled_product.score_head_tiled(*arguments, reduce_logits=native.reduce_logits, shape=shape)
+
+    return function
+
+
+def repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:
+    def run() -> Any:
+        for _ in range(times):
+            result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+def logprobs(scores: Scores) -> torch.Tensor:
+    state, found = scores
+    return (found[:, 0] - rs.log_sum_exp(state))[:CHECKED_ROWS].double()
+
+
+def errors(head: Head, results: dict[str, Any]) -> dict[str, str]:
+    """How far each contender's log-probabilities are from float64, in words; NaN is refused."""
+    targets = head.targets[:CHECKED_ROWS]
+    exact = head.float64_logits()
+    want = exact.gather(1, targets)[:, 0] - exact.logsumexp(1)
+    found = {}
+    for name, result in results.items():
+        if name == BARE:
+            logits = result[:CHECKED_ROWS].double()
+            got = logits.gather(1, targets)[:, 0] - logits.logsumexp(1)
+        else:
+            got = logprobs(result)
+        error = (got - want).abs()
+        # bf16 logits are off by up to 1/16 at |logit| 8..16.
+        if not error.max() < (0.1 if name == BARE else 1e-3):
+            raise SystemExit(f"{name} is wrong: {error.max():.1e} nats from float64")
+        found[name] = (
+            f"log-probabilities of {CHECKED_ROWS} rows from float64: mean {error.mean():.1e}, "
+            f"max {error.max():.1e} nats"
+        )
+    return found
+
+
+def measure(name: str, rows: int, rounds: int, times: int, statistics: bool) -> None:
+    hidden_size, vocab_size, shares = SHAPES[name]
+    head = Head.random(rows, hidden_size, vocab_size)
+    logits = torch.empty(rows, vocab_size, device=DEVICE, dtype=torch.bfloat16)
+    work = times * head.flops() / 1e12
+
+    def contender(label: str, call: Callable[[], Any]) -> Contender:
+        return Contender(label, repeated(call, times), work, rounds, warm=repeated(call, 2))
+
+    paths: dict[str, Callable[..., Any]] = {"tiled": tiled()}
+    if native.head_path(head.hidden, head.weight) == "fused":
+        paths["fused"] = torch.ops.vllm_score.score_head
+    contenders = [contender(BARE, lambda: torch.mm(head.hidden, head.weight.t(), out=logits))]
+    for path, function in paths.items():
+        contenders.append(contender(path, scorer(head, 0, function)))
+        if statistics:
+            label = f"{path}, entropy, rank, argmax"
+            contenders.append(contender(label, scorer(head, STATISTICS, function)))
+    results = interleave(contenders)
+    differences = errors(head, results)
+    sizes = {
+        "rows": rows,
+        "hidden": hidden_size,
+        "vocabulary": vocab_size,
+        "dtype": "bfloat16",
+        "tile": tiled_product.tile_shape(rows, vocab_size),
+        "calls_a_round": times,
+    }
+    for path in paths:
+        targets = {BARE: (">=", shares[path])}
+        if statistics:
+            targets[f"{path}, entropy, rank, argmax"] = ("<=", 1.05)
+        report("head_kernel", contenders, path, sizes, differences, "TFLOP/s", targets)
+
+
+def sweep(name: str, rows: int) -> None:
+    """The median time of each tile shape, as a share of the bare product's speed."""
+    hidden_size, vocab_size, _ = SHAPES[name]
+    head = Head.random(rows, hidden_size, vocab_size)
+    logits = torch.empty(rows, vocab_size, device=DEVICE, dtype=torch.bfloat16)
+    bare = lambda: torch.mm(head.hidden, head.weight.t(), out=logits)  # noqa: E731
+    work = 3 * head.flops() / 1e12
+    shapes = [
+        (tile_rows, columns)
+        for tile_rows in (512, 1024, 2048, 4096, 8192)
+        for columns in (1024, 2048, 2816, 4096, 5632, 8192, 8448, 12672, 16384, 16896, 33792)
+        if 8 << 20 <= 4 * tile_rows * columns <= 72 << 20
+    ]
+    contenders = [Contender(BARE, repeated(bare, 3), work)]
+    for shape in shapes:
+        call = scorer(head, 0, tiled(shape))
+        contenders.append(Contender(str(shape), repeated(call, 3), work, warm=repeated(call, 1)))
+    interleave(contenders)
+    reference = contenders[0].median
+    for c in sorted(contenders, key=lambda c: c.median):
+        print(f"{name} {c.name:30} {c.rate:8.1f} TFLOP/s {reference / c.median:6.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=10, help="calls a timed round")
+    parser.add_argument("--statistics", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    arguments = parser.parse_args()
+    if (problem := library.load("cuda")) is not None:
+        raise SystemExit(problem)
+    for name in SHAPES if arguments.shape == "both" else [arguments.shape]:
+        if arguments.sweep:
+            sweep(name, arguments.rows)
+        else:
+            measure(name, arguments.rows, arguments.rounds, arguments.calls, arguments.statistics)
+
+
+if __name__ == "__main__":
+    main()
