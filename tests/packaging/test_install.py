@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -22,11 +23,13 @@ FOLDERS = ("vllm", "csrc")
 
 REPORT = """
 import json, vllm, vllm.score
+from vllm.score.ops.choice import choose_kernel
 from importlib.metadata import distribution
 points = distribution("vllm-score").entry_points
 print(json.dumps({
     "release": vllm.__file__,
     "score": vllm.score.__file__,
+    "kernel": choose_kernel("cpu").name,
     "points": sorted(f"{p.group}:{p.name}={p.value}" for p in points),
 }))
 """
@@ -80,6 +83,15 @@ class Environment:
         }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_build() -> Iterator[None]:
+    """The CPU library only, not optimised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SCORE_BUILD", "cpu")
+        patch.setenv("CMAKE_ARGS", "-DCMAKE_CXX_FLAGS_RELEASE=-O0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source: builds leave files beside what they build."""
@@ -89,7 +101,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(ROOT / name, copy)
     for name in FOLDERS:
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     return copy
 
 
@@ -116,6 +129,13 @@ def test_the_wheel_holds_every_module_of_ours_and_nothing_else(wheel: Path, sour
     assert {name.split("/")[0] for name in others} == {
         f"vllm_score-{metadata.version('vllm-score')}.dist-info"
     }
+
+
+def test_the_wheel_holds_the_library_for_any_python_on_this_platform(wheel: Path) -> None:
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [n for n in names if n.endswith(".so")] == ["vllm/score/ops/_score_cpu.so"]
 
 
 def test_the_wheel_overwrites_no_file_of_the_release(wheel: Path) -> None:
@@ -146,6 +166,7 @@ def check_install(
     report = environment.report(cwd=source)
     assert Path(report["release"]) == environment.site / "vllm" / "__init__.py"
     assert Path(report["score"]) == package / "__init__.py"
+    assert report["kernel"] == "native"
     assert report["points"] == sorted(
         f"{group}:{name}={value}"
         for group, points in ENTRY_POINTS.items()

@@ -138,8 +138,10 @@ def _print(
     console.print(table)
     kernel = statuses[-1].get("kernel")
     if kernel:
-        console.print(f"kernel: {kernel['name']} ({kernel['reason']})")
-        console.print(f"head: {kernel['head']}")
+        name, device = kernel["name"], kernel["device"]
+        console.print(f"kernel: {name} on {device} ({kernel['reason']})")
+        if "rule" in kernel:
+            console.print(f"head: {kernel['rule']}")
     if check:
         console.print(
             f"check: {check['tokens']} tokens of a random model differ from Hugging Face float64 "

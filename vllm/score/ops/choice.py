@@ -53,13 +53,29 @@ def asked_kernel(name: str | None = None) -> str:
 
 
 def expected_kernel(device_type: str) -> KernelChoice:
-    """What `choose_kernel` will say on a machine where the check passes; loads nothing."""
+    """What `choose_kernel` will say in a process where the check passes; loads nothing.
+
+    Raises:
+        ScoreModeError: as `choose_kernel`, as far as can be told.
+    """
     from vllm.score.ops import library
 
     asked = asked_kernel()
-    if asked == "pytorch" or (asked == "auto" and not library.is_built(device_type)):
-        return KernelChoice("pytorch", "asked for by name" if asked != "auto" else "not compiled")
-    return KernelChoice("native", "checked in the worker")
+    if asked == "pytorch":
+        return KernelChoice("pytorch", "asked for by name")
+    if not library.is_built(device_type):
+        problem = library.not_built(device_type)
+        if asked == "native":
+            raise _refusal(problem)
+        return KernelChoice("pytorch", problem)
+    return KernelChoice("native", "compiled; checked where it runs")
+
+
+def _refusal(problem: str) -> ScoreModeError:
+    return ScoreModeError(
+        f"{KERNEL_VARIABLE}=native, but {problem}; "
+        f"{KERNEL_VARIABLE}=pytorch uses the PyTorch reference."
+    )
 
 
 @cache
@@ -70,10 +86,7 @@ def _choose(device_type: str, asked: str) -> KernelChoice:
     if problem is None:
         return KernelChoice("native", _describe(device_type))
     if asked == "native":
-        raise ScoreModeError(
-            f"{KERNEL_VARIABLE}=native, but {problem}; "
-            f"{KERNEL_VARIABLE}=pytorch uses the PyTorch reference."
-        )
+        raise _refusal(problem)
     logger.warning("Scores are computed by the PyTorch reference: %s.", problem)
     return KernelChoice("pytorch", problem)
 

@@ -27,6 +27,13 @@ def is_built(device_type: str) -> bool:
     return device_type in FILES and (FOLDER / FILES[device_type]).exists()
 
 
+def not_built(device_type: str) -> str:
+    """Why there is no library for a kind of device, in words."""
+    if device_type not in FILES:
+        return f"there are no compiled kernels for the device {device_type!r}"
+    return f"{FILES[device_type]} was not built (VLLM_SCORE_BUILD={device_type} says why not)"
+
+
 def load(device_type: str) -> str | None:
     """Load the operators of a kind of device.
 
@@ -40,10 +47,8 @@ def load(device_type: str) -> str | None:
 
 
 def _load(device_type: str) -> str | None:
-    if device_type not in FILES:
-        return f"there are no compiled kernels for the device {device_type!r}"
     if not is_built(device_type):
-        return f"{FILES[device_type]} was not built (VLLM_SCORE_BUILD={device_type} says why not)"
+        return not_built(device_type)
     if device_type == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device is available"

@@ -100,7 +100,7 @@ def score_head(
     if head_path(hidden, weight) == "fused":
         torch.ops.vllm_score.score_head(*arguments)
     else:
-        score_head_tiled(*arguments, reduce_logits=reduce_logits)
+        score_head_tiled(*arguments, reduce_logits=torch.ops.vllm_score.reduce_logits.default)
 
 
 def target_logits(

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-# Float32 logits of a tile. Half of the L2 cache of an H100 or H200 (50 and 60 MB); more is slower.
-WORKSPACE_BYTES = 32 << 20
-# Rows of a tile. The larger, the less often the head's weights are read.
-TILE_ROWS = 1024
+# Float32 logits of a tile, 2048 x 5632 for many rows. Larger tiles leave the L2 cache of an H100 or
+# H200 (50 and 60 MB); in smaller ones the start and the end of each product weigh more
+# (benchmarks/head_kernel.py --sweep).
+WORKSPACE_BYTES = 44 << 20
+TILE_ROWS = 2048
 # Tiles are multiples of this in columns: whole tiles of cuBLAS's own.
 COLUMN_GRANULE = 256
 
@@ -27,9 +28,12 @@ def tile_shape(rows: int, columns: int, workspace_bytes: int = WORKSPACE_BYTES) 
         columns: n of the whole product.
     """
     tile_rows = min(rows, TILE_ROWS, max(1, workspace_bytes // (4 * COLUMN_GRANULE)))
-    tile_columns = max(1, workspace_bytes // (4 * tile_rows))
-    if tile_columns > COLUMN_GRANULE:
-        tile_columns -= tile_columns % COLUMN_GRANULE
+    limit = max(1, workspace_bytes // (4 * tile_rows))
+    # Tiles of about one width, whole granules each.
+    even = -(-columns // -(-columns // limit))
+    tile_columns = -(-even // COLUMN_GRANULE) * COLUMN_GRANULE
+    if tile_columns > limit:
+        tile_columns = max(1, limit // COLUMN_GRANULE * COLUMN_GRANULE)
     return tile_rows, min(columns, tile_columns)
 
 
@@ -62,24 +66,33 @@ def score_head_tiled(
         return
     tile_rows, tile_columns = shape or tile_shape(rows, columns)
     buffer = torch.empty(tile_rows * tile_columns, dtype=torch.float32, device=hidden.device)
+    # Views are made once: for a small head, Python would take longer than the GPU.
+    heads = weight.split(tile_columns)
+    biases = None if bias is None else bias.split(tile_columns)
     for first_row in range(0, rows, tile_rows):
         part = slice(first_row, min(rows, first_row + tile_rows))
         h, t, s, f = hidden[part], targets[part], state[part], target_logits[part]
         limit = None if threshold is None else threshold[part]
-        for first in range(0, columns, tile_columns):
-            w = weight[first : first + tile_columns]
-            tile = buffer[: len(h) * len(w)].view(len(h), len(w))
+        tile = _tile(buffer, h, heads[0])
+        first = first_id
+        for number, w in enumerate(heads):
+            if number and number == len(heads) - 1:
+                tile = _tile(buffer, h, w)
             multiply(h, w, tile)
-            if bias is not None:
-                tile += bias[first : first + tile_columns]
-            reduce_logits(
-                tile, t, first_id + first, limit, scale, soft_cap, temperature, statistics, s, f
-            )
+            if biases is not None:
+                tile += biases[number]
+            reduce_logits(tile, t, first, limit, scale, soft_cap, temperature, statistics, s, f)
+            first += tile_columns
+
+
+def _tile(buffer: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rows, columns = len(hidden), len(weight)
+    return buffer[: rows * columns].view(rows, columns)
 
 
 def multiply(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """``out = hidden @ weight.T``, accumulated and written in float32: [r, H], [c, H], [r, c]."""
-    if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32:
+    if hidden.is_cuda and hidden.dtype != torch.float32:
         torch.ops.aten.mm.dtype_out(hidden, weight.t(), torch.float32, out=out)
     else:
         torch.mm(hidden.float(), weight.float().t(), out=out)

@@ -47,7 +47,8 @@ def describe_model(llm: LLM) -> dict[str, Any]:
 
 def describe_engine(llm: LLM) -> dict[str, Any]:
     """The settings of the engine that can move a score, if only in its last bits."""
-    from vllm.score.ops.choice import choose_kernel
+    from vllm.platforms import current_platform
+    from vllm.score.ops.choice import expected_kernel
 
     config = llm.llm_engine.vllm_config
     model, scheduler = config.model_config, config.scheduler_config
@@ -64,7 +65,7 @@ def describe_engine(llm: LLM) -> dict[str, Any]:
         "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
         "attention_backend": str(getattr(attention, "backend", None) or "auto"),
         "device": _device(),
-        "score_kernel": choose_kernel().name,
+        "score_kernel": expected_kernel(current_platform.device_type).name,
     }
 
 
