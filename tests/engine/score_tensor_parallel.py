@@ -23,7 +23,9 @@ def main(model: str, prompts_file: str, out_file: str) -> None:
     )
     with open(prompts_file) as file:
         prompts = json.load(file)
-    scores = score(llm, prompts, statistics=["entropy", "argmax"], use_tqdm=False)
+    scores = score(llm, prompts, statistics=["entropy", "argmax", "rank"], use_tqdm=False)
+    (top,) = score(llm, prompts[1:2], top=5, use_tqdm=False)
+    (full,) = score(llm, prompts[1:2], full_vocabulary=True, use_tqdm=False)
     roles = [s["role"] for s in ask_engine(llm.llm_engine)]
     with open(out_file, "w") as file:
         json.dump(
@@ -32,6 +34,9 @@ def main(model: str, prompts_file: str, out_file: str) -> None:
                 "logprobs": [s.logprobs.tolist() for s in scores],
                 "entropy": [s.statistics["entropy"].tolist() for s in scores],
                 "argmax": [s.statistics["argmax"].tolist() for s in scores],
+                "rank": [s.statistics["rank"].tolist() for s in scores],
+                "top": top.top_token_ids.tolist(),
+                "full": full.logprobs.tolist(),
             },
             file,
         )

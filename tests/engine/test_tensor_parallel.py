@@ -48,3 +48,10 @@ def test_two_workers_score_as_one(model_dir, reference, tmp_path):
             got["entropy"][i], -(np.exp(rows) * rows).sum(-1)[:-1], atol=3e-5
         )
         assert got["argmax"][i] == rows.argmax(-1)[:-1].tolist()
+        own = token_logprobs(rows, p)[:, None]
+        rank = 1 + (rows[:-1] > own).sum(-1)
+        # Neighbours in rank may be closer than float32 tells apart.
+        assert (got["rank"][i] == rank).mean() > 0.99
+    rows = reference("llama", prompts[1])[:-1]
+    assert (np.array(got["top"]) == np.argsort(-rows, axis=-1)[:, :5]).mean() > 0.99
+    np.testing.assert_allclose(got["full"], rows, atol=2e-5)

@@ -1,0 +1,42 @@
+"""What the state of a row must be, in float64 NumPy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Transform(NamedTuple):
+    scale: float
+    soft_cap: float
+    temperature: float
+
+
+IDENTITY = Transform(1.0, 0.0, 1.0)
+
+
+def float64_transform(z: np.ndarray, transform: Transform) -> np.ndarray:
+    """x = scale * cap(z) / temperature, any shape."""
+    if transform.soft_cap > 0:
+        z = np.tanh(z / transform.soft_cap) * transform.soft_cap
+    return z * transform.scale / transform.temperature
+
+
+def float64_state(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Measures of finite rows x [R, n], each [R], nats."""
+    top = x.max(-1)
+    e = np.exp(x - top[:, None])
+    total = e.sum(-1)
+    p = e / total[:, None]
+    logp = x - top[:, None] - np.log(total)[:, None]
+    mean = x.mean(-1)
+    return {
+        "max": top,
+        "second": np.sort(x, axis=-1)[:, -2] if x.shape[1] > 1 else np.full(len(x), -np.inf),
+        "lse": top + np.log(total),
+        "entropy": -(p * logp).sum(-1),
+        "collision": (p**2).sum(-1),
+        "mean": mean,
+        "m2": ((x - mean[:, None]) ** 2).sum(-1),
+    }
