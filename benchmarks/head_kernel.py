@@ -5,18 +5,20 @@ gives the target's logit, the maximum and the sum of exponentials of each row, f
 
     python benchmarks/head_kernel.py                 # the two shapes of the targets
     python benchmarks/head_kernel.py --statistics    # with entropy, rank and argmax, too
+    python benchmarks/head_kernel.py --sizes         # which path is faster for how many rows
     python benchmarks/head_kernel.py --sweep         # tile shapes of the tiled product
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Contender, interleave, report
+from harness import Contender, interleave, report, report_values
 
 from vllm.score.ops import library, native, tiled_product
 from vllm.score.ops import row_state as rs
@@ -133,19 +135,39 @@ def errors(head: Head, results: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def measure(name: str, rows: int, rounds: int, times: int, statistics: bool) -> None:
+def calls_in(seconds: float, call: Callable[[], Any]) -> int:
+    """How often `call` fits into the time. The clock of a GPU follows its power, over tens of
+    milliseconds: shorter rounds would be timed at the clock that the contender before left.
+    """
+    repeated(call, 3)()
+    begin = time.perf_counter()
+    repeated(call, 10)()
+    return max(1, round(10 * seconds / (time.perf_counter() - begin)))
+
+
+def paths_of(head: Head) -> dict[str, Callable[..., Any]]:
+    paths: dict[str, Callable[..., Any]] = {"tiled": tiled()}
+    if torch.cuda.get_device_capability() == native.FUSED_CAPABILITY:
+        paths["fused"] = torch.ops.vllm_score.score_head
+    return paths
+
+
+def measure(name: str, rows: int, rounds: int, seconds: float, statistics: bool) -> None:
     hidden_size, vocab_size, shares = SHAPES[name]
     head = Head.random(rows, hidden_size, vocab_size)
     logits = torch.empty(rows, vocab_size, device=DEVICE, dtype=torch.bfloat16)
+
+    def bare() -> torch.Tensor:
+        return torch.mm(head.hidden, head.weight.t(), out=logits)
+
+    times = calls_in(seconds, bare)
     work = times * head.flops() / 1e12
 
     def contender(label: str, call: Callable[[], Any]) -> Contender:
         return Contender(label, repeated(call, times), work, rounds, warm=repeated(call, 2))
 
-    paths: dict[str, Callable[..., Any]] = {"tiled": tiled()}
-    if native.head_path(head.hidden, head.weight) == "fused":
-        paths["fused"] = torch.ops.vllm_score.score_head
-    contenders = [contender(BARE, lambda: torch.mm(head.hidden, head.weight.t(), out=logits))]
+    paths = paths_of(head)
+    contenders = [contender(BARE, bare)]
     for path, function in paths.items():
         contenders.append(contender(path, scorer(head, 0, function)))
         if statistics:
@@ -153,7 +175,7 @@ def measure(name: str, rows: int, rounds: int, times: int, statistics: bool) -> 
             contenders.append(contender(label, scorer(head, STATISTICS, function)))
     results = interleave(contenders)
     differences = errors(head, results)
-    sizes = {
+    about = {
         "rows": rows,
         "hidden": hidden_size,
         "vocabulary": vocab_size,
@@ -165,26 +187,48 @@ def measure(name: str, rows: int, rounds: int, times: int, statistics: bool) -> 
         targets = {BARE: (">=", shares[path])}
         if statistics:
             targets[f"{path}, entropy, rank, argmax"] = ("<=", 1.05)
-        report("head_kernel", contenders, path, sizes, differences, "TFLOP/s", targets)
+        report("head_kernel", contenders, path, about, differences, "TFLOP/s", targets)
 
 
-def sweep(name: str, rows: int) -> None:
+def sizes(name: str, rounds: int, seconds: float) -> None:
+    """Microseconds a call of both paths, by rows, host included: calls follow each other."""
+    hidden_size, vocab_size, _ = SHAPES[name]
+    whole = Head.random(8192, hidden_size, vocab_size)
+    found = []
+    for rows in (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        head = Head(whole.hidden[:rows], whole.weight, whole.targets[:rows])
+        contenders = []
+        for path, function in paths_of(head).items():
+            call = scorer(head, 0, function)
+            times = calls_in(seconds, call)
+            contenders.append(Contender(path, repeated(call, times), times, rounds))
+        interleave(contenders)
+        micros = {c.name: round(1e6 / c.rate, 1) for c in contenders}
+        found.append({"shape": name, "rows": rows, **{f"{p}_us": t for p, t in micros.items()}})
+    report_values("head_kernel_sizes", found, {"hidden": hidden_size, "vocabulary": vocab_size})
+
+
+def sweep(name: str, rows: int, seconds: float) -> None:
     """The median time of each tile shape, as a share of the bare product's speed."""
     hidden_size, vocab_size, _ = SHAPES[name]
     head = Head.random(rows, hidden_size, vocab_size)
     logits = torch.empty(rows, vocab_size, device=DEVICE, dtype=torch.bfloat16)
-    bare = lambda: torch.mm(head.hidden, head.weight.t(), out=logits)  # noqa: E731
-    work = 3 * head.flops() / 1e12
-    shapes = [
-        (tile_rows, columns)
-        for tile_rows in (512, 1024, 2048, 4096, 8192)
-        for columns in (1024, 2048, 2816, 4096, 5632, 8192, 8448, 12672, 16384, 16896, 33792)
-        if 8 << 20 <= 4 * tile_rows * columns <= 72 << 20
+
+    def bare() -> torch.Tensor:
+        return torch.mm(head.hidden, head.weight.t(), out=logits)
+
+    times = calls_in(seconds, bare)
+    work = times * head.flops() / 1e12
+    calls: dict[str, Callable[[], Any]] = {BARE: bare}
+    for tile_rows in (1024, 2048, 4096, 8192):
+        for columns in (1408, 2816, 4096, 5632, 8448, 11264, 12672):
+            if 20 << 20 <= 4 * tile_rows * columns <= 100 << 20:
+                shape = (tile_rows, columns)
+                calls[str(shape)] = scorer(head, 0, tiled(shape))
+    contenders = [
+        Contender(label, repeated(call, times), work, warm=repeated(call, 1))
+        for label, call in calls.items()
     ]
-    contenders = [Contender(BARE, repeated(bare, 3), work)]
-    for shape in shapes:
-        call = scorer(head, 0, tiled(shape))
-        contenders.append(Contender(str(shape), repeated(call, 3), work, warm=repeated(call, 1)))
     interleave(contenders)
     reference = contenders[0].median
     for c in sorted(contenders, key=lambda c: c.median):
@@ -195,18 +239,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=10, help="calls a timed round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of a timed round, about")
     parser.add_argument("--statistics", action="store_true")
+    parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     if (problem := library.load("cuda")) is not None:
         raise SystemExit(problem)
     for name in SHAPES if arguments.shape == "both" else [arguments.shape]:
         if arguments.sweep:
-            sweep(name, arguments.rows)
+            sweep(name, arguments.rows, arguments.seconds / 2)
+        elif arguments.sizes:
+            sizes(name, 3, arguments.seconds / 8)
         else:
-            measure(name, arguments.rows, arguments.rounds, arguments.calls, arguments.statistics)
+            measure(name, arguments.rows, arguments.rounds, arguments.seconds, arguments.statistics)
 
 
 if __name__ == "__main__":

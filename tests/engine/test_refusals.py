@@ -101,18 +101,6 @@ def test_the_callers_parameters_are_not_changed(llm):
     assert params.prompt_logprob_token_ids is None
 
 
-def test_lora_requests_are_refused(llm):
-    from vllm.lora.request import LoRARequest
-
-    with pytest.raises(ScoreModeError, match="lora_request cannot be combined"):
-        llm.generate(
-            [{"prompt_token_ids": [5, 6]}],
-            score_params(),
-            use_tqdm=False,
-            lora_request=LoRARequest("adapter", 1, "/nowhere"),
-        )
-
-
 def test_beam_search_has_no_score_mode(llm):
     from vllm.sampling_params import BeamSearchParams
 
@@ -132,10 +120,7 @@ def test_prompt_embeddings_are_refused(engine):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("lora_config", object(), "engines with LoRA"),
         ("kv_transfer_config", object(), "KV connectors"),
-        ("parallel_config.pipeline_parallel_size", 2, "pipeline_parallel_size > 1"),
-        ("parallel_config.data_parallel_size", 2, "data_parallel_size > 1"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),
         ("model_config.runner_type", "pooling", "pooling models"),

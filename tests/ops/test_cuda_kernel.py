@@ -298,15 +298,15 @@ def test_the_target_is_the_logit_that_was_summed():
 
 
 def test_extra_memory_does_not_grow_with_the_vocabulary():
-    used = []
+    """Float32 logits of these would take 0.3 and 1.3 GB."""
     for columns in (20_000, 80_000):
         problem = Problem.random(4096, 64, columns)
         problem.run()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         problem.run()
-        used.append(torch.cuda.max_memory_allocated() - before)
-    assert used[0] == used[1] < 8 << 20
+        assert torch.cuda.max_memory_allocated() - before < 4 << 20
 
 
 def test_what_it_cannot_do_is_refused():

@@ -261,3 +261,16 @@ def test_errors_name_the_argument(gpu):
         )
     with pytest.raises(RuntimeError, match="logits must have contiguous rows"):
         native.reduce_logits(logits.T[:3], targets, 0, None, 1.0, 0.0, 1.0, 0, state, found)
+
+
+@pytest.mark.cuda
+def test_the_rule_of_the_head_holds(gpu):
+    hidden = torch.zeros(2048, 64, dtype=torch.bfloat16, device=gpu)
+    weight = torch.zeros(300, 64, dtype=torch.bfloat16, device=gpu)
+    capable = torch.cuda.get_device_capability() == native.FUSED_CAPABILITY
+    assert native.head_path(hidden, weight) == ("fused" if capable else "tiled")
+    assert native.head_path(hidden[:1], weight) == "tiled"
+    assert native.head_path(hidden.float(), weight.float()) == "tiled"
+    odd = torch.zeros(300, 65, dtype=torch.bfloat16, device=gpu)
+    assert native.head_path(hidden, odd[:, :64]) == "tiled"
+    assert native.head_path(hidden, odd[:, 1:]) == "tiled"

@@ -159,7 +159,7 @@ def _check(
     llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams, full_vocabulary: bool
 ) -> None:
     """Refuse a malformed request by its index, before the first one runs."""
-    from vllm.score.engine.request import ModelFacts, plan_request
+    from vllm.score.engine.request import PLAN, ModelFacts, plan_request
     from vllm.score.engine.support import check_configuration
 
     check_configuration(llm.llm_engine.vllm_config)
@@ -181,6 +181,7 @@ def _check(
         except ValueError as error:
             raise ScoreModeError(f"requests[{i}]: {error}") from error
         prompt["prompt_token_ids"] = plan.prompt_token_ids
+        prompt[PLAN] = plan
         if full_vocabulary:
             rows, width = plan.result_shape
             in_use += 4 * rows * width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,7 @@ def problem_with(output: Any, plan: ScorePlan) -> str | None:
         return f"the engine returned no scores (finish_reason {completion.finish_reason!r}){where}."
     if rows.shape != plan.result_shape:
         return f"the engine returned scores of shape {rows.shape}, not {plan.result_shape}{where}."
-    # The largest of a row is NaN if one of them is; no array as large as the rows is made.
-    unsound = np.isnan(rows.max(axis=1)) if rows.size else np.zeros(0, dtype=bool)
+    unsound = _unsound_rows(rows)
     if unsound.any():
         row = plan.first_position + int(unsound.argmax())
         return (
@@ -75,6 +75,20 @@ def problem_with(output: Any, plan: ScorePlan) -> str | None:
             "(look for overflow: try dtype='bfloat16' or 'float32'), or the row was not computed."
         )
     return None
+
+
+def _unsound_rows(rows: np.ndarray) -> np.ndarray:
+    """Which rows of [m, width] hold a NaN, bool [m]."""
+    if rows.size < 1 << 20:
+        return np.isnan(rows).any(axis=1)
+    import torch
+
+    # A whole vocabulary: on all cores, and without an array as large as the rows. The largest of a
+    # row is NaN if one of them is.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # arrays that came through a socket are read-only
+        whole = torch.from_numpy(rows)
+    return whole.amax(dim=1).isnan().numpy()
 
 
 def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | None) -> None:

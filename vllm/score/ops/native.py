@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from vllm.score.ops import reference
+from vllm.score.ops.size_rules import prefers_fused, rules_in_words
 from vllm.score.ops.tiled_product import score_head_tiled
 
-# The fused CUDA kernel is for compute capability 9.0 and 16-bit weights whose rows start at
-# multiples of 16 bytes. Below these sizes the tiled product was faster (benchmarks/head_kernel.py).
+# The fused CUDA kernel is for this compute capability and 16-bit weights whose rows start at
+# multiples of 16 bytes.
 FUSED_CAPABILITY = (9, 0)
-FUSED_MIN_ROWS = 1
 
 
 def head_rule(device_type: str) -> str:
@@ -21,8 +21,9 @@ def head_rule(device_type: str) -> str:
     if device_type != "cuda":
         return "float32 and bfloat16 weights: fused product and reduction; others: PyTorch"
     return (
-        f"16-bit weights on compute capability 9.0, from {FUSED_MIN_ROWS} rows: fused product and "
-        "reduction; others: cuBLAS a tile at a time, each tile reduced in one pass"
+        "16-bit weights on compute capability 9.0: by size, fused product and reduction or tiled ("
+        + "; ".join(rules_in_words())
+        + "); others: tiled, cuBLAS a tile at a time and one pass over each tile"
     )
 
 
@@ -30,7 +31,9 @@ def head_path(hidden: torch.Tensor, weight: torch.Tensor) -> str:
     """ "fused" or "tiled", by the rule above: hidden [R, H], weight [n, H]."""
     if not hidden.is_cuda:
         return "fused" if hidden.dtype in (torch.float32, torch.bfloat16) else "tiled"
-    if hidden.dtype not in (torch.bfloat16, torch.float16) or len(hidden) < FUSED_MIN_ROWS:
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return "tiled"
+    if not prefers_fused(*hidden.shape):
         return "tiled"
     if torch.cuda.get_device_capability(hidden.device) != FUSED_CAPABILITY:
         return "tiled"

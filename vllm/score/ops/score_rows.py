@@ -16,7 +16,7 @@ from vllm.score.ops.reference import product, transform
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not
 # consecutive, so this bounds that copy as well.
-MAX_BLOCK_ROWS = 8192
+MAX_BLOCK_ROWS = 32_768
 GATHERED_BYTES = 32 << 20
 # Logits that are held at once where the head's own product or a whole row is needed.
 LOGITS_BYTES = 48 << 20

@@ -9,6 +9,7 @@ from typing import Any
 import wrapt
 
 from vllm.score.engine.layout import FULL_VOCABULARY
+from vllm.score.engine.request import PLAN, ModelFacts, ScorePlan, plan_request
 from vllm.score.patches.patch import Patch
 from vllm.score.patches.renderers_base import KEY
 
@@ -35,6 +36,7 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
         lease = BytesLease(processor, plan)
         prompt = {**prompt, "prompt_token_ids": plan.engine_prompt}
         prompt.pop(KEY, None)
+        prompt.pop(PLAN, None)
         request = wrapped(request_id, prompt, _carrier(params), *rest, **named)
         _mark(request.sampling_params, plan, lease)
         return request
@@ -55,7 +57,6 @@ def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
 
 
 def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> Any:
-    from vllm.score.engine.request import ModelFacts, plan_request
     from vllm.score.engine.support import check_configuration, check_prompt
     from vllm.score.errors import ScoreModeUnavailable
     from vllm.score.patches.register import front_end_problem
@@ -66,6 +67,8 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
     check_configuration(processor.vllm_config)
     params._verify_score_mode()  # again: fields may have been set since construction
     check_prompt(prompt, bool(named.get("resumable")))
+    if isinstance(prompt.get(PLAN), ScorePlan):
+        return prompt[PLAN]
     model = processor.model_config
     unlimited = getattr(processor, NO_CLIENT_LIMIT, False)
     facts = ModelFacts(
@@ -74,8 +77,7 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
         max_logprobs=None if unlimited else model.max_logprobs,
     )
     in_use = getattr(processor, "score_mode_bytes_in_use", 0)
-    plan = plan_request(prompt["prompt_token_ids"], prompt.get(KEY), params, facts, in_use)
-    return plan
+    return plan_request(prompt["prompt_token_ids"], prompt.get(KEY), params, facts, in_use)
 
 
 class BytesLease:
