@@ -65,7 +65,6 @@ def open_engine(folder: str, length: int, options: argparse.Namespace, **more: A
         "load_format": random_weights.LOAD_FORMAT,
         "worker_extension_cls": "random_weights.HiddenStates",
         "dtype": "bfloat16",
-        "skip_tokenizer_init": True,
         # Stock prompt log-probabilities need room for a generated token.
         "max_model_len": length + 1,
         "max_logprobs": -1,

@@ -102,9 +102,31 @@ def is_whole(options: argparse.Namespace) -> bool:
 
 
 def folder_of(config: dict[str, Any]) -> str:
-    """A folder with this config.json, removed when the process ends."""
+    """A folder with this config.json and a tokenizer, removed when the process ends."""
     folder = tempfile.mkdtemp(prefix="score-benchmark-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with open(f"{folder}/config.json", "w") as file:
         json.dump(config, file)
+    _tokenizer(config["vocab_size"]).save_pretrained(folder)
     return folder
+
+
+def _tokenizer(vocab_size: int) -> Any:
+    """A byte-level tokenizer of that many tokens, words of random letters: stock vLLM decodes every
+    token that it gives a log-probability, as it does for its users.
+    """
+    import random
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    generator = random.Random(0)
+    vocabulary = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    while len(vocabulary) < vocab_size:
+        letters = generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))
+        vocabulary[generator.choice(("", "\u0120")) + "".join(letters)] = None
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

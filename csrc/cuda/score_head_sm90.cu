@@ -19,8 +19,8 @@
 namespace vllm_score::cuda {
 namespace sm90 {
 
-constexpr int kDepth = 32;  // of a stage; many shallow stages overlap better than few deep ones
-constexpr int kStages = 9;  // as many as fit
+constexpr int kDepth = 64;  // of a stage: 128 bytes, the width of the swizzle
+constexpr int kStages = 4;  // as many as fit
 constexpr int kHiddenBytes = kTileRows * kDepth * 2;
 constexpr int kWeightBytes = kTileColumns * kDepth * 2;
 constexpr int kStageBytes = kHiddenBytes + kWeightBytes;
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int step = 0; step < a.steps; ++step) {
         barrier_wait(full + stage.index * 8, stage.parity);
         const uint32_t at = stages + stage.index * kStageBytes;
-        const uint64_t left = matrix_descriptor<kDepth * 2>(at + group * 64 * kDepth * 2);
-        const uint64_t right = matrix_descriptor<kDepth * 2>(at + kHiddenBytes);
+        const uint64_t left = matrix_descriptor(at + group * 64 * kDepth * 2);
+        const uint64_t right = matrix_descriptor(at + kHiddenBytes);
         product_fence();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {

@@ -53,8 +53,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// A 16-bit matrix [rows, depth], read in boxes of box_rows x box_depth (128 or 64 bytes), swizzled
-// by as much.
+// A 16-bit matrix [rows, depth], read in boxes of box_rows x box_depth (128 bytes), with the
+// 128-byte swizzle.
 inline cudaError_t make_map(CUtensorMap* map, const void* data, Dtype dtype, int64_t rows,
                             int64_t depth, int64_t stride, int box_depth, int box_rows) {
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(rows)};
@@ -63,10 +63,9 @@ inline cudaError_t make_map(CUtensorMap* map, const void* data, Dtype dtype, int
   const cuuint32_t steps[2] = {1, 1};
   const auto type =
       dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto swizzle = box_depth == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult result = encode_tiled()(
       map, type, 2, const_cast<void*>(data), size, bytes, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

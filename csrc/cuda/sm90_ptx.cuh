@@ -104,14 +104,13 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Rows of kRowBytes (128 or 64), 16-byte pieces permuted as the copy engine's swizzle of that size
-// does; groups of 8 rows follow each other.
-template <int kRowBytes>
+// Rows of 128 bytes, 16-byte pieces permuted within groups of 8 rows (1024 bytes) as the copy
+// engine's 128-byte swizzle does; the groups follow each other.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle = (kRowBytes == 128 ? 1ull : 2ull) << 62;
-  constexpr uint64_t kGroupStride = static_cast<uint64_t>(8 * kRowBytes >> 4) << 32;
+  constexpr uint64_t kSwizzle128 = 1ull << 62;
+  constexpr uint64_t kGroupStride = static_cast<uint64_t>(1024 >> 4) << 32;
   constexpr uint64_t kUnused = 1ull << 16;
-  return kSwizzle | kGroupStride | kUnused | ((address & 0x3ffff) >> 4);
+  return kSwizzle128 | kGroupStride | kUnused | ((address & 0x3ffff) >> 4);
 }
 
 __device__ __forceinline__ void product_fence() {
