@@ -47,7 +47,7 @@ small)
     run 280 gpu_bulk --shape qwen3-0.6b --prompts 64 --length 2048
     run 110 accuracy --shape qwen3-0.6b
     run 120 gpu_memory --shape qwen3-0.6b --eager
-    run 120 full_vocabulary --shape qwen3-0.6b --eager
+    run 120 full_vocabulary --shape qwen3-0.6b --eager --stock-length 8
     ;;
 large)
     run 300 gpu_bulk --shape llama-3.1-8b --prompts 32 --length 2048

@@ -103,6 +103,12 @@ def test_blocks_keep_the_memory_bound(vocab, layout):
     assert block_rows(special, layout, vocab, 1 << 30) == 1
 
 
+@pytest.mark.parametrize("top", [0, 3, FULL_VOCABULARY])
+def test_ranks_with_unequal_shares_have_equal_blocks(top):
+    shares = [Head(None, None, lambda h: h, 0, n) for n in (75_008, 74_000, 0)]
+    assert len({block_rows(head, RowLayout(1, (), top), 149_008, 0) for head in shares}) == 1
+
+
 def test_wrong_head_width_gives_nan_not_scores(caplog):
     layout = RowLayout(1)
     wrong = _whole_head(lambda h: h.new_zeros(len(h), 7), 8)

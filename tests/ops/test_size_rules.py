@@ -23,13 +23,12 @@ def test_rows_are_multiplied_in_whole_blocks(rows, multiplied):
 
 @pytest.mark.parametrize(("hidden", "vocabulary"), MEASURED)
 def test_the_rules_follow_the_measurements(hidden, vocabulary):
-    """No choice was measured to be more than 35 % slower than the other one, and none that picks
-    the fused kernel more than 5 %."""
+    """Chosen, the fused kernel was at most 5 % slower; not chosen, at most 20 % faster."""
     for rows, speed in MEASURED[hidden, vocabulary].items():
         if prefers_fused(rows, hidden):
             assert speed > 0.95, (rows, speed)
         else:
-            assert speed < 1.35, (rows, speed)
+            assert speed < 1.2, (rows, speed)
 
 
 def test_ranges_say_what_the_rule_does():

@@ -16,7 +16,7 @@ from vllm.score.ops.reference import product, transform
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not
 # consecutive, so this bounds that copy as well.
-MAX_BLOCK_ROWS = 32_768
+MAX_BLOCK_ROWS = 16_384
 GATHERED_BYTES = 32 << 20
 # Logits that are held at once where the head's own product or a whole row is needed.
 LOGITS_BYTES = 48 << 20
@@ -24,6 +24,8 @@ LOGITS_BYTES = 48 << 20
 
 def block_rows(head: Head, layout: RowLayout, vocab_size: int, hidden_bytes: int) -> int:
     """Rows scored at once, so that scoring takes less than 128 MiB beside the model.
+
+    The same on every rank, whatever its share of the vocabulary: they exchange block by block.
 
     Args:
         vocab_size: of the model.
@@ -36,7 +38,7 @@ def block_rows(head: Head, layout: RowLayout, vocab_size: int, hidden_bytes: int
         # Float32 logits, and the results of the block before.
         rows = min(rows, max(1, LOGITS_BYTES // (4 * (vocab_size + layout.width(vocab_size)))))
     elif head.needs_logits:
-        rows = min(rows, max(1, LOGITS_BYTES // (4 * max(head.num_ids, 1))))
+        rows = min(rows, max(1, LOGITS_BYTES // (4 * vocab_size)))
     return rows
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BLOCK_ROWS, PAIR_ROWS = 128, 256
+# With fewer rows reading the weights takes all the time, and cuBLAS reads them faster.
+LEAST_ROWS = 64
 # From here on so few rows are missing that the fused kernel always serves.
 ALWAYS_FROM_ROWS = 1024
 
@@ -24,22 +26,23 @@ class SizeRule:
     least_share: float
 
 
-SIZE_RULES = (SizeRule(1536, 0.65), SizeRule(None, 0.78))
+# For more than BLOCK_ROWS rows.
+SIZE_RULES = (SizeRule(1536, 0.6), SizeRule(None, 0.8))
 
 # (hidden size, vocabulary): rows -> speed of the fused kernel as a multiple of the tiled product's.
 MEASURED: dict[tuple[int, int], dict[int, float]] = {
-    (1024, 151_936): {32: 0.92, 64: 1.04, 96: 1.24, 128: 1.35, 144: 1.16, 192: 1.32, 256: 1.64,
-                      260: 0.72, 320: 0.96, 352: 1.20, 448: 1.58, 520: 1.10, 640: 1.38, 1030: 1.42,
-                      2048: 1.53, 8192: 1.52},
-    (2048, 32_768): {32: 0.94, 80: 0.96, 96: 1.05, 128: 1.11, 144: 0.89, 192: 1.01, 256: 1.15,
-                     260: 0.56, 384: 0.98, 448: 1.19, 520: 0.93, 640: 1.09, 1030: 1.10, 2048: 1.23,
-                     8192: 1.29},
-    (4096, 128_256): {32: 0.94, 64: 1.04, 96: 1.05, 128: 1.14, 144: 0.84, 192: 1.00, 256: 1.12,
-                      260: 0.65, 384: 0.92, 448: 1.05, 520: 0.94, 640: 1.05, 1030: 1.03,
-                      2048: 1.18},
-    (5120, 32_000): {32: 0.84, 64: 0.90, 96: 0.98, 128: 1.01, 144: 0.78, 192: 0.87, 256: 1.05,
-                     260: 0.59, 384: 0.89, 448: 1.06, 520: 0.80, 640: 0.96, 1030: 0.96, 2048: 1.09,
-                     8192: 1.18},
+    (1024, 151_936): {32: 1.01, 64: 1.25, 96: 1.38, 128: 1.47, 144: 1.17, 192: 1.40, 256: 1.69,
+                      260: 0.97, 320: 1.05, 352: 1.25, 448: 1.63, 512: 1.60, 520: 1.11, 640: 1.42,
+                      780: 1.37, 1030: 1.48, 2048: 1.58, 8192: 1.53},
+    (2048, 32_768): {32: 0.91, 64: 1.02, 96: 1.09, 128: 1.13, 144: 0.92, 192: 1.04, 256: 1.18,
+                     260: 0.71, 320: 0.84, 352: 0.96, 448: 1.23, 512: 1.29, 520: 0.91, 640: 1.11,
+                     780: 1.00, 1030: 1.11, 2048: 1.28, 8192: 1.32},
+    (4096, 128_256): {32: 0.93, 64: 1.12, 96: 1.19, 128: 1.22, 144: 0.83, 192: 1.06, 256: 1.16,
+                      260: 0.64, 320: 0.76, 352: 0.91, 448: 1.17, 512: 1.17, 520: 0.93, 640: 1.07,
+                      780: 0.93, 1030: 1.03, 2048: 1.21},
+    (5120, 32_000): {32: 0.88, 64: 1.04, 96: 1.05, 128: 1.08, 144: 0.83, 192: 0.93, 256: 1.07,
+                     260: 0.57, 320: 0.71, 352: 0.85, 448: 1.06, 512: 1.14, 520: 0.80, 640: 0.98,
+                     780: 0.88, 1030: 0.96, 2048: 1.09, 8192: 1.17},
 }  # fmt: skip
 
 
@@ -59,8 +62,8 @@ def least_share(hidden_size: int) -> float:
 
 def prefers_fused(rows: int, hidden_size: int) -> bool:
     """Whether the fused kernel should be the faster one: hidden states [rows, hidden_size]."""
-    if rows >= ALWAYS_FROM_ROWS:
-        return True
+    if rows <= BLOCK_ROWS or rows >= ALWAYS_FROM_ROWS:
+        return rows >= LEAST_ROWS
     return rows >= least_share(hidden_size) * multiplied_rows(rows)
 
 
