@@ -22,9 +22,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 MAX_MODEL_LEN = 2048
 SMALL_CHUNKS = 256
+# All engines of a session share the memory of a small machine; a GPU has enough.
+SMALL_CACHE = {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 128 << 20}
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +81,7 @@ def engine(model_dir: Callable[..., Path]) -> Callable[..., Any]:
                 "dtype": "float32",
                 "enforce_eager": True,
                 "gpu_memory_utilization": 0.3,
+                **SMALL_CACHE,
                 "distributed_executor_backend": "uni",
                 "max_model_len": MAX_MODEL_LEN,
                 "max_num_batched_tokens": SMALL_CHUNKS,
@@ -99,7 +103,6 @@ def llm(engine: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="session")
 def reference(model_dir: Callable[..., Path]) -> Callable[..., np.ndarray]:
     """`reference(architecture, ids)`: float64 log-softmax of Hugging Face, [n, V]."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     loaded: dict[str, Any] = {}
