@@ -19,7 +19,7 @@ LARGE_STEP = 2048
 
 
 def main(model: str, task: str, argument: str) -> None:
-    from tests.conftest import MAX_MODEL_LEN, SMALL_CHUNKS
+    from tests.conftest import MAX_MODEL_LEN, SMALL_CACHE, SMALL_CHUNKS
     from vllm import LLM
     from vllm.score.perplexity import perplexity
 
@@ -28,6 +28,7 @@ def main(model: str, task: str, argument: str) -> None:
         dtype="float32",
         enforce_eager=True,
         gpu_memory_utilization=0.3,
+        **SMALL_CACHE,
         distributed_executor_backend="uni",
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=SMALL_CHUNKS if task == "store" else LARGE_STEP,
