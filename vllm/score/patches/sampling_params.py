@@ -1,4 +1,4 @@
-"""`SamplingParams(score_mode=True)`: a subclass with four more fields in the stock place."""
+"""`SamplingParams(score_mode=True)`: a subclass with five more fields in the stock place."""
 
 from __future__ import annotations
 
