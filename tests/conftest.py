@@ -29,6 +29,15 @@ SMALL_CHUNKS = 256
 SMALL_CACHE = {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 128 << 20}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are skipped where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`model_dir(architecture, **options)`: a folder with a random model, made once.

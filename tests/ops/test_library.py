@@ -123,8 +123,11 @@ def fresh(monkeypatch):
     cached = (choice._choose, choice.native_problem)
     monkeypatch.setattr(library, "_outcomes", {})
     monkeypatch.delenv(choice.KERNEL_VARIABLE, raising=False)
-    # vLLM's own configuration of logging keeps records from reaching the root.
+    # vLLM's own configuration of logging keeps records from reaching the root, and may let through
+    # errors only.
     choice.logger.addHandler(handler)
+    monkeypatch.setattr(choice.logger, "level", logging.WARNING)
+    choice.logger.manager._clear_cache()
     for function in cached:
         function.cache_clear()
     yield said
