@@ -49,7 +49,8 @@ def score(
         lora_request: an adapter for all requests, or one (or None) for each.
 
     Returns:
-        One `TokenScores` a request, in order.
+        One `TokenScores` a request, in the order of the requests. (They are sent so that those
+        with a common context follow each other, and share its computation.)
 
     Raises:
         ScoreModeError: a request is malformed (before anything runs), or came back unsound.
@@ -61,7 +62,8 @@ def score(
     _check(llm, prompts, params, full_vocabulary)
     results: list[TokenScores | None] = [None] * len(prompts)
     with _progress(use_tqdm, prompts) as bar:
-        for index, output in _run(llm, prompts, params, adapters):
+        order = _order(prompts, params)
+        for index, output in _run(llm, prompts, order, params, adapters):
             result = output.scores
             if result is None:
                 raise ScoreModeError(
@@ -187,9 +189,20 @@ def _check(
             in_use += 4 * rows * width
 
 
+def _order(prompts: list[dict[str, Any]], params: SamplingParams) -> list[int]:
+    """In which the requests are sent: those with a common context after each other."""
+    from vllm.score.engine.request import PLAN
+    from vllm.score.shared_prefixes import shared_prefix_order
+
+    if params.skip_reading_prefix_cache:
+        return list(range(len(prompts)))
+    return shared_prefix_order([p[PLAN].ids for p in prompts])
+
+
 def _run(
     llm: LLM,
     prompts: list[dict[str, Any]],
+    order: list[int],
     params: SamplingParams,
     adapters: Sequence[LoRARequest | None],
 ) -> Iterator[tuple[int, Any]]:
@@ -197,17 +210,17 @@ def _run(
     engine = llm.llm_engine
     if engine.has_unfinished_requests():
         raise ScoreModeError("llm has unfinished requests; score() needs an idle engine.")
-    waiting = iter(enumerate(prompts))
+    waiting = iter(order)
     running: dict[str, int] = {}
     tokens_in_flight = 0
     internal_ids: dict[str, str] = {}
     try:
         while True:
             while len(running) < MAX_REQUESTS_IN_FLIGHT and tokens_in_flight < MAX_TOKENS_IN_FLIGHT:
-                following = next(waiting, None)
-                if following is None:
+                index = next(waiting, None)
+                if index is None:
                     break
-                index, prompt = following
+                prompt = prompts[index]
                 request_id = str(next(llm.request_counter))
                 running[request_id] = index
                 internal_ids[request_id] = engine.add_request(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from vllm.score.engine.adapters import adapter_delta
 from vllm.score.ops.head import Head
+from vllm.score.ops.reference import product
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +60,9 @@ def captured_call(
     processor: Any, lm_head: Any, hidden: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Take the arguments of `LogitsProcessor.forward` while `capturing`."""
+    _open.calls.append(Captured(processor, lm_head, hidden, bias))
     if processor.logits_as_input:
         raise _Touched("logits_as_input")
-    _open.calls.append(Captured(processor, lm_head, hidden, bias))
     standing_in: torch.Tensor = torch.Tensor._make_subclass(_Untouchable, torch.empty(0))
     _open.returned = standing_in
     return standing_in
@@ -89,25 +91,27 @@ def head_of(
         index: [c], their places in the step.
         vocab_size: V; a head that serves another number of ids has `num_ids` of that number.
     """
-    call = _capture(compute_logits, hidden)
-    if call is None:
-        return _whole_head(compute_logits, vocab_size), hidden
-    head = _shard(call, index, vocab_size)
-    if head is None:
-        return _whole_head(compute_logits, vocab_size), hidden
-    return head, call.hidden
+    calls, plain = _capture(compute_logits, hidden)
+    head = _shard(calls[0], index, vocab_size) if plain else None
+    if head is not None:
+        return head, calls[0].hidden
+    if any(hasattr(call.processor, "lora_a_stacked") for call in calls):
+        reason = "LoRA is enabled and the model changes its logits after the head"
+        return _no_head(reason, vocab_size), hidden
+    return _whole_head(compute_logits, vocab_size), hidden
 
 
 def _capture(
     compute_logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
-) -> Captured | None:
+) -> tuple[list[Captured], bool]:
+    """The calls of the head, and whether a single one's result is the model's answer."""
     with _capturing() as calls:
         try:
             result = compute_logits(hidden)
             plain = len(calls) == 1 and result is _open.returned
         except _Touched:
             plain = False
-    return calls[0] if plain else None
+    return calls, plain
 
 
 def _whole_head(compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Head:
@@ -117,14 +121,23 @@ def _whole_head(compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_si
         logits = compute_logits(rows)
         if logits.shape[-1] == vocab_size:
             return logits
-        # An exception here would take the engine and everybody's requests down; NaN fails just
-        # these requests, with an error, at the front end.
-        logger.error(
-            "The model's head gives %d logits a row, its configuration says %d: no scores.",
-            logits.shape[-1],
-            vocab_size,
-        )
-        return logits.new_full((len(rows), vocab_size), float("nan"))
+        width = logits.shape[-1]
+        reason = f"the model's head gives {width} logits a row, its configuration says {vocab_size}"
+        return _no_head(reason, vocab_size).logits_of(rows)
+
+    return Head(None, None, logits_of, 0, vocab_size)
+
+
+def _no_head(reason: str, vocab_size: int) -> Head:
+    """A head that cannot be scored.
+
+    An exception here would take the engine and everybody's requests down; NaN fails just these
+    requests, with an error, at the front end.
+    """
+
+    def logits_of(rows: torch.Tensor) -> torch.Tensor:
+        logger.error("No scores: %s.", reason)
+        return rows.new_full((len(rows), vocab_size), float("nan"))
 
     return Head(None, None, logits_of, 0, vocab_size)
 
@@ -134,11 +147,10 @@ def _shard(call: Captured, index: np.ndarray, vocab_size: int) -> Head | None:
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    processor, lm_head = call.processor, call.lm_head
     # LoRA wraps both layers.
-    adapted = processor if hasattr(processor, "lora_a_stacked") else None
-    processor = getattr(processor, "base_layer", processor)
-    lm_head = getattr(lm_head, "base_layer", lm_head)
+    adapted = call.processor if hasattr(call.processor, "lora_a_stacked") else None
+    processor = getattr(call.processor, "base_layer", call.processor)
+    lm_head = getattr(call.lm_head, "base_layer", call.lm_head)
     if type(processor) is not LogitsProcessor or not isinstance(lm_head, VocabParallelEmbedding):
         return None
     shard = lm_head.shard_indices
@@ -147,14 +159,20 @@ def _shard(call: Captured, index: np.ndarray, vocab_size: int) -> Head | None:
     first, last = shard.org_vocab_start_index, min(shard.org_vocab_end_index, vocab_size)
     count = max(0, last - first)
 
-    def logits_of(rows: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = processor._apply_head(lm_head, rows, call.bias)
-        return logits
+    weight = _plain_weight(lm_head, call.hidden, count)
+    bias = None if call.bias is None else call.bias[:count]
 
+    def logits_of(rows: torch.Tensor) -> torch.Tensor:
+        if weight is not None:
+            return product(rows, weight, bias)
+        logits: torch.Tensor = processor._apply_head(lm_head, rows, call.bias)
+        return logits[:, :count]
+
+    hooked = _has_hooks(call.lm_head)
     return Head(
-        weight=_plain_weight(lm_head, call.hidden, count),
-        bias=None if call.bias is None else call.bias[:count],
-        logits_of=logits_of,
+        weight=None if hooked else weight,
+        bias=bias,
+        logits_of=partial(_through_hooks, call.lm_head, logits_of) if hooked else logits_of,
         first_id=first,
         num_ids=count,
         scale=float(processor.scale),
@@ -162,6 +180,33 @@ def _shard(call: Captured, index: np.ndarray, vocab_size: int) -> Head | None:
         gather=_gather if lm_head.tp_size > 1 else None,
         delta=None if adapted is None else adapter_delta(adapted, index, first, count),
     )
+
+
+def _has_hooks(lm_head: Any) -> bool:
+    """Whether somebody hooked the head. vLLM itself never calls this layer.
+
+    Where the head is the embedding itself, its hooks are the embedding's and have run there.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    layer = getattr(lm_head, "base_layer", lm_head)
+    hooked = lm_head._forward_hooks or lm_head._forward_pre_hooks
+    return bool(hooked) and isinstance(layer, ParallelLMHead)
+
+
+def _through_hooks(
+    lm_head: Any, logits_of: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
+) -> torch.Tensor:
+    """`logits_of` called as the layer's forward, so that torch runs the hooks around it.
+
+    They get and return this rank's logits [c, n].
+    """
+    lm_head.forward = logits_of
+    try:
+        logits: torch.Tensor = lm_head(rows)
+    finally:
+        del lm_head.forward
+    return logits
 
 
 def _plain_weight(lm_head: Any, hidden: torch.Tensor, count: int) -> torch.Tensor | None:

@@ -44,6 +44,7 @@ class ScorePlan:
 
     Attributes:
         prompt_token_ids: the whole prompt, [n].
+        ids: the same as an array, int64 [n].
         targets: int32 [m, k]; the last m positions are scored.
         flat: targets were given as a flat list, so results are [m] instead of [m, k].
         layout: the columns that come back.
@@ -51,6 +52,7 @@ class ScorePlan:
     """
 
     prompt_token_ids: list[int]
+    ids: np.ndarray
     targets: np.ndarray
     flat: bool
     layout: RowLayout
@@ -122,7 +124,7 @@ def plan_request(
         top=top,
         temperature=params.score_temperature,
     )
-    plan = ScorePlan(ids, targets, flat, layout, facts.vocab_size)
+    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size)
     _check_values_a_position(plan, facts)
     if top == FULL_VOCABULARY:
         _check_bytes(plan, bytes_in_use)

@@ -13,6 +13,9 @@ vocabulary size (padding left out), in nats:
 ``logit_mean``            mean of ``x``
 ``logit_variance``        population variance of ``x``
 ========================  ==================================================================
+
+Where the target's logit is summed in another order than the row's (several kernels do so), ``rank``
+counts tokens nearer to the target than float32 rounding either way.
 """
 
 from __future__ import annotations

@@ -62,6 +62,11 @@ def unsupported_configuration(config: Any) -> str | None:
             "context parallelism is not supported; use tensor_parallel_size",
         ),
         (
+            parallel.distributed_executor_backend == "external_launcher"
+            and parallel.pipeline_parallel_size > 1,
+            "external_launcher cannot run pipeline parallelism with it; use tensor_parallel_size",
+        ),
+        (
             config.kv_transfer_config is not None,
             "KV connectors are not supported: a transferred prefix has no hidden states to score",
         ),

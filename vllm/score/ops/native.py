@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vllm.score.ops import reference
@@ -44,80 +46,22 @@ def head_path(hidden: torch.Tensor, weight: torch.Tensor) -> str:
     return "fused" if aligned else "tiled"
 
 
-def reduce_logits(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    first_id: int,
-    threshold: torch.Tensor | None,
-    scale: float,
-    soft_cap: float,
-    temperature: float,
-    statistics: int,
-    state: torch.Tensor,
-    target_logits: torch.Tensor,
-) -> None:
-    """See `vllm.score.ops.reference.reduce_logits`."""
-    torch.ops.vllm_score.reduce_logits(
-        logits,
-        targets,
-        first_id,
-        threshold,
-        scale,
-        soft_cap,
-        temperature,
-        statistics,
-        state,
-        target_logits,
-    )
+def reduce_logits(*arguments: Any) -> None:
+    """With the arguments of `vllm.score.ops.reference.reduce_logits`, by position."""
+    torch.ops.vllm_score.reduce_logits(*arguments)
 
 
-def score_head(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    first_id: int,
-    threshold: torch.Tensor | None,
-    scale: float,
-    soft_cap: float,
-    temperature: float,
-    statistics: int,
-    state: torch.Tensor,
-    target_logits: torch.Tensor,
-) -> None:
-    """See `vllm.score.ops.reference.score_head`."""
-    arguments = (
-        hidden,
-        weight,
-        bias,
-        targets,
-        first_id,
-        threshold,
-        scale,
-        soft_cap,
-        temperature,
-        statistics,
-        state,
-        target_logits,
-    )
+def score_head(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+    """With the arguments of `vllm.score.ops.reference.score_head`, by position."""
     if head_path(hidden, weight) == "fused":
-        torch.ops.vllm_score.score_head(*arguments)
+        torch.ops.vllm_score.score_head(hidden, weight, *rest)
     else:
-        score_head_tiled(*arguments, reduce_logits=torch.ops.vllm_score.reduce_logits.default)
+        reduce = torch.ops.vllm_score.reduce_logits.default
+        score_head_tiled(hidden, weight, *rest, reduce_logits=reduce)
 
 
-def target_logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    first_id: int,
-    scale: float,
-    soft_cap: float,
-    temperature: float,
-    out: torch.Tensor,
-) -> None:
-    """See `vllm.score.ops.reference.target_logits`."""
+def target_logits(hidden: torch.Tensor, *rest: Any) -> None:
+    """With the arguments of `vllm.score.ops.reference.target_logits`, by position."""
     served = hidden.is_cuda or hidden.dtype in (torch.float32, torch.bfloat16)
     function = torch.ops.vllm_score.target_logits if served else reference.target_logits
-    function(hidden, weight, bias, targets, first_id, scale, soft_cap, temperature, out)
+    function(hidden, *rest)

@@ -121,6 +121,8 @@ def score_columns(
     k = layout.num_targets
     if k:
         torch.sub(target_logits[:, :k], log_sum_exp(state)[:, None], out=out[:, :k])
+        # Targets may be summed in another order than the row, and come out above it by a rounding.
+        out[:, :k].clamp_max_(0.0)
     for column, name in enumerate(layout.statistics, start=k):
         out[:, column] = _statistic(name, state)
 

@@ -53,7 +53,8 @@ def score_rows(
     Args:
         head: this rank's part of it.
         hidden: [c, H], as the head takes them.
-        targets: int64 [c, k]; k may be 0 for the whole vocabulary.
+        targets: int64 [c, k]; for the whole vocabulary k is 0 or, where the rank is asked for,
+            1: the token whose rank it is.
         layout: what to compute.
         vocab_size: V.
 
@@ -95,7 +96,7 @@ def _logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
         logits = head.logits_of(hidden)[:, : head.num_ids]
     else:
         logits = product(hidden, head.weight, head.bias)
-    return logits if head.delta is None else logits + head.delta(hidden)
+    return logits if head.delta is None else head.delta(hidden).add_(logits)
 
 
 def _threshold(

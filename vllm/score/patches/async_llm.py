@@ -1,4 +1,6 @@
-"""`AsyncLLM`: ask the engine's processes before the first score request."""
+"""`AsyncLLM`: ask the engine's processes before the first score request; no cached prefixes of a
+model that was changed since.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from typing import Any
 
 import wrapt
 
-from vllm.score.patches.llm_engine import CHECKED, not_patched, raise_if_refused, wants_scores
+from vllm.score.patches.llm_engine import (
+    CHECKED,
+    TOUCHED,
+    not_patched,
+    raise_if_refused,
+    wants_scores,
+    without_cache,
+)
 from vllm.score.patches.patch import Patch
 
 
@@ -24,7 +33,7 @@ async def ask_engine(engine: Any) -> list[dict[str, Any]]:
 
 
 def apply(module: ModuleType) -> None:
-    """Wrap admission."""
+    """Wrap admission and the calls into the workers."""
 
     async def add_request(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         if wants_scores(args, kwargs) and not getattr(engine, CHECKED, False):
@@ -33,18 +42,32 @@ def apply(module: ModuleType) -> None:
             check_configuration(engine.vllm_config)
             raise_if_refused(await ask_engine(engine))
             setattr(engine, CHECKED, True)
+        if getattr(engine, TOUCHED, False) and wants_scores(args, kwargs):
+            idle = not engine.output_processor.has_unfinished_requests()
+            if idle and await engine.reset_prefix_cache():
+                setattr(engine, TOUCHED, False)
+            else:
+                args, kwargs = without_cache(args, kwargs)
+        return await wrapped(*args, **kwargs)
+
+    async def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+        setattr(engine, TOUCHED, True)
         return await wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", add_request)
+    wrapt.wrap_function_wrapper(module, "AsyncLLM.collective_rpc", collective_rpc)
 
 
 PATCH = Patch(
     target="vllm.v1.engine.async_llm",
-    contract={"AsyncLLM.add_request": ("self", "request_id", "prompt", "params")},
+    contract={
+        "AsyncLLM.add_request": ("self", "request_id", "prompt", "params"),
+        "AsyncLLM.collective_rpc": ("self", "method"),
+    },
     apply=apply,
     roles=("front end",),
     why="Fail closed across processes, as for LLMEngine.",
-    how="One status call before the first score request of an engine.",
+    how="As for LLMEngine.",
     risk="Workers replaced later (elastic scaling) are not asked again.",
     upstream="Not needed in a merged fork.",
     remove_when="Score mode is part of vLLM.",

@@ -1,4 +1,6 @@
-"""`LLMEngine`: ask the engine's processes before the first score request; no client limit."""
+"""`LLMEngine`: ask the engine's processes before the first score request; no client limit; no
+cached prefixes of a model that was changed since.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,8 @@ from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
 from vllm.score.patches.patch import Patch
 
 CHECKED = "score_mode_checked"
+# Something was run in the workers: a hook, a change of weights. The cache may be another model's.
+TOUCHED = "score_mode_model_touched"
 
 
 def ask_engine(engine: Any) -> list[dict[str, Any]]:
@@ -56,8 +60,17 @@ def wants_scores(args: Any, kwargs: Any) -> bool:
     return bool(getattr(params, "score_mode", False))
 
 
+def without_cache(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of `add_request` for a request that reads no cached prefix."""
+    params = (kwargs["params"] if "params" in kwargs else args[2]).clone()
+    params.skip_reading_prefix_cache = True
+    if "params" in kwargs:
+        return args, {**kwargs, "params": params}
+    return (*args[:2], params, *args[3:]), kwargs
+
+
 def apply(module: ModuleType) -> None:
-    """Wrap construction and admission."""
+    """Wrap construction, admission and the calls into the workers."""
 
     def init(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
@@ -70,10 +83,20 @@ def apply(module: ModuleType) -> None:
             check_configuration(engine.vllm_config)
             raise_if_refused(ask_engine(engine))
             setattr(engine, CHECKED, True)
+        if getattr(engine, TOUCHED, False) and wants_scores(args, kwargs):
+            if not engine.has_unfinished_requests() and engine.reset_prefix_cache():
+                setattr(engine, TOUCHED, False)
+            else:
+                args, kwargs = without_cache(args, kwargs)
+        return wrapped(*args, **kwargs)
+
+    def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+        setattr(engine, TOUCHED, True)
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(module, "LLMEngine.__init__", init)
     wrapt.wrap_function_wrapper(module, "LLMEngine.add_request", add_request)
+    wrapt.wrap_function_wrapper(module, "LLMEngine.collective_rpc", collective_rpc)
 
 
 PATCH = Patch(
@@ -81,12 +104,15 @@ PATCH = Patch(
     contract={
         "LLMEngine.__init__": ("self", "vllm_config"),
         "LLMEngine.add_request": ("self", "request_id", "prompt", "params"),
+        "LLMEngine.collective_rpc": ("self", "method"),
     },
     apply=apply,
     roles=("front end",),
     why="Fail closed across processes; and `LLM(model=...)` scores the whole vocabulary without "
-    "max_logprobs, which protects servers from their clients.",
-    how="One status call before the first score request of an engine.",
+    "max_logprobs, which protects servers from their clients. A function run in the workers may "
+    "hook or change the model: scores must not rest on prefixes cached before.",
+    how="One status call before the first score request of an engine. After collective_rpc the "
+    "next score request resets the prefix cache or, beside running requests, does not read it.",
     risk="Workers replaced later (elastic scaling) are not asked again.",
     upstream="Not needed in a merged fork, but for the limit.",
     remove_when="Score mode is part of vLLM.",
