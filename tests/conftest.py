@@ -5,6 +5,7 @@ All engines of a session stay alive: the first one that dies takes vLLM's proces
 
 from __future__ import annotations
 
+import itertools
 import os
 
 # Before vLLM is imported: one process, no compilation, a KV cache that fits a small machine.
@@ -51,11 +52,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     made: dict[Any, Path] = {}
     root = tmp_path_factory.mktemp("models")
+    numbers = itertools.count()
 
     def make(architecture: str, **options: Any) -> Path:
-        key = (architecture, tuple(sorted(options.items())))
+        key = (architecture, repr(sorted(options.items())))
         if key not in made:
-            folder = root / "-".join([architecture, *(f"{k}_{v}" for k, v in key[1])])
+            folder = root / f"{architecture}-{next(numbers)}"
             if options.pop("dequantised", False):
                 made[key] = dequantise_model(make(architecture, **options), folder)
             elif scheme := options.pop("scheme", None):

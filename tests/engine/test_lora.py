@@ -116,3 +116,21 @@ def test_wrong_number_of_adapters_and_engine_without_lora(lora_llm, adapters, ll
         score(lora_llm, [[1, 2], [1, 2]], lora_request=[adapters[1]], use_tqdm=False)
     with pytest.raises(ScoreModeError, match="enable_lora"):
         score(llm, [[1, 2]], lora_request=adapters[1], use_tqdm=False)
+
+
+def test_logits_changed_behind_the_head_are_refused(lora_llm):
+    """Stock vLLM would apply the adapters of other rows to them."""
+    (p,) = random_prompts([20], lora_llm.llm_engine.model_config.get_vocab_size(), seed=4)
+    handles = []
+
+    def hook(worker):
+        layer = worker.model_runner.model.logits_processor
+        handles.append(layer.register_forward_hook(lambda module, args, logits: logits + 1))
+
+    lora_llm.collective_rpc(hook)
+    try:
+        with pytest.raises(ScoreModeError, match="is NaN"):
+            score(lora_llm, [p], use_tqdm=False)
+    finally:
+        handles.pop().remove()
+    assert len(score(lora_llm, [p], use_tqdm=False)[0]) == 19

@@ -139,6 +139,15 @@ def test_configurations_are_refused(llm, monkeypatch, field, value, message):
         score(llm, [[5, 6, 7]], use_tqdm=False)
 
 
+def test_pipelines_under_an_external_launcher_are_refused(llm, monkeypatch):
+    parallel = llm.llm_engine.vllm_config.parallel_config
+    monkeypatch.setattr(parallel, "distributed_executor_backend", "external_launcher")
+    assert len(score(llm, [[5, 6, 7]], use_tqdm=False)[0]) == 2
+    monkeypatch.setattr(parallel, "pipeline_parallel_size", 2)
+    with pytest.raises(ScoreModeError, match="external_launcher"):
+        score(llm, [[5, 6, 7]], use_tqdm=False)
+
+
 def test_nan_logits_are_an_error_for_their_request_alone(engine):
     """A poisoned last norm: the scores are NaN, and reading them raises."""
     llm = engine("llama", {"seed": 7}, max_model_len=512)

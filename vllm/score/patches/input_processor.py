@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import weakref
 from types import ModuleType
 from typing import Any
@@ -57,18 +59,13 @@ def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
 
 
 def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> Any:
+    if isinstance(prompt.get(PLAN), ScorePlan):
+        return prompt[PLAN]  # score() has checked everything once for all its requests
     from vllm.score.engine.support import check_configuration, check_prompt
-    from vllm.score.errors import ScoreModeUnavailable
-    from vllm.score.patches.register import front_end_problem
 
-    problem = front_end_problem()
-    if problem is not None:
-        raise ScoreModeUnavailable(problem)
     check_configuration(processor.vllm_config)
     params._verify_score_mode()  # again: fields may have been set since construction
     check_prompt(prompt, bool(named.get("resumable")))
-    if isinstance(prompt.get(PLAN), ScorePlan):
-        return prompt[PLAN]
     model = processor.model_config
     unlimited = getattr(processor, NO_CLIENT_LIMIT, False)
     facts = ModelFacts(
@@ -100,14 +97,23 @@ class BytesLease:
 
 def _carrier(params: Any) -> Any:
     """An ordinary request for one token: what the stock checks are shown."""
-    return type(params)(
+    kind, skip = params.output_kind, bool(params.skip_reading_prefix_cache)
+    return copy.copy(_template(kind, skip))
+
+
+@functools.cache
+def _template(output_kind: Any, skip_reading_prefix_cache: bool) -> Any:
+    from vllm import SamplingParams
+
+    # Its copies skip the checks at construction, which take longer than the rest of admission.
+    return SamplingParams(
         max_tokens=1,
         temperature=0.0,
         detokenize=False,
         ignore_eos=True,
         watermarking=False,
-        skip_reading_prefix_cache=bool(params.skip_reading_prefix_cache),
-        output_kind=params.output_kind,
+        skip_reading_prefix_cache=skip_reading_prefix_cache,
+        output_kind=output_kind,
         skip_clone=True,
     )
 
