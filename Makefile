@@ -12,6 +12,9 @@ TORCH ?= torch==2.13.0
 # cpu or cuda: which engine is installed. A machine whose driver answers gets CUDA.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
+# Tests run side by side in that many processes; each starts engines of its own.
+WORKERS ?= 2
+
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 STAMP := $(VENV)/.installed-$(DEVICE)
@@ -33,7 +36,7 @@ demo: $(STAMP)  ## perplexity of the embedded model on held-out text, by the rea
 	$(BIN)/vllm-score perplexity
 
 test: $(STAMP)  ## run the tests; TESTS='-k name' or TESTS=tests/dir narrows
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

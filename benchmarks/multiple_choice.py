@@ -8,7 +8,8 @@
 Every question has the same few-shot tokens in front, then its own, then four options. The rate is
 in options a second. The prefix cache is emptied before every round. With one-token options score
 mode sends one request a question, with four candidates; stock vLLM needs one an option, as
-lm-eval's backend sends them.
+lm-eval's backend sends them. How far the scores move with the composition of batches shows in the
+two contenders without the cache, whose requests come in opposite orders.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from engines import SCORE, STOCK_IDS, STOCK_TOP
 from harness import Contender, agreement, interleave, report
 
 ONE_BY_ONE = "score mode, an option a request"
+WITHOUT = "score mode, cache off"
+BACKWARDS = "score mode, cache off, reversed"
 TARGETS = {"qwen3-0.6b": 20.0, "llama-3.1-8b": 11.0, "llama-60m": 5.0}
 
 
@@ -43,12 +46,18 @@ def main() -> None:
     contenders = ways(llm, questions, options)
     results = interleave(contenders)
     differences = agreement(results, SCORE, mean_limit=0.3)
+    moved = np.abs(results[WITHOUT] - results[BACKWARDS])
+    differences["the composition of batches"] = (
+        f"between the two without the cache: mean {moved.mean():.1e}, max {moved.max():.1e} nats"
+    )
     wanted = TARGETS.get(options.shape)
     targets = {STOCK_TOP: (">=", wanted)} if wanted and shapes.is_whole(options) else {}
     if options.profile:
-        from gpu_bulk import profile
+        from gpu_bulk import profile, profile_device
 
         profile(SCORE, contenders[0].run)
+        if gpu and not options.multiprocess:
+            profile_device(SCORE, contenders[0].run)
     report(
         "multiple_choice",
         contenders,
@@ -99,12 +108,14 @@ def ways(llm: Any, questions: list[tuple[Any, Any]], options: argparse.Namespace
 
     def contender(name: str, run: Any, read: Any, rounds: int = options.rounds) -> Contender:
         # Warmed up with all of the work where that is cheap: kernels are compiled for its shapes.
-        warm = None if name.startswith("score") else lambda: run(few)
+        warm = None if name in (SCORE, ONE_BY_ONE) else lambda: run(few)
         return Contender(name, lambda: run(requests), work, rounds, warm=warm, condense=read)
 
     found = [
-        contender(ONE_BY_ONE, lambda r: scores(llm, r), lambda s: [x.logprobs for x in s]),
+        contender(ONE_BY_ONE, lambda r: scores(llm, r), own),
         contender(STOCK_TOP, lambda r: stock(llm, r, 1), own_tails, options.slow_rounds),
+        contender(WITHOUT, lambda r: scores(llm, r, skip_prefix_cache=True), own, 1),
+        contender(BACKWARDS, lambda r: scores(llm, r[::-1], skip_prefix_cache=True)[::-1], own, 1),
     ]
     if options.option_tokens == 1:
         merged = [
@@ -125,11 +136,15 @@ def ways(llm: Any, questions: list[tuple[Any, Any]], options: argparse.Namespace
     return found
 
 
-def scores(llm: Any, requests: list[Any]) -> Any:
+def scores(llm: Any, requests: list[Any], **options: Any) -> Any:
     from vllm.score import score
 
     llm.reset_prefix_cache()
-    return score(llm, requests, use_tqdm=False)
+    return score(llm, requests, use_tqdm=False, **options)
+
+
+def own(results: Any) -> list[Any]:
+    return [r.logprobs for r in results]
 
 
 def flat(results: Any) -> list[float]:

@@ -15,6 +15,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Engines in other processes must not inherit this one's threads.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# Tests that run side by side have a core each: two engines' threads on the same cores wait for
+# each other.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[int(worker.removeprefix("gw")) % len(cores)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Run as a program by test_tensor_parallel.py: scores of a model sharded over two workers."""
+"""Run as a program by test_tensor_parallel.py: scores of a model sharded over two workers, also
+beside interventions in the workers."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import json
 import sys
 
 
-def main(model: str, prompts_file: str, out_file: str) -> None:
+def main(model: str, inputs_file: str, out_file: str) -> None:
+    from tests.sequence import interventions
     from vllm import LLM
     from vllm.score import score
     from vllm.score.patches.llm_engine import ask_engine
+    from vllm.score.sequence import SequenceProbVLLMHook
 
     llm = LLM(
         model,
@@ -21,11 +24,20 @@ def main(model: str, prompts_file: str, out_file: str) -> None:
         distributed_executor_backend="mp",
         kv_cache_memory_bytes=128 << 20,
     )
-    with open(prompts_file) as file:
-        prompts = json.load(file)
+    with open(inputs_file) as file:
+        inputs = json.load(file)
+    prompts = inputs["prompts"]
     scores = score(llm, prompts, statistics=["entropy", "argmax", "rank"], use_tqdm=False)
     (top,) = score(llm, prompts[1:2], top=5, use_tqdm=False)
     (full,) = score(llm, prompts[1:2], full_vocabulary=True, use_tqdm=False)
+    hook = SequenceProbVLLMHook(llm)
+    pairs = inputs["contexts"], inputs["targets"]
+    sequences = {"plain": hook.get_log_prob(*pairs)}
+    for name, value in inputs["interventions"].items():
+        llm.collective_rpc(getattr(interventions, name), args=(value,))
+        sequences[name] = hook.get_log_prob(*pairs)
+        assert llm.collective_rpc(interventions.remove_hooks) == [1, 1]
+    sequences["again"] = hook.get_log_prob(*pairs)
     roles = [s["role"] for s in ask_engine(llm.llm_engine)]
     with open(out_file, "w") as file:
         json.dump(
@@ -37,6 +49,7 @@ def main(model: str, prompts_file: str, out_file: str) -> None:
                 "rank": [s.statistics["rank"].tolist() for s in scores],
                 "top": top.top_token_ids.tolist(),
                 "full": full.logprobs.tolist(),
+                "sequences": sequences,
             },
             file,
         )

@@ -123,3 +123,24 @@ def test_aborted_requests_leave_their_neighbours_alone(engine, reference):
     for i in (1, 2):
         want = token_logprobs(reference("llama", prompts[i]), prompts[i])
         np.testing.assert_allclose(outputs[str(i)].scores.logprobs, want, atol=REFERENCE_TOLERANCE)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_shared_contexts_are_computed_once(eager, engine, reference):
+    """Groups that arrive in one call, larger than a step, with the scheduler running ahead."""
+    from vllm import SamplingParams
+
+    llm = engine("llama", enforce_eager=eager, **CACHE)
+    contexts = random_prompts([333, 600, 1000], 1000, seed=5)
+    tails = random_prompts([3, 1, 40, 7], 1000, seed=6)
+    requests = [{"prompt_token_ids": c + t, "target_token_ids": t} for t in tails for c in contexts]
+    llm.reset_prefix_cache()
+    on = llm.generate(requests, SamplingParams(score_mode=True), use_tqdm=False)
+    off = score(llm, requests, skip_prefix_cache=True, use_tqdm=False)
+    block = llm.llm_engine.vllm_config.cache_config.block_size
+    for i, (o, without, r) in enumerate(zip(on, off, requests, strict=True)):
+        ids, m = r["prompt_token_ids"], len(r["target_token_ids"])
+        assert o.num_cached_tokens == (0 if i < 3 else (len(ids) - m - 1) // block * block)
+        np.testing.assert_allclose(o.scores.logprobs, without.logprobs, atol=STOCK_TOLERANCE)
+        want = token_logprobs(reference("llama", ids), ids)[-m:]
+        np.testing.assert_allclose(o.scores.logprobs, want, atol=REFERENCE_TOLERANCE)

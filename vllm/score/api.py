@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
@@ -13,10 +13,6 @@ if TYPE_CHECKING:
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
-
-# Enough to keep any engine full, few enough that a long list costs no memory before its turn.
-MAX_REQUESTS_IN_FLIGHT = 4096
-MAX_TOKENS_IN_FLIGHT = 1 << 20
 
 
 def score(
@@ -30,6 +26,7 @@ def score(
     use_tqdm: bool | Callable[..., tqdm] = True,
     skip_prefix_cache: bool = False,
     lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    reproducible: bool = False,
 ) -> list[TokenScores]:
     """Log-probabilities of given tokens under the model, in nats.
 
@@ -47,6 +44,9 @@ def score(
         skip_prefix_cache: compute every token anew. The cached part of a context was computed in
             another batch, which can move the last bits.
         lora_request: an adapter for all requests, or one (or None) for each.
+        reproducible: the same call gives the same bits again: nothing is read from the prefix
+            cache, and the engine begins when all requests (the first 4,096, or 2**20 tokens) have
+            reached it, so that the batches are the same.
 
     Returns:
         One `TokenScores` a request, in the order of the requests. (They are sent so that those
@@ -56,6 +56,9 @@ def score(
         ScoreModeError: a request is malformed (before anything runs), or came back unsound.
         ScoreModeUnavailable: score mode is off in this installation.
     """
+    from vllm.score.engine.feed import run_requests
+
+    skip_prefix_cache |= reproducible
     params = _sampling_params(statistics, temperature, top, full_vocabulary, skip_prefix_cache)
     prompts = _prompts(llm, requests)
     adapters = _adapters(llm, lora_request, len(prompts))
@@ -63,7 +66,7 @@ def score(
     results: list[TokenScores | None] = [None] * len(prompts)
     with _progress(use_tqdm, prompts) as bar:
         order = _order(prompts, params)
-        for index, output in _run(llm, prompts, order, params, adapters):
+        for index, output in run_requests(llm, prompts, order, params, adapters, reproducible):
             result = output.scores
             if result is None:
                 raise ScoreModeError(
@@ -197,50 +200,6 @@ def _order(prompts: list[dict[str, Any]], params: SamplingParams) -> list[int]:
     if params.skip_reading_prefix_cache:
         return list(range(len(prompts)))
     return shared_prefix_order([p[PLAN].ids for p in prompts])
-
-
-def _run(
-    llm: LLM,
-    prompts: list[dict[str, Any]],
-    order: list[int],
-    params: SamplingParams,
-    adapters: Sequence[LoRARequest | None],
-) -> Iterator[tuple[int, Any]]:
-    """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted."""
-    engine = llm.llm_engine
-    if engine.has_unfinished_requests():
-        raise ScoreModeError("llm has unfinished requests; score() needs an idle engine.")
-    waiting = iter(order)
-    running: dict[str, int] = {}
-    tokens_in_flight = 0
-    internal_ids: dict[str, str] = {}
-    try:
-        while True:
-            while len(running) < MAX_REQUESTS_IN_FLIGHT and tokens_in_flight < MAX_TOKENS_IN_FLIGHT:
-                index = next(waiting, None)
-                if index is None:
-                    break
-                prompt = prompts[index]
-                request_id = str(next(llm.request_counter))
-                running[request_id] = index
-                internal_ids[request_id] = engine.add_request(
-                    request_id,
-                    {"type": "token", **prompt},
-                    params,
-                    lora_request=adapters[index],
-                )
-                tokens_in_flight += len(prompt["prompt_token_ids"])
-            if not running:
-                return
-            for output in engine.step():
-                if output.finished and output.request_id in running:
-                    index = running.pop(output.request_id)
-                    internal_ids.pop(output.request_id, None)
-                    tokens_in_flight -= len(prompts[index]["prompt_token_ids"])
-                    yield index, output
-    finally:
-        if internal_ids:
-            engine.abort_request(list(internal_ids.values()), internal=True)
 
 
 def _progress(use_tqdm: bool | Callable[..., tqdm], prompts: Iterable[dict[str, Any]]) -> Any:

@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 # Command name -> module of this package that defines a function of the same name.
-COMMANDS = {"perplexity": "perplexity", "doctor": "doctor"}
+COMMANDS = {"perplexity": "perplexity", "sequence": "sequence", "doctor": "doctor"}
 
 
 class LazyGroup(typer.core.TyperGroup):

@@ -6,6 +6,8 @@ from functools import partial
 
 from vllm.score.patches import (
     async_llm,
+    completion_protocol,
+    completion_serving,
     engine_core,
     gpu_model_runner,
     input_processor,
@@ -38,6 +40,8 @@ REGISTER: tuple[Patch, ...] = (
     prompt_logprob.PATCH,
     logits_processor.PATCH,
     lora_layers_logits_processor.PATCH,
+    completion_protocol.PATCH,
+    completion_serving.PATCH,
 )
 
 _applications: dict[str, Application] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +35,7 @@ Report = Callable[[Sequence[Window], int], None]
 def engine_scorer(llm: LLM) -> Scorer:
     """Scores with vLLM, so that equal groups get equal bits.
 
-    A score's last bits depend on the batch that computed it. The groups are the same in every run;
-    the prefix cache, whose contents depend on what ran before, is left aside.
+    A score's last bits depend on the batch that computed it; the groups are the same in every run.
     """
     from vllm.score.api import score
 
@@ -46,37 +44,10 @@ def engine_scorer(llm: LLM) -> Scorer:
             {"prompt_token_ids": window.token_ids, "target_token_ids": window.target_ids}
             for window in windows
         ]
-        with _queue_before_running(llm):
-            results = score(llm, requests, skip_prefix_cache=True, use_tqdm=False)
+        results = score(llm, requests, reproducible=True, use_tqdm=False)
         return [result.logprobs for result in results]
 
     return run
-
-
-@contextmanager
-def _queue_before_running(llm: LLM) -> Iterator[None]:
-    """Let the engine begin its first step only when all requests have reached it.
-
-    An engine in a process of its own otherwise starts with the requests that happen to have
-    arrived: another batch each time.
-    """
-    engine = llm.llm_engine
-
-    def first_step() -> Any:
-        resume()
-        return engine.step()
-
-    def resume() -> None:
-        del engine.step  # the method of the class is visible again
-        llm.wake_up(tags=["scheduling"])
-
-    llm.sleep(level=0, mode="keep")
-    engine.step = first_step
-    try:
-        yield
-    finally:
-        if "step" in vars(engine):  # score() refused the requests
-            resume()
 
 
 @dataclass

@@ -1,0 +1,122 @@
+"""Sending requests to the engine of an `LLM`, and taking what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm.score.engine.request import PLAN
+from vllm.score.errors import ScoreModeError
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+# Enough to keep any engine full, few enough that a long list costs no memory before its turn.
+MAX_REQUESTS_IN_FLIGHT = 4096
+MAX_TOKENS_IN_FLIGHT = 1 << 20
+# Sent before the engine begins, at most: more would keep it waiting for us.
+HELD_REQUESTS = 256
+
+
+class _Hold:
+    """Keeps an engine in another process from its first step until there is a step's work.
+
+    It would begin with the one request that arrives first: a step for a single context, and
+    another batch each time.
+    """
+
+    def __init__(self, engine: Any, everything: bool, shares: bool) -> None:
+        self._engine, self._everything, self._shares = engine, everything, shares
+        self._step = engine.vllm_config.scheduler_config.max_num_batched_tokens
+        self._tokens = self._requests = 0
+        self._last: np.ndarray | None = None
+        # An engine in this process runs only when it is told to.
+        self.on = not hasattr(engine.engine_core, "engine_core")
+        if self.on:
+            engine.sleep(level=0, mode="keep")
+
+    def sent(self, ids: np.ndarray) -> None:
+        """Count a request: what it does not share with the one before it."""
+        if not self.on or self._everything:
+            return
+        shared = common_prefix(self._last, ids) if self._shares and self._last is not None else 0
+        self._tokens += len(ids) - shared
+        self._requests += 1
+        self._last = ids
+        if self._tokens >= self._step or self._requests >= HELD_REQUESTS:
+            self.release()
+
+    def release(self) -> None:
+        if self.on:
+            self.on = False
+            self._engine.wake_up(tags=["scheduling"])
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of tokens that two arrays of ids, [n] and [m], begin with in common."""
+    shorter = min(len(a), len(b))
+    different = a[:shorter] != b[:shorter]
+    return int(different.argmax()) if different.any() else shorter
+
+
+def run_requests(
+    llm: LLM,
+    prompts: Sequence[dict[str, Any]],
+    order: Sequence[int],
+    params: SamplingParams,
+    adapters: Sequence[LoRARequest | None],
+    queue_first: bool,
+) -> Iterator[tuple[int, Any]]:
+    """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted.
+
+    Args:
+        prompts: token prompts with their plans.
+        order: indices of `prompts`, in which they are sent.
+        queue_first: let the engine begin only when all requests have reached it.
+
+    Raises:
+        ScoreModeError: the engine is busy.
+    """
+    engine = llm.llm_engine
+    if engine.has_unfinished_requests():
+        raise ScoreModeError("llm has unfinished requests; score() needs an idle engine.")
+    if not order:
+        return
+    waiting = iter(order)
+    running: dict[str, int] = {}
+    tokens_in_flight = 0
+    internal_ids: dict[str, str] = {}
+    hold = _Hold(engine, queue_first, shares=not params.skip_reading_prefix_cache)
+    try:
+        while True:
+            while len(running) < MAX_REQUESTS_IN_FLIGHT and tokens_in_flight < MAX_TOKENS_IN_FLIGHT:
+                index = next(waiting, None)
+                if index is None:
+                    break
+                prompt = prompts[index]
+                request_id = str(next(llm.request_counter))
+                running[request_id] = index
+                internal_ids[request_id] = engine.add_request(
+                    request_id,
+                    {"type": "token", **prompt},
+                    params,
+                    lora_request=adapters[index],
+                )
+                tokens_in_flight += len(prompt["prompt_token_ids"])
+                hold.sent(prompt[PLAN].ids)
+            hold.release()
+            if not running:
+                return
+            for output in engine.step():
+                if output.finished and output.request_id in running:
+                    index = running.pop(output.request_id)
+                    internal_ids.pop(output.request_id, None)
+                    tokens_in_flight -= len(prompts[index]["prompt_token_ids"])
+                    yield index, output
+    finally:
+        hold.release()
+        if internal_ids:
+            engine.abort_request(list(internal_ids.values()), internal=True)

@@ -1,0 +1,1 @@
+"""Score mode inside other tools."""

@@ -1,0 +1,95 @@
+"""The engine behind the model: vLLM's own defaults, but for what a CPU needs."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# vLLM's blocks of 128 tokens on a CPU leave up to 127 tokens of a common context unshared.
+CPU_BLOCK_SIZE = 32
+
+
+def start_engine(options: dict[str, Any]) -> LLM:
+    """A running `vllm.LLM`.
+
+    Args:
+        options: of `vllm.LLM`; None means vLLM's default.
+
+    Raises:
+        ScoreModeError: the model cannot be found.
+        ScoreModeUnavailable: score mode is off in this installation.
+    """
+    from vllm import LLM
+    from vllm.platforms import current_platform
+    from vllm.score.patches.register import front_end_problem
+
+    problem = front_end_problem()
+    if problem is not None:
+        raise ScoreModeUnavailable(problem)
+    settings = {name: value for name, value in options.items() if value is not None}
+    if int(settings.get("data_parallel_size", 1)) > 1:
+        raise ScoreModeError(
+            f"data_parallel_size is {settings['data_parallel_size']}: one LLM drives one replica. "
+            "Start `vllm serve MODEL --data-parallel-size N` and evaluate it with "
+            "--model local-completions, or use tensor_parallel_size."
+        )
+    if current_platform.is_cpu():
+        settings = {**_for_cpu(settings), **settings}
+    return LLM(**settings)
+
+
+def _for_cpu(settings: dict[str, Any]) -> dict[str, Any]:
+    """Defaults with which a model starts on a CPU without a variable or flag to set."""
+    defaults: dict[str, Any] = {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
+    if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        from vllm.score.cli.engine import cpu_cache_bytes
+
+        defaults["kv_cache_memory_bytes"] = cpu_cache_bytes(
+            settings["model"], _context_length(settings), low_memory=False, settings=settings
+        )
+    if int(settings.get("tensor_parallel_size", 1)) == 1:
+        # An engine process of its own would compete for the cores.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        defaults["distributed_executor_backend"] = "uni"
+    return defaults
+
+
+def _context_length(settings: dict[str, Any]) -> int:
+    """Tokens of the longest prompt, to size the KV cache by."""
+    if settings.get("max_model_len"):
+        return int(settings["max_model_len"])
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            settings["model"],
+            trust_remote_code=bool(settings.get("trust_remote_code")),
+            revision=settings.get("revision"),
+        ).get_text_config()
+    except (OSError, ValueError):
+        return 0  # cpu_cache_bytes says what is wrong
+    return int(getattr(config, "max_position_embeddings", None) or 0)
+
+
+def load_tokenizer(llm: LLM, add_bos_token: bool | None) -> Any:
+    """The engine's tokenizer by name, with another setting of BOS where one is asked for.
+
+    Not the engine's own object: that one answers from a pool of copies, so that nothing that is
+    set on it (a chat template) takes effect.
+    """
+    from vllm.tokenizers import get_tokenizer
+
+    config = llm.llm_engine.model_config
+    options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    return get_tokenizer(
+        config.tokenizer,
+        tokenizer_mode=config.tokenizer_mode,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.tokenizer_revision,
+        **options,
+    )

@@ -1,0 +1,253 @@
+"""The model class that lm-eval drives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.model import TemplateLM
+
+from vllm.score.errors import ScoreModeError
+from vllm.score.integrations.lm_eval.arguments import Arguments, read_arguments
+from vllm.score.integrations.lm_eval.encoding import Encoder
+from vllm.score.integrations.lm_eval.engine import load_tokenizer, start_engine
+from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
+from vllm.score.integrations.lm_eval.merging import MergedRequests, TokenPair
+from vllm.score.integrations.lm_eval.truncation import fit_context, fit_pairs
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from vllm import LLM
+
+logger = logging.getLogger("lm_eval.vllm_score")  # LMEVAL_LOG_LEVEL holds
+
+# A pair as lm-eval hands it on: its texts (None for windows), context, continuation.
+KeyedPair = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class VLLMScoreLM(TemplateLM):
+    """vLLM's score mode as a model of lm-eval.
+
+    All log-likelihoods that lm-eval asks for at once come from one `vllm.score.score()` call: the
+    prefix cache holds few-shot contexts, the one-token options of a question are one request, and
+    equal requests are computed once.
+
+    Args:
+        pretrained: name or folder of the model.
+        llm: a running `vllm.LLM` to use instead of starting one.
+        options: see `vllm.score.integrations.lm_eval.arguments`; the names are those of lm-eval's
+            `vllm` model, and anything else goes to `vllm.LLM`.
+
+    Raises:
+        ScoreModeError: for options that contradict each other, before the engine starts.
+        ScoreModeUnavailable: score mode is off in this installation.
+    """
+
+    def __init__(
+        self, pretrained: str | None = None, *, llm: LLM | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self._arguments: Arguments = read_arguments(
+            pretrained, options, engine_runs=llm is not None
+        )
+        self.model = llm if llm is not None else start_engine(self._arguments.engine)
+        self.tokenizer = load_tokenizer(self.model, self._arguments.add_bos_token)
+        self._encoder = Encoder(
+            self.tokenizer, self._arguments.add_bos_token, self._arguments.prefix_token_id
+        )
+        self._lora_request = self._arguments.lora_request()
+
+    @classmethod
+    def from_llm(cls, llm: LLM, **options: Any) -> VLLMScoreLM:
+        """The model around an `LLM` that runs already; the engine's options are its own."""
+        return cls(llm=llm, **options)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration of the model."""
+        return self.model.llm_engine.model_config.hf_config
+
+    @property
+    def batch_size(self) -> str | int:
+        """As given: vLLM batches by itself."""
+        return self._arguments.batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        """EOS."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context follows."""
+        return self._encoder.prefix_token_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a context and its continuation together."""
+        engine = int(self.model.llm_engine.model_config.max_model_len)
+        return min(engine, self._arguments.max_length or engine)
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens to generate where a task names no number."""
+        return self._arguments.max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key under which lm-eval caches a task's requests."""
+        return str(self.model.llm_engine.model_config.tokenizer).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids; no second prefix token where the text starts with one."""
+        return self._encoder.encode([string], add_special_tokens)[0]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text; without its system message where the template takes none."""
+        from jinja2 import TemplateError
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self._arguments.chat_template_args,
+            )
+
+        try:
+            return render(chat_history)
+        except TemplateError:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            logger.warning("The chat template refuses the system message; it is left out.")
+            return render(without)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside the results."""
+        from vllm.score.engine.status import versions
+
+        config = self.model.llm_engine.model_config
+        return {
+            "model_dtype": str(config.dtype),
+            "model_revision": config.revision or "main",
+            "model_sha": getattr(config.hf_config, "_commit_hash", None) or "",
+            "versions": versions(),
+        }
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """By request: log-probability of the continuation in nats, and whether it is greedy."""
+        if self._arguments.enable_thinking:
+            tasks = ", ".join(sorted({r.task_name for r in requests if r.task_name})) or "a task"
+            raise ScoreModeError(
+                f"enable_thinking=True is for generation tasks, and {tasks} asks for "
+                "log-likelihoods: evaluate it in a run of its own."
+            )
+        texts = [request.args for request in requests]
+        pairs = self._encoder.encode_pairs(texts, disable_tqdm)
+        return self._loglikelihood_tokens(
+            [(text, *pair) for text, pair in zip(texts, pairs, strict=True)], disable_tqdm
+        )
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """By request: log-probability of the whole text in nats, in lm-eval's rolling windows."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        texts = [request.args[0] for request in requests]
+        windows: list[KeyedPair] = []
+        counts = []
+        for ids in self._encoder.encode(texts):
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
+            pairs = [make_disjoint_window(window) for window in rolling]
+            windows += [(None, *pair) for pair in pairs]
+            counts.append(len(pairs))
+        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        totals = []
+        for text, count in zip(texts, counts, strict=True):
+            totals.append(sum((next(answers)[0] for _ in range(count)), 0.0))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[KeyedPair], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = fit_pairs([(c, t) for _, c, t in requests], self.max_length)
+        scored = [pair for pair in pairs if pair[1]]
+        if len(scored) < len(pairs):
+            logger.warning(
+                "%d of %d continuations have no tokens: the log-probability of nothing is 0.",
+                len(pairs) - len(scored),
+                len(pairs),
+            )
+        answers = iter(self._score(scored, disable_tqdm))
+        found = [next(answers) if pair[1] else (0.0, True) for pair in pairs]
+        for (texts, _, _), answer in zip(requests, found, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
+
+    def _score(self, pairs: Sequence[TokenPair], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        from vllm.score import score
+
+        merged = MergedRequests(pairs)
+        scores = score(
+            self.model,
+            merged.requests,
+            statistics=["argmax"],
+            use_tqdm=not disable_tqdm,
+            lora_request=self._lora_request,
+        )
+        return merged.answers(scores)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """By request: the generated text up to the first stop sequence."""
+        from lm_eval.models.utils import postprocess_generated_text
+
+        think_end = self._arguments.think_end_token
+        prompts, generations = [], []
+        contexts = self._encoder.encode([request.args[0] for request in requests])
+        for request, ids in zip(requests, contexts, strict=True):
+            generation = read_generation_kwargs(
+                request.args[1],
+                eos=self._end_of_text(),
+                max_gen_toks=self.max_gen_toks,
+                stop_at_eos_only=think_end is not None,
+                task=request.task_name,
+            )
+            room = self.max_length - generation.max_gen_toks
+            if room < 1:
+                raise ScoreModeError(
+                    f"max_gen_toks is {generation.max_gen_toks}, which leaves no room for a "
+                    f"context in max_model_len={self.max_length}: lower it or raise max_model_len."
+                )
+            ids = fit_context(ids, room, self._arguments.truncation_side)
+            prompts.append({"prompt_token_ids": ids or [self.prefix_token_id]})
+            generations.append(generation)
+        outputs = self.model.generate(
+            prompts,
+            [generation.params for generation in generations],
+            use_tqdm=not disable_tqdm,
+            lora_request=self._lora_request,
+        )
+        texts = []
+        for request, generation, output in zip(requests, generations, outputs, strict=True):
+            text = output.outputs[0].text
+            texts.append(postprocess_generated_text(text, generation.until, think_end))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def _end_of_text(self) -> str | None:
+        if self.tokenizer.eos_token_id is None:
+            return None
+        return self.tokenizer.decode([self.tokenizer.eos_token_id]) or self.tokenizer.eos_token

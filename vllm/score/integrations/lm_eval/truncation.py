@@ -1,0 +1,67 @@
+"""What to leave out of a text that is longer than the model's context."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from vllm.score.errors import ScoreModeError
+from vllm.score.integrations.lm_eval.merging import TokenPair
+
+logger = logging.getLogger("lm_eval.vllm_score")  # LMEVAL_LOG_LEVEL holds
+
+SIDES = ("left", "right", "middle")
+
+
+def fit_pairs(pairs: Sequence[TokenPair], max_length: int) -> list[TokenPair]:
+    """Drop the first tokens of contexts that are too long, and say of how many.
+
+    Args:
+        pairs: (context, continuation) token ids.
+        max_length: tokens that both may have together.
+
+    Raises:
+        ScoreModeError: a continuation leaves no room for a token of context.
+    """
+    fitting, longest, shortened = [], 0, 0
+    for context, continuation in pairs:
+        total = len(context) + len(continuation)
+        if total > max_length:
+            if len(continuation) >= max_length:
+                raise ScoreModeError(
+                    f"a continuation has {len(continuation)} tokens, and max_model_len="
+                    f"{max_length} must hold it and a token of context: raise max_model_len, or "
+                    "make the task a loglikelihood_rolling one."
+                )
+            longest, shortened = max(longest, total), shortened + 1
+            context = context[total - max_length :]
+        fitting.append((context, continuation))
+    if shortened:
+        logger.warning(
+            "%d of %d requests are longer than max_model_len=%d (the longest has %d tokens): the "
+            "first tokens of their contexts are left out.",
+            shortened,
+            len(pairs),
+            max_length,
+            longest,
+        )
+    return fitting
+
+
+def fit_context(ids: list[int], room: int, side: str) -> list[int]:
+    """At most `room` tokens of a context, without its left, right or middle part."""
+    if len(ids) <= room:
+        return ids
+    logger.warning(
+        "A context of %d tokens is cut to the %d that leave room for max_gen_toks (truncation_side="
+        "%s).",
+        len(ids),
+        room,
+        side,
+    )
+    if side == "left":
+        return ids[-room:]
+    if side == "right":
+        return ids[:room]
+    first = room // 2
+    return ids[:first] + ids[len(ids) - (room - first) :]
