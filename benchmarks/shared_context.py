@@ -54,14 +54,17 @@ def main() -> None:
             options.rounds,
             condense=values,
         ),
-        Contender(
-            f"{many}, cache off",
-            lambda: run("without", options.continuations, skip_prefix_cache=True),
-            options.continuations,
-            options.rounds,
-            condense=values,
-        ),
     ]
+    if not options.no_cache_off:
+        contenders.append(
+            Contender(
+                f"{many}, cache off",
+                lambda: run("without", options.continuations, skip_prefix_cache=True),
+                options.continuations,
+                options.rounds,
+                condense=values,
+            )
+        )
     results = interleave(contenders)
     everything = {name: found for name, found in results.items() if name != ONE}
     differences = agreement(everything, many, mean_limit=0.3)
@@ -83,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--continuations", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8, help="of each continuation")
     parser.add_argument("--cpu-block", type=int, default=32, help="tokens a cache block, on a CPU")
+    parser.add_argument("--no-cache-off", action="store_true", help="only with the prefix cache")
     parser.add_argument("--multiprocess", action="store_true", help="the engine in its own process")
     return parser.parse_args()
 

@@ -131,7 +131,7 @@ def test_the_wheel_holds_every_module_of_ours_and_nothing_else(wheel: Path, sour
     others = {name for name in names if not name.startswith("vllm/score/")}
     assert {name.split("/")[0] for name in others} == {
         TOP_LEVEL,
-        f"vllm_score-{metadata.version('vllm-score')}.dist-info"
+        f"vllm_score-{metadata.version('vllm-score')}.dist-info",
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,18 @@ def test_a_hook_changes_the_scores_as_in_hugging_face(where, hook, hugging_face,
         np.testing.assert_allclose(
             result["token_log_probs"], once["token_log_probs"], atol=TOLERANCE
         )
+
+
+def test_a_compiled_engine_says_that_a_hook_on_a_layer_is_dead(hook, vector, monkeypatch):
+    """On the real configuration of a running engine, with one field changed."""
+    from vllm.config import CompilationMode
+
+    compilation = hook.llm.llm_engine.vllm_config.compilation_config
+    monkeypatch.setattr(compilation, "mode", CompilationMode.VLLM_COMPILE)
+    hook.llm.collective_rpc(interventions.steer_head, args=(vector.tolist(),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        hook.get_log_prob(["A context"], TARGETS[:1])
+    hook.llm.collective_rpc(interventions.steer_layer, args=(vector.tolist(),))
+    with pytest.warns(RuntimeWarning, match=r"hooks on model\.layers\.0 have no effect"):
+        hook.get_log_prob(["A context"], TARGETS[:1])

@@ -69,12 +69,15 @@ def versions() -> dict[str, str]:
 
 
 def worker_status(worker: Any) -> dict[str, Any]:
-    """Called in each worker through `collective_rpc`: `process_status`, and a warning or None."""
+    """Called in each worker through `collective_rpc`: `process_status`, and warnings."""
+    from vllm.score.engine.hooks import dead_hooks_warning
     from vllm.score.engine.quantised_products import int8_warning
 
     status = process_status("worker")
     on_cpu = status["kernel"].get("device") == "cpu"
-    status["warning"] = int8_warning(worker.get_model()) if on_cpu else None
+    model = worker.get_model()
+    found = (int8_warning(model) if on_cpu else None, dead_hooks_warning(worker, model))
+    status["warnings"] = [warning for warning in found if warning]
     return status
 
 

@@ -52,6 +52,7 @@ def apply(module: ModuleType) -> None:
 
     async def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         setattr(engine, TOUCHED, True)
+        setattr(engine, CHECKED, False)
         return await wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", add_request)

@@ -50,7 +50,7 @@ def raise_if_refused(statuses: list[dict[str, Any]]) -> None:
     problem = first_problem(statuses)
     if problem is not None:
         raise ScoreModeUnavailable(problem)
-    for text in sorted({s["warning"] for s in statuses if s.get("warning")}):
+    for text in sorted({text for s in statuses for text in s.get("warnings", ())}):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
@@ -92,6 +92,7 @@ def apply(module: ModuleType) -> None:
 
     def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         setattr(engine, TOUCHED, True)
+        setattr(engine, CHECKED, False)
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(module, "LLMEngine.__init__", init)
