@@ -144,3 +144,40 @@ def test_shared_contexts_are_computed_once(eager, engine, reference):
         np.testing.assert_allclose(o.scores.logprobs, without.logprobs, atol=STOCK_TOLERANCE)
         want = token_logprobs(reference("llama", ids), ids)[-m:]
         np.testing.assert_allclose(o.scores.logprobs, want, atol=REFERENCE_TOLERANCE)
+
+
+@pytest.mark.parametrize("where", ["layer", "head input", "head output", "logits processor"])
+def test_hooks_in_the_worker_count(where, engine, model_dir):
+    """Each adds a vector, as the same hook on Hugging Face's model in float64 does."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.sequence import interventions
+
+    llm = engine("llama", enforce_eager=True, **CACHE)
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama"), dtype=torch.float64).eval()
+    on_hidden = where in ("layer", "head input")
+    size = model.config.hidden_size if on_hidden else model.config.vocab_size
+    vector = 2 * torch.randn(size, generator=torch.Generator().manual_seed(3))
+    if where == "layer":
+        ours = interventions.steer_layer
+        model.model.layers[0].register_forward_hook(lambda m, args, output: output + vector)
+    elif where == "head input":
+        ours = interventions.steer_head
+        model.lm_head.register_forward_pre_hook(lambda m, args: (args[0] + vector,))
+    else:
+        ours = interventions.bias_head if where == "head output" else interventions.bias_logits
+        model.lm_head.register_forward_hook(lambda m, args, output: output + vector)
+    (p,) = random_prompts([300], model.config.vocab_size, seed=7)
+    request = [{"prompt_token_ids": p, "target_token_ids": p[-20:]}]
+    (before,) = score(llm, request, use_tqdm=False)
+    llm.collective_rpc(ours, args=(vector.tolist(),))
+    try:
+        (found,) = score(llm, request, use_tqdm=False)
+    finally:
+        llm.collective_rpc(interventions.remove_hooks)
+    with torch.no_grad():
+        rows = model(torch.tensor([p])).logits[0].log_softmax(-1).numpy()
+    np.testing.assert_allclose(
+        found.logprobs, token_logprobs(rows, p)[-20:], atol=REFERENCE_TOLERANCE
+    )
+    assert np.abs(found.logprobs - before.logprobs).max() > 0.3
