@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 
 # Before vLLM is imported: one process, no compilation, a KV cache that fits a small machine.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -22,7 +23,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     core = cores[int(worker.removeprefix("gw")) % len(cores)]
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def engines_start_after_numba() -> Iterator[None]:
+    """Stock vLLM 0.32.0 on a CPU cannot start an engine once numba is loaded, as n-gram speculation
+    loads it: it asks every object in every module for its `__dict__`, and one in this module of
+    numba's answers with a function to whatever it is asked for.
+    """
+    yield
+    sys.modules.pop("llvmlite.binding.ffi", None)
 
 
 @pytest.fixture(scope="session")
