@@ -1,4 +1,4 @@
-"""Refusals of `vllm-score perplexity` that need no engine: field, value, remedy."""
+"""Refusals of the commands that need no engine: field, value, remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from vllm.score.perplexity.windows import SlidingWindows
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 
 
+def one_model(argument: str | None, option: str | None) -> str | None:
+    """The model that is named as the argument or by --model."""
+    if argument is not None and option not in (None, argument):
+        raise ScoreModeError(f"two models are named, {argument!r} and --model {option!r}; name one")
+    return option if argument is None else argument
+
+
 def check_sizes(
+    model: str | None,
     *,
     context_length: int,
     stride: int,
@@ -27,12 +35,19 @@ def check_sizes(
     conventions: Sequence[str],
     **positive: int | None,
 ) -> None:
-    """Windows, BOS rule and conventions that exist; numbers of at least 1."""
+    """A model, windows, BOS rule and conventions that can be; numbers of at least 1."""
+    if model == "-":
+        raise ScoreModeError("model is '-'; standard input is named by --file -")
     SlidingWindows(context_length, stride)
     if bos not in BOS_RULES:
         raise ScoreModeError(f"--bos is {bos!r}; it must be one of {', '.join(BOS_RULES)}")
     known.longest_prompt(conventions, context_length)
-    for field, value in positive.items():
+    check_positive(**positive)
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Numbers of at least 1, where they are given."""
+    for field, value in numbers.items():
         if value is not None and value < 1:
             option = "--" + field.replace("_", "-")
             raise ScoreModeError(f"{option} is {value}; it must be at least 1")

@@ -66,9 +66,10 @@ def perplexity(
     from vllm.score.data import file_source
 
     conventions = convention or []
-    model = _one_model(model, model_option)
+    model = checks.one_model(model, model_option)
     texts = TextOptions(dataset, dataset_config, split, text, file or [], text_column)
     checks.check_sizes(
+        model,
         context_length=context_length,
         stride=stride,
         bos=bos,
@@ -138,16 +139,6 @@ def perplexity(
         result = run(llm, source, store=store, resume=resume, use_tqdm=not quiet, **settings)
         _report(result, _baselines(result, embedded), results, as_json=as_json)
         _write_files(result, output, plot, quiet=quiet)
-
-
-def _one_model(argument: str | None, option: str | None) -> str | None:
-    from vllm.score.errors import ScoreModeError
-
-    if argument == "-":
-        raise ScoreModeError("model is '-'; standard input is named by --file -")
-    if argument is not None and option not in (None, argument):
-        raise ScoreModeError(f"two models are named, {argument!r} and --model {option!r}; name one")
-    return option if argument is None else argument
 
 
 def _baselines(result: PerplexityResult, embedded: EmbeddedModel | None) -> list[Baseline]:

@@ -134,8 +134,8 @@ def sequence(
     from vllm.score.sequence.files import WRITABLE
     from vllm.score.sequence.hook import score_prepared
 
-    model = _one_model(model, model_option)
-    _check_positive(
+    model = checks.one_model(model, model_option)
+    checks.check_positive(
         tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -195,23 +195,6 @@ def sequence(
             write_results(rows, output)
             if not quiet:
                 print(f"wrote {output}", file=sys.stderr)
-
-
-def _one_model(argument: str | None, option: str | None) -> str | None:
-    from vllm.score.errors import ScoreModeError
-
-    if argument is not None and option not in (None, argument):
-        raise ScoreModeError(f"two models are named, {argument!r} and --model {option!r}; name one")
-    return option if argument is None else argument
-
-
-def _check_positive(**numbers: int | None) -> None:
-    from vllm.score.errors import ScoreModeError
-
-    for field, value in numbers.items():
-        if value is not None and value < 1:
-            option = "--" + field.replace("_", "-")
-            raise ScoreModeError(f"{option} is {value}; it must be at least 1")
 
 
 def _report(rows: list[dict[str, Any]], stream: TextIO, *, as_json: bool) -> None:
