@@ -134,3 +134,27 @@ def test_logits_changed_behind_the_head_are_refused(lora_llm):
     finally:
         handles.pop().remove()
     assert len(score(lora_llm, [p], use_tqdm=False)[0]) == 19
+
+
+def test_rows_without_an_adapter_beside_others_are_no_silent_wrong_numbers(
+    lora_llm, adapters, model_dir
+):
+    """All slots are taken. `LLM.generate` mixes them in a step, which vLLM cannot do on a CPU."""
+    from vllm import SamplingParams
+
+    prompts = random_prompts([50] * 4, 1000, seed=6)
+    score(lora_llm, prompts[1:], lora_request=adapters[1:], use_tqdm=False)
+    outputs = lora_llm.generate(
+        [{"prompt_token_ids": p} for p in prompts],
+        SamplingParams(score_mode=True, prompt_logprobs=0),
+        lora_request=adapters,
+        use_tqdm=False,
+    )
+    for p, adapter, o in zip(prompts, adapters, outputs, strict=True):
+        if adapter is None and not torch.cuda.is_available():
+            with pytest.raises(ScoreModeError, match="is NaN"):
+                len(o.scores)
+            continue
+        folder = None if adapter is None else Path(adapter.lora_path)
+        rows = merged_log_softmax(model_dir("llama", **MODEL), folder, p)
+        np.testing.assert_allclose(o.scores.logprobs, token_logprobs(rows, p), atol=TOLERANCE)

@@ -65,8 +65,12 @@ def score(
     _check(llm, prompts, params, full_vocabulary)
     results: list[TokenScores | None] = [None] * len(prompts)
     with _progress(use_tqdm, prompts) as bar:
-        order = _order(prompts, params)
-        for index, output in run_requests(llm, prompts, order, params, adapters, reproducible):
+        outputs = (
+            found
+            for order in _orders(prompts, params, adapters)
+            for found in run_requests(llm, prompts, order, params, adapters, reproducible)
+        )
+        for index, output in outputs:
             result = output.scores
             if result is None:
                 raise ScoreModeError(
@@ -192,14 +196,24 @@ def _check(
             in_use += 4 * rows * width
 
 
-def _order(prompts: list[dict[str, Any]], params: SamplingParams) -> list[int]:
-    """In which the requests are sent: those with a common context after each other."""
+def _orders(
+    prompts: list[dict[str, Any]],
+    params: SamplingParams,
+    adapters: Sequence[LoRARequest | None],
+) -> list[list[int]]:
+    """The requests that are sent together, those with a common context after each other."""
+    from vllm.platforms import current_platform
     from vllm.score.engine.request import PLAN
     from vllm.score.shared_prefixes import shared_prefix_order
 
-    if params.skip_reading_prefix_cache:
-        return list(range(len(prompts)))
-    return shared_prefix_order([p[PLAN].ids for p in prompts])
+    order = list(range(len(prompts)))
+    if not params.skip_reading_prefix_cache:
+        order = shared_prefix_order([p[PLAN].ids for p in prompts])
+    if not any(adapters) or not current_platform.is_cpu():
+        return [order]
+    # On a CPU vLLM computes rows without an adapter with one, if there are both in a step.
+    apart = [[i for i in order if (adapters[i] is None) is without] for without in (True, False)]
+    return [group for group in apart if group]
 
 
 def _progress(use_tqdm: bool | Callable[..., tqdm], prompts: Iterable[dict[str, Any]]) -> Any:
