@@ -142,7 +142,7 @@ def test_rows_without_an_adapter_beside_others_are_no_silent_wrong_numbers(
     """All slots are taken. `LLM.generate` mixes them in a step, which vLLM cannot do on a CPU."""
     from vllm import SamplingParams
 
-    prompts = random_prompts([50] * 4, 1000, seed=6)
+    prompts = random_prompts([150] * 4, 1000, seed=6)
     score(lora_llm, prompts[1:], lora_request=adapters[1:], use_tqdm=False)
     outputs = lora_llm.generate(
         [{"prompt_token_ids": p} for p in prompts],
@@ -158,3 +158,16 @@ def test_rows_without_an_adapter_beside_others_are_no_silent_wrong_numbers(
         folder = None if adapter is None else Path(adapter.lora_path)
         rows = merged_log_softmax(model_dir("llama", **MODEL), folder, p)
         np.testing.assert_allclose(o.scores.logprobs, token_logprobs(rows, p), atol=TOLERANCE)
+    # Nor may scores rest on a context that was computed beside an adapter.
+    generation = SamplingParams(max_tokens=1, temperature=0)
+    lora_llm.reset_prefix_cache()
+    lora_llm.generate(
+        [{"prompt_token_ids": p} for p in prompts],
+        generation,
+        lora_request=adapters,
+        use_tqdm=False,
+    )
+    request = {"prompt_token_ids": prompts[0], "target_token_ids": prompts[0][-3:]}
+    (s,) = score(lora_llm, [request], use_tqdm=False)
+    rows = merged_log_softmax(model_dir("llama", **MODEL), None, prompts[0])
+    np.testing.assert_allclose(s.logprobs, token_logprobs(rows, prompts[0])[-3:], atol=TOLERANCE)

@@ -175,6 +175,31 @@ def test_nan_logits_are_an_error_for_their_request_alone(engine):
     assert np.isfinite(score(llm, [prompt], use_tqdm=False)[0].logprobs).all()
 
 
+def test_the_engine_is_idle_while_the_error_is_handled(llm):
+    prompts = random_prompts([300] * 8, llm.llm_engine.model_config.get_vocab_size(), seed=2)
+
+    class Failing:
+        def __init__(self, **_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def update(self, _):
+            raise ValueError("a progress bar that fails")
+
+    try:
+        score(llm, prompts, use_tqdm=Failing)
+    except ValueError as error:
+        assert error.__traceback__ is not None  # and with it score()'s own variables are alive
+        assert len(score(llm, prompts[:1], use_tqdm=False)[0]) == 299
+    else:
+        pytest.fail("the progress bar was not called")
+
+
 def test_interrupted_scoring_leaves_an_idle_engine(llm):
     prompts = random_prompts([300] * 8, llm.llm_engine.model_config.get_vocab_size(), seed=1)
 

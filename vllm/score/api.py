@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
@@ -46,7 +47,7 @@ def score(
         lora_request: an adapter for all requests, or one (or None) for each.
         reproducible: the same call gives the same bits again: nothing is read from the prefix
             cache, and the engine begins when all requests (the first 4,096, or 2**20 tokens) have
-            reached it, so that the batches are the same.
+            reached it, so that the batches are the same (not under data parallelism).
 
     Returns:
         One `TokenScores` a request, in the order of the requests. (They are sent so that those
@@ -65,20 +66,20 @@ def score(
     _check(llm, prompts, params, full_vocabulary)
     results: list[TokenScores | None] = [None] * len(prompts)
     with _progress(use_tqdm, prompts) as bar:
-        outputs = (
-            found
-            for order in _orders(prompts, params, adapters)
-            for found in run_requests(llm, prompts, order, params, adapters, reproducible)
-        )
-        for index, output in outputs:
-            result = output.scores
-            if result is None:
-                raise ScoreModeError(
-                    f"requests[{index}] was aborted; score it again when the engine is free."
-                )
-            len(result)  # failed scores raise their reason
-            results[index] = result
-            bar.update(len(prompts[index]["prompt_token_ids"]))
+        for order in _orders(prompts, params, adapters):
+            running = run_requests(llm, prompts, order, params, adapters, reproducible)
+            # At an error the rest is aborted now, not when the traceback is let go.
+            with closing(running):
+                for index, output in running:
+                    result = output.scores
+                    if result is None:
+                        raise ScoreModeError(
+                            f"requests[{index}] was aborted; score it again when the engine is "
+                            "free."
+                        )
+                    len(result)  # failed scores raise their reason
+                    results[index] = result
+                    bar.update(len(prompts[index]["prompt_token_ids"]))
     return [r for r in results if r is not None]
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-
-logger = logging.getLogger(__name__)
 
 
 def adapter_delta(
@@ -24,15 +21,13 @@ def adapter_delta(
         first_id, num_ids: the range.
 
     Returns:
-        Hidden states [c, H] to float32 [c, num_ids]; None when no adapter changes the head. Rows
-        that vLLM has computed with an adapter that is not theirs get NaN.
+        Hidden states [c, H] to float32 [c, num_ids]; None when no adapter changes the head.
     """
     from vllm.score.engine.host_copy import to_device
     from vllm.score.patches.lora_layers_logits_processor import slots
 
     used = sorted(slots(layer))
-    mixed = _mixed_on_cpu(layer)
-    if not used and not mixed:
+    if not used:
         return None
 
     def delta(hidden: torch.Tensor) -> torch.Tensor:
@@ -44,24 +39,6 @@ def adapter_delta(
             b = layer.lora_b_stacked[slot, 0, first_id : first_id + num_ids].float()
             inner = (hidden.float() @ a.t()) * (of_rows == slot)[:, None]
             out.addmm_(inner, b.t())
-        if mixed and bool((of_rows == -1).any()):
-            logger.error(
-                "No scores for rows without an adapter beside rows with one: on a CPU vLLM "
-                "computes them with an adapter. Score them apart, as vllm.score.score does."
-            )
-            out[of_rows == -1] = float("nan")
         return out
 
     return delta
-
-
-def _mixed_on_cpu(layer: Any) -> bool:
-    """Whether the step has rows with an adapter and rows without.
-
-    vLLM 0.32.0 on a CPU takes -1, "no adapter", for the index of the last slot in such a step.
-    """
-    of_rows = layer.punica_wrapper.token_lora_indices
-    if of_rows.device.type != "cpu":
-        return False
-    without = of_rows == -1
-    return bool(without.any()) and not bool(without.all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +33,10 @@ class _Hold:
         self._step = engine.vllm_config.scheduler_config.max_num_batched_tokens
         self._tokens = self._requests = 0
         self._last: np.ndarray | None = None
-        # An engine in this process runs only when it is told to.
-        self.on = not hasattr(engine.engine_core, "engine_core")
+        # An engine in this process runs only when it is told to; ranks of data parallelism pause
+        # and go on together, which is not ours to do.
+        alone = engine.vllm_config.parallel_config.data_parallel_size == 1
+        self.on = alone and not hasattr(engine.engine_core, "engine_core")
         if self.on:
             engine.sleep(level=0, mode="keep")
 
@@ -69,7 +71,7 @@ def run_requests(
     params: SamplingParams,
     adapters: Sequence[LoRARequest | None],
     queue_first: bool,
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted.
 
     Args:

@@ -24,6 +24,7 @@ class RequestScores:
             device, and for the whole vocabulary in `buffer`.
         buffer: float32 [m, width] on the host, for the whole vocabulary only: its rows are too many
             to wait on the device.
+        spoiled: the model was not computed as it should have been; every score is NaN.
     """
 
     layout: RowLayout
@@ -32,6 +33,7 @@ class RequestScores:
     vocab_size: int
     parts: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     buffer: torch.Tensor | None = None
+    spoiled: bool = False
 
     @classmethod
     def of(cls, params: Any) -> RequestScores:
@@ -63,6 +65,8 @@ class RequestScores:
     def assemble(self) -> torch.Tensor:
         """Float32 [m, width], NaN where no row was computed."""
         nan, whole = float("nan"), self.buffer
+        if self.spoiled:
+            return torch.full(self.shape, nan)
         if whole is None and len(self.parts) == 1 and self.parts[0][1].shape == self.shape:
             return self.parts[0][1]
         if whole is None:

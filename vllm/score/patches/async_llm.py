@@ -14,6 +14,7 @@ from vllm.score.patches.llm_engine import (
     TOUCHED,
     not_patched,
     raise_if_refused,
+    touched,
     wants_scores,
     without_cache,
 )
@@ -51,9 +52,12 @@ def apply(module: ModuleType) -> None:
         return await wrapped(*args, **kwargs)
 
     async def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-        setattr(engine, TOUCHED, True)
-        setattr(engine, CHECKED, False)
-        return await wrapped(*args, **kwargs)
+        # Before and after: requests that are admitted meanwhile see either model.
+        touched(engine)
+        try:
+            return await wrapped(*args, **kwargs)
+        finally:
+            touched(engine)
 
     wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", add_request)
     wrapt.wrap_function_wrapper(module, "AsyncLLM.collective_rpc", collective_rpc)

@@ -41,6 +41,7 @@ def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
     from vllm.score.engine.request_scores import RequestScores
     from vllm.score.engine.worker import Progress, score_step
 
+    spoils = _spoils_rows_without_adapter(runner, num_scheduled_tokens)
     progress = []
     for request_id, num_tokens in num_scheduled_tokens.items():
         request = runner.requests.get(request_id)
@@ -51,6 +52,7 @@ def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
         if scores is None:
             scores = RequestScores.of(params)
             setattr(request, BUFFER, scores)
+        scores.spoiled |= spoils and request.lora_request is None
         row = runner.input_batch.req_id_to_index[request_id]
         progress.append(
             Progress(
@@ -70,6 +72,18 @@ def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
 
         torch.cuda.current_stream(hidden_states.device).synchronize()
     return ready
+
+
+def _spoils_rows_without_adapter(runner: Any, num_scheduled_tokens: dict[str, int]) -> bool:
+    """Whether the step has requests with a LoRA adapter and others without, on a CPU.
+
+    vLLM 0.32.0 takes -1, "no adapter", for the index of the last slot there, so that rows without
+    an adapter are computed with one, and their keys and values, too.
+    """
+    if runner.lora_config is None or runner.device.type != "cpu":
+        return False
+    kinds = {runner.requests[r].lora_request is None for r in num_scheduled_tokens}
+    return len(kinds) == 2
 
 
 PATCH = Patch(

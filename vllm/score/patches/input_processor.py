@@ -39,7 +39,8 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
         prompt = {**prompt, "prompt_token_ids": plan.engine_prompt}
         prompt.pop(KEY, None)
         prompt.pop(PLAN, None)
-        request = wrapped(request_id, prompt, _carrier(params), *rest, **named)
+        carrier = _carrier(params, _cache_may_be_spoiled(processor, *rest, **named))
+        request = wrapped(request_id, prompt, carrier, *rest, **named)
         _mark(request.sampling_params, plan, lease)
         return request
 
@@ -95,10 +96,28 @@ class BytesLease:
         weakref.finalize(self, release)
 
 
-def _carrier(params: Any) -> Any:
+def _cache_may_be_spoiled(
+    processor: Any,
+    supported_tasks: Any = None,
+    arrival_time: Any = None,
+    lora_request: Any = None,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Whether cached prefixes of this request may have been computed with another's adapter.
+
+    See `gpu_model_runner`: on a CPU, requests without an adapter beside others.
+    """
+    from vllm.platforms import current_platform
+
+    lora = processor.vllm_config.lora_config is not None
+    return lora and lora_request is None and bool(current_platform.is_cpu())
+
+
+def _carrier(params: Any, skip_cache: bool) -> Any:
     """An ordinary request for one token: what the stock checks are shown."""
-    kind, skip = params.output_kind, bool(params.skip_reading_prefix_cache)
-    return copy.copy(_template(kind, skip))
+    skip = skip_cache or bool(params.skip_reading_prefix_cache)
+    return copy.copy(_template(params.output_kind, skip))
 
 
 @functools.cache

@@ -60,6 +60,12 @@ def wants_scores(args: Any, kwargs: Any) -> bool:
     return bool(getattr(params, "score_mode", False))
 
 
+def touched(engine: Any) -> None:
+    """Have the next score request check the engine again and forget its cache."""
+    setattr(engine, TOUCHED, True)
+    setattr(engine, CHECKED, False)
+
+
 def without_cache(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of `add_request` for a request that reads no cached prefix."""
     params = (kwargs["params"] if "params" in kwargs else args[2]).clone()
@@ -91,9 +97,12 @@ def apply(module: ModuleType) -> None:
         return wrapped(*args, **kwargs)
 
     def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-        setattr(engine, TOUCHED, True)
-        setattr(engine, CHECKED, False)
-        return wrapped(*args, **kwargs)
+        # Before and after: requests that are admitted meanwhile see either model.
+        touched(engine)
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            touched(engine)
 
     wrapt.wrap_function_wrapper(module, "LLMEngine.__init__", init)
     wrapt.wrap_function_wrapper(module, "LLMEngine.add_request", add_request)

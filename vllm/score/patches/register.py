@@ -6,6 +6,7 @@ from functools import partial
 
 from vllm.score.patches import (
     async_llm,
+    chat_completion_protocol,
     completion_protocol,
     completion_serving,
     engine_core,
@@ -19,6 +20,7 @@ from vllm.score.patches import (
     outputs,
     prompt_logprob,
     renderers_base,
+    responses_protocol,
     sampling_params,
     scheduler,
 )
@@ -42,6 +44,8 @@ REGISTER: tuple[Patch, ...] = (
     lora_layers_logits_processor.PATCH,
     completion_protocol.PATCH,
     completion_serving.PATCH,
+    chat_completion_protocol.PATCH,
+    responses_protocol.PATCH,
 )
 
 _applications: dict[str, Application] = {}
