@@ -100,8 +100,10 @@ inline RowOut checked_out(const Tensor& first, const Tensor& targets, int64_t fi
                           const std::optional<Tensor>& threshold, const Transform& transform,
                           int64_t statistics, const Tensor& state, const Tensor& target_logits) {
   const int64_t rows = first.size(0);
-  require(statistics >= 0 && statistics < 32, "statistics must be a mask of 0..31, not ",
+  require(statistics >= 0 && statistics < 64, "statistics must be a mask of 0..63, not ",
           statistics, ".");
+  require(!(statistics & kVarentropy) || (statistics & kEntropy),
+          "the varentropy needs the entropy's bit as well.");
   require(first_id >= 0, "first_id must be at least 0, not ", first_id, ".");
   require_contiguous(targets, "targets", ScalarType::Long, "int64", first);
   require_rows(targets, "targets", rows);

@@ -27,8 +27,9 @@ enum StateColumn : int {
   kM2 = 7,
   kCount = 8,
   kRank = 9,
+  kSumExpDev2 = 10,
 };
-constexpr int kStateColumns = 10;
+constexpr int kStateColumns = 11;
 
 // Bits of `statistics`: which columns beside kMax and kSumExp are computed.
 enum Statistic : int {
@@ -37,6 +38,7 @@ enum Statistic : int {
   kTop = 4,        // kSecond, kArgmax
   kMoments = 8,    // kMean, kM2, kCount
   kRankOfTarget = 16,
+  kVarentropy = 32,  // kSumExpDev2; only beside kEntropy
 };
 
 // x = scale * cap(z) / temperature with cap(z) = soft_cap * tanh(z / soft_cap) if soft_cap > 0,

@@ -35,6 +35,16 @@ inline void merge_top(float* into, const float* part) {
 inline void merge_state(float* into, const float* part, int statistics) {
   const float m = part[kMax] > into[kMax] ? part[kMax] : into[kMax];
   const PartWeight a(into[kMax], m), b(part[kMax], m);
+  if (statistics & kVarentropy) {
+    // With weights, otherwise as the moments below. A sum of NaN passes no comparison, and stays.
+    const float sum = into[kSumExp] * a.weight, part_sum = part[kSumExp] * b.weight;
+    into[kSumExpDev2] = into[kSumExpDev2] * a.weight + part[kSumExpDev2] * b.weight;
+    if (sum > 0 && part_sum > 0) {
+      const float mean = a.shift + into[kSumExpX] / into[kSumExp];
+      const float apart = b.shift + part[kSumExpX] / part[kSumExp] - mean;
+      into[kSumExpDev2] += apart * apart * (sum * (part_sum / (sum + part_sum)));
+    }
+  }
   if (statistics & kEntropy) {
     const auto moved = [](const float* state, const PartWeight& w) {
       return w.weight == 0 ? 0.0f

@@ -49,8 +49,19 @@ struct RowReduction {
     if (out.statistics & kTop && first.max > state[kSecond])
       add_top(x, n, first.max, first_id, state);
     if (first.max > state[kMax]) raise_max(first.max, out.statistics, state);
-    const float mean = first.sum / n;
-    switch (out.statistics & (kEntropy | kCollision | kMoments)) {
+    const Sums before{state[kSumExp], state[kSumExpX]};
+    const Sums here = add_sums(x, n, first.sum / n, out.statistics, state);
+    if (out.statistics & kVarentropy) add_deviations(x, n, before, here, state);
+  }
+
+ private:
+  // Of exponentials, and of these times their exponents.
+  struct Sums {
+    float exp, x;
+  };
+
+  static Sums add_sums(const float* x, int n, float mean, int statistics, float* state) {
+    switch (statistics & (kEntropy | kCollision | kMoments)) {
       case 0:
         return second_pass<false, false, false>(x, n, mean, state);
       case kEntropy:
@@ -70,7 +81,6 @@ struct RowReduction {
     }
   }
 
- private:
   struct First {
     float max = -kInfinity;
     float sum = 0;      // Moments
@@ -137,13 +147,14 @@ struct RowReduction {
     const float weight = expf(shift);
     if (statistics & kEntropy)
       state[kSumExpX] = weight > 0 ? weight * (state[kSumExpX] + shift * state[kSumExp]) : 0.0f;
+    if (statistics & kVarentropy) state[kSumExpDev2] *= weight;
     if (statistics & kCollision) state[kSumExp2] *= weight * weight;
     state[kSumExp] *= weight;
   }
 
-  // The sums over the stretch. `mean`: its mean, up to rounding.
+  // Adds the sums over the stretch and returns them. `mean`: its mean, up to rounding.
   template <bool Entropy, bool Collision, bool Moments>
-  static void second_pass(const float* x, int n, float mean, float* state) {
+  static Sums second_pass(const float* x, int n, float mean, float* state) {
     // Where all is -inf so far, any finite number keeps the differences free of NaN.
     const float m = state[kMax] == -kInfinity ? 0.0f : state[kMax];
     F sum{}, sum_x{}, sum_2{}, off{}, squares{};
@@ -169,10 +180,36 @@ struct RowReduction {
       each(S::load_part(x + i, n - i, -kInfinity));
       if (Moments) each_moment(S::load_part(x + i, n - i, mean));
     }
-    state[kSumExp] += S::sum_of(sum);
-    if (Entropy) state[kSumExpX] += S::sum_of(sum_x);
+    const Sums here{S::sum_of(sum), Entropy ? S::sum_of(sum_x) : 0.0f};
+    state[kSumExp] += here.exp;
+    if (Entropy) state[kSumExpX] += here.x;
     if (Collision) state[kSumExp2] += S::sum_of(sum_2);
     if (Moments) add_moments(n, mean, S::sum_of(off), S::sum_of(squares), state);
+    return here;
+  }
+
+  // The exponentials are taken once more, as the stretch's own mean is known only now. `before`:
+  // the state's sums without the stretch, relative to its present maximum.
+  static void add_deviations(const float* x, int n, Sums before, Sums here, float* state) {
+    if (!(here.exp > 0)) return;  // all -inf, or NaN, which SUM_EXP tells
+    const float m = state[kMax], mean = here.x / here.exp;
+    F squares{};
+    const auto each = [&](F v) {
+      F d = v - m;
+      const F e = S::exp_of_nonpositive(d);
+      d -= mean;
+      squares += e * d * d;
+    };
+    int i = 0;
+    for (; i + W <= n; i += W) each(S::load(x + i));
+    if (i < n) each(S::load_part(x + i, n - i, -kInfinity));
+    float sum = S::sum_of(squares);
+    if (before.exp > 0) {
+      // Chan, Golub and LeVeque (1979), with weights.
+      const float apart = mean - before.x / before.exp;
+      sum += apart * apart * (before.exp * (here.exp / (before.exp + here.exp)));
+    }
+    state[kSumExpDev2] += sum;
   }
 
   // `off` is what rounding left out of `mean`. Chan, Golub and LeVeque (1979).

@@ -2,7 +2,7 @@
 // order, and merges it into the row state.
 //
 // Workspace: float32 [clusters, columns, row_stride], columns as in the row state (the first two,
-// or all), values raw and exponents base 2 as sm90_row_sums.cuh says; a maximum of NaN marks a row
+// or all but the varentropy's), values raw and exponents base 2 as sm90_row_sums.cuh says; a maximum of NaN marks a row
 // that the cluster never saw.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace vllm_score::cuda::sm90 {
 constexpr int kMergeRows = 32;
 constexpr int kMergeParts = 8;
 
-inline int workspace_columns(int statistics) { return statistics == 0 ? 2 : kStateColumns; }
+inline int workspace_columns(int statistics) { return statistics == 0 ? 2 : kWorkspaceColumns; }
 
 inline int64_t workspace_bytes(int clusters, int64_t row_stride, int statistics) {
   return static_cast<int64_t>(clusters) * workspace_columns(statistics) * row_stride * 4;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kMergeRows* kMergeParts)
   __shared__ RowSums<kStatistics> parts[kMergeParts][kMergeRows];
   const int part = threadIdx.x / kMergeRows, column = threadIdx.x % kMergeRows;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kMergeRows + column;
-  constexpr int kColumns = kStatistics == 0 ? 2 : kStateColumns;
+  constexpr int kColumns = kStatistics == 0 ? 2 : kWorkspaceColumns;
   RowSums<kStatistics> sums;
   sums.clear();
   if (row < rows) {

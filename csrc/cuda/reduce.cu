@@ -4,130 +4,16 @@
 // running sums of its own columns relative to its own maximum; the group then agrees on the
 // maximum, rescales and adds, always in the same order. Nothing but the row length decides how the
 // columns are dealt out, so a row gets the same bits whatever else is in the batch.
-#include <limits>
-#include <type_traits>
-
 #include "elements.cuh"
+#include "reduce_sums.cuh"
 
 namespace vllm_score::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kChunk = 16;             // elements a thread reads at a time
 constexpr int kWarpRows = 4;           // rows a block, where a warp owns a row
 constexpr int64_t kWarpLimit = 1024;   // the longest row that one warp reads
 constexpr int64_t kPairLimit = 16384;  // and that two warps read
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr unsigned kNoId = 0xffffffffu;
-// exp() of it is 0, and so is its product with 0: stands for -inf where 0 * -inf would be NaN.
-constexpr float kFarBelow = -1e4f;
-
-__device__ __forceinline__ float fast_exp(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
-
-// Sums over some columns of a row, relative to `max`.
-template <int kStatistics>
-struct Sums {
-  float max, exp, exp_x, exp2, second;
-  unsigned argmax;          // column
-  float shifted, shifted2;  // sums of x - shift and of its square
-  unsigned above;           // columns above the threshold
-
-  __device__ __forceinline__ static Sums none() {
-    return {kMinusInfinity, 0.0f, 0.0f, 0.0f, kMinusInfinity, kNoId, 0.0f, 0.0f, 0};
-  }
-
-  // Make the sums relative to a maximum that is at least as large.
-  __device__ __forceinline__ void rescale(float new_max) {
-    const float shift = fmaxf(max - (new_max == kMinusInfinity ? 0.0f : new_max), kFarBelow);
-    const float factor = fast_exp(shift);
-    if constexpr (kStatistics & kEntropy) exp_x = factor * (exp_x + shift * exp);
-    if constexpr (kStatistics & kCollision) exp2 *= factor * factor;
-    exp *= factor;
-    max = new_max;
-  }
-
-  // Element i of x is in column(i), ascending. Elements from `valid` on are -inf and no columns.
-  template <int N, class Column>
-  __device__ __forceinline__ void add(const float (&x)[N], int valid, const Column& column,
-                                      float shift, float threshold) {
-    float largest = max;
-    if constexpr (kStatistics & kTop) {
-      if (argmax == kNoId) argmax = column(0);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        second = fmaxf(second, fminf(x[i], largest));
-        if (x[i] > largest) argmax = column(i);
-        largest = fmaxf(largest, x[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) largest = fmaxf(largest, x[i]);
-    }
-    rescale(largest);
-    const float base = largest == kMinusInfinity ? 0.0f : largest;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float below = x[i] - base;
-      const float term = fast_exp(below);
-      exp += term;
-      if constexpr (kStatistics & kEntropy) exp_x += term * fmaxf(below, kFarBelow);
-      if constexpr (kStatistics & kCollision) exp2 += term * term;
-      if constexpr (kStatistics & kRankOfTarget) above += x[i] > threshold;
-      if constexpr (kStatistics & kMoments) {
-        const float d = i < valid ? x[i] - shift : 0.0f;
-        shifted += d;
-        shifted2 += d * d;
-      }
-    }
-  }
-
-  // Merge the largest, the second largest and the column of the largest (lowest among equals).
-  __device__ __forceinline__ void merge_top(float other_max, float other_second,
-                                            unsigned other_argmax, float own_max) {
-    second = fmaxf(fmaxf(second, other_second), fminf(own_max, other_max));
-    if (other_max > own_max || (other_max == own_max && other_argmax < argmax)) {
-      argmax = other_argmax;
-    }
-  }
-};
-
-constexpr unsigned kAll = 0xffffffffu;
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
-  return x;
-}
-
-// The sums of the warp, in every lane. Sums that xor-shuffles build are the same in all lanes:
-// each step adds the same two numbers, and addition commutes.
-template <int kStatistics>
-__device__ __forceinline__ void merge_warp(Sums<kStatistics>& s) {
-  float largest = s.max;
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float other = __shfl_xor_sync(kAll, largest, offset);
-    if constexpr (kStatistics & kTop) {
-      const float other_second = __shfl_xor_sync(kAll, s.second, offset);
-      const unsigned other_argmax = __shfl_xor_sync(kAll, s.argmax, offset);
-      s.merge_top(other, other_second, other_argmax, largest);
-    }
-    largest = fmaxf(largest, other);
-  }
-  s.rescale(largest);
-  s.exp = warp_sum(s.exp);
-  if constexpr (kStatistics & kEntropy) s.exp_x = warp_sum(s.exp_x);
-  if constexpr (kStatistics & kCollision) s.exp2 = warp_sum(s.exp2);
-  if constexpr (kStatistics & kMoments) {
-    s.shifted = warp_sum(s.shifted);
-    s.shifted2 = warp_sum(s.shifted2);
-  }
-  if constexpr (kStatistics & kRankOfTarget) s.above = __reduce_add_sync(kAll, s.above);
-}
 
 // Add the sums of a tile's row to the row state, whose first two columns are given. One thread a
 // row.
@@ -141,8 +27,10 @@ __device__ void merge_state(Sums<kStatistics> s, int64_t row, int64_t n, float s
   // What is computed may be more than what is asked for.
   const int asked = kStatistics & out.statistics;
   const bool entropy = asked & kEntropy, collision = asked & kCollision;
+  const bool varentropy = asked & kVarentropy;
   if (entropy) before.exp_x = state[kSumExpX];
   if (collision) before.exp2 = state[kSumExp2];
+  if (varentropy) before.exp_dev2 = state[kSumExpDev2];
   if (asked & kTop) {
     const float id = state[kArgmax];
     const float own = static_cast<float>(out.first_id + s.argmax);
@@ -154,6 +42,10 @@ __device__ void merge_state(Sums<kStatistics> s, int64_t row, int64_t n, float s
   const float largest = fmaxf(before.max, s.max);
   before.rescale(largest);
   s.rescale(largest);
+  if (varentropy) {
+    before.merge_deviations(s.exp, __fdividef(s.exp_x, s.exp), s.exp_dev2);
+    state[kSumExpDev2] = before.exp_dev2;
+  }
   state[kMax] = largest;
   state[kSumExp] = before.exp + s.exp;
   if (entropy) state[kSumExpX] = before.exp_x + s.exp_x;
@@ -181,10 +73,14 @@ __device__ void merge_state(Sums<kStatistics> s, int64_t row, int64_t n, float s
 template <int kThreads>
 constexpr int kBlock = kThreads == kWarp ? kWarp * kWarpRows : kThreads;
 
-// kThreads of one row. 1024 threads are to fit into a multiprocessor, to hide the latency of memory:
-// that bounds their registers.
+// Threads that are to fit into a multiprocessor, to hide the latency of memory: that bounds their
+// registers. The varentropy's second pass would spill within that of 1024.
+template <int kStatistics>
+constexpr int kResident = kStatistics & kVarentropy ? 512 : 1024;
+
+// kThreads of one row.
 template <class T, int kThreads, int kStatistics>
-__global__ void __launch_bounds__(kBlock<kThreads>, 1024 / kBlock<kThreads>)
+__global__ void __launch_bounds__(kBlock<kThreads>, kResident<kStatistics> / kBlock<kThreads>)
     reduce_rows(const T* __restrict__ logits, int64_t rows, unsigned n, int64_t row_stride,
                 RowOut out) {
 #if __CUDA_ARCH__ >= 900
@@ -303,12 +199,15 @@ cudaError_t launch(const void* logits, int64_t rows, int64_t n, int64_t row_stri
   const unsigned blocks = static_cast<unsigned>((rows + kRows - 1) / kRows);
   const T* x = static_cast<const T*>(logits);
   const unsigned columns = static_cast<unsigned>(n);
-  // Three of the 32 sets of statistics are compiled; the smallest that holds what is asked for runs.
+  // Five of the 48 sets of statistics are compiled; the smallest that holds what is asked for runs.
   constexpr int kCommon = kEntropy | kTop | kRankOfTarget;
-  constexpr int kEverything = kCommon | kCollision | kMoments;
-  const auto kernel = out.statistics == 0                ? &reduce_rows<T, kThreads, 0>
-                      : (out.statistics & ~kCommon) == 0 ? &reduce_rows<T, kThreads, kCommon>
-                                                         : &reduce_rows<T, kThreads, kEverything>;
+  constexpr int kMost = kCommon | kCollision | kMoments;
+  const int rest = out.statistics & ~kCommon;
+  const auto kernel = out.statistics == 0      ? &reduce_rows<T, kThreads, 0>
+                      : rest == 0              ? &reduce_rows<T, kThreads, kCommon>
+                      : rest == kVarentropy    ? &reduce_rows<T, kThreads, kCommon | kVarentropy>
+                      : !(rest & kVarentropy)  ? &reduce_rows<T, kThreads, kMost>
+                                               : &reduce_rows<T, kThreads, kMost | kVarentropy>;
 
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);

@@ -85,6 +85,7 @@ inline const char* refusal(const HeadOperands& p, const RowOut& out) {
   if (p.rows >= (1 << 30) || (p.rows / 128 + 2) * (p.n / 256 + 1) >= (1ll << 31)) {
     return "there are too many rows";
   }
+  if ((out.statistics & kVarentropy) != 0) return "it does not compute the varentropy";
   if ((out.statistics & kRankOfTarget) != 0 && out.threshold == nullptr) {
     return "the rank needs a threshold";
   }

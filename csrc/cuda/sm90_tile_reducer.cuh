@@ -80,7 +80,7 @@ struct Reducer {
         row_in_tile(64 * group + 16 * (threadIdx.x % kGroupThreads / 32) + lane / 4) {}
 
   __device__ __forceinline__ float* slot(int cluster, int64_t r) const {
-    constexpr int64_t kColumns = kStatistics == 0 ? 2 : kStateColumns;
+    constexpr int64_t kColumns = kStatistics == 0 ? 2 : kWorkspaceColumns;
     return a.workspace + cluster * kColumns * a.row_stride + r;
   }
 

@@ -10,7 +10,14 @@ from vllm.score.ops import library
 from vllm.score.ops import row_state as rs
 
 ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
-ALL = rs.ENTROPY_BIT | rs.COLLISION_BIT | rs.TOP_BIT | rs.MOMENTS_BIT | rs.RANK_BIT
+ALL = (
+    rs.ENTROPY_BIT
+    | rs.VARENTROPY_BIT
+    | rs.COLLISION_BIT
+    | rs.TOP_BIT
+    | rs.MOMENTS_BIT
+    | rs.RANK_BIT
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -85,6 +85,11 @@ def check_state(state, want, x, tolerance):
     # d entropy = -sum p (log p + entropy) dx: at most twice the logarithm of n.
     loose = (tolerance + 8 * EPS) * (4 + 2 * np.log(n))
     assert (np.abs(entropy - want["entropy"]) <= loose).all()
+    # d varentropy = sum p ((x - mean)^2 - varentropy + 2 (x - mean)) dx, and terms in dx^2; its own
+    # sums are accurate relative to the result. EPS**4: float64's roundings of a flat row.
+    want_v = want["varentropy"]
+    loose = 4 * tolerance * (want_v + np.sqrt(want_v) + tolerance) + 64 * EPS * want_v + EPS**4
+    assert (np.abs(state[:, rs.SUM_EXP_DEV2] / total - want_v) <= loose).all()
     collision = state[:, rs.SUM_EXP2] / total**2
     assert (np.abs(collision - want["collision"]) <= 4 * tolerance + 8 * EPS).all()
     assert (np.abs(state[:, rs.MAX] - want["max"]) <= tolerance).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ops.cpu_kernels import ALL, ISAS, gather_targets, isa, kernels, reduce_logits, score_head
-from tests.ops.float64_rows import IDENTITY, Transform, float64_state
+from tests.ops.float64_rows import IDENTITY, Transform, float64_state, hard_rows
 from vllm.score.ops import library
 from vllm.score.ops import row_state as rs
 
@@ -50,6 +50,8 @@ def test_peaky_rows(isa, place, height):
     e = np.exp(np.delete(x.double().numpy(), place, 1) - height)
     others = (e * np.log(np.maximum(e, 1e-300))).sum(-1)
     np.testing.assert_allclose(rest, others, rtol=1e-5, atol=1e-35)
+    varentropy = state[:, rs.SUM_EXP_DEV2] / state[:, rs.SUM_EXP]
+    np.testing.assert_allclose(varentropy, want["varentropy"], rtol=1e-5, atol=1e-35)
     np.testing.assert_allclose(state[:, rs.M2], want["m2"], rtol=1e-5)
 
 
@@ -79,9 +81,24 @@ def test_minus_infinity(isa):
         total = state[row, rs.SUM_EXP]
         entropy = torch.log(total) - state[row, rs.SUM_EXP_X] / total
         np.testing.assert_allclose(entropy, want["entropy"], rtol=1e-6)
+        varentropy = state[row, rs.SUM_EXP_DEV2] / total
+        np.testing.assert_allclose(varentropy, want["varentropy"], rtol=1e-6)
     assert found.tolist() == [[x[0, 3].item()], [-INFINITY], [-INFINITY]]
     # Nothing seen: as it was before, and a later tile may still bring something.
     assert torch.equal(state[2], rs.new_state(1, x.device)[0])
+
+
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_varentropy_is_accurate_relative_to_itself(isa, tiles):
+    """On rows where the mean square and the squared mean, about the maximum, nearly cancel."""
+    x = torch.from_numpy(hard_rows(151_936))
+    state, found = rs.new_state(len(x), x.device), rs.new_target_logits(len(x), 0, x.device)
+    none, statistics = torch.zeros(len(x), 0, dtype=torch.int64), rs.ENTROPY_BIT | rs.VARENTROPY_BIT
+    for tile in x.tensor_split(tiles, dim=1):
+        torch.ops.vllm_score.reduce_logits(tile, none, 0, None, *IDENTITY, statistics, state, found)
+    varentropy = state[:, rs.SUM_EXP_DEV2] / state[:, rs.SUM_EXP]
+    want = float64_state(x.double().numpy())["varentropy"]
+    np.testing.assert_allclose(varentropy, want, rtol=2e-5)
 
 
 @pytest.mark.parametrize("place", [0, 8, 511, 512, 899])
@@ -144,12 +161,15 @@ def test_other_columns_are_left_alone(isa, source):
     operator = torch.ops.vllm_score
     of_bit = {
         rs.ENTROPY_BIT: [rs.SUM_EXP_X],
+        rs.VARENTROPY_BIT: [rs.SUM_EXP_DEV2],
         rs.COLLISION_BIT: [rs.SUM_EXP2],
         rs.TOP_BIT: [rs.SECOND, rs.ARGMAX],
         rs.MOMENTS_BIT: [rs.MEAN, rs.M2, rs.COUNT],
         rs.RANK_BIT: [rs.RANK],
     }
-    for statistics in range(32):
+    for statistics in range(64):
+        if statistics & rs.VARENTROPY_BIT and not statistics & rs.ENTROPY_BIT:
+            continue  # refused
         state, found = rs.new_state(6, hidden.device), torch.full((6, 2), 77.0)
         idle = [c for bit, columns in of_bit.items() if not statistics & bit for c in columns]
         state[:, idle] = 123.0

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ops.float64_rows import float64_state, hard_rows
 from vllm.score.ops import library, native, reference
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.tiled_product import score_head_tiled, tile_shape
 
-EVERYTHING = rs.ENTROPY_BIT | rs.COLLISION_BIT | rs.TOP_BIT | rs.MOMENTS_BIT | rs.RANK_BIT
+# The sets of statistics that reduce.cu is compiled for: none, these four.
+USUAL = rs.ENTROPY_BIT | rs.TOP_BIT | rs.RANK_BIT
+MOST = USUAL | rs.COLLISION_BIT | rs.MOMENTS_BIT
+USUAL_AND_VARENTROPY = USUAL | rs.VARENTROPY_BIT
+EVERYTHING = MOST | rs.VARENTROPY_BIT
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -69,6 +74,9 @@ def check_state(
     np.testing.assert_allclose(state[:, rs.SUM_EXP], e.sum(1), **close)
     if statistics & rs.ENTROPY_BIT:
         np.testing.assert_allclose(state[:, rs.SUM_EXP_X], (e * d).sum(1), **close)
+    if statistics & rs.VARENTROPY_BIT:
+        apart = d - ((e * d).sum(1) / e.sum(1))[:, None]
+        np.testing.assert_allclose(state[:, rs.SUM_EXP_DEV2], (e * apart**2).sum(1), **close)
     if statistics & rs.COLLISION_BIT:
         np.testing.assert_allclose(state[:, rs.SUM_EXP2], (e * e).sum(1), **close)
     if statistics & rs.TOP_BIT:
@@ -121,7 +129,7 @@ SHAPES = [(1, 1), (3, 5), (5, 130), (9, 1024), (7, 1031), (4, 4099), (300, 2049)
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("statistics", [0, EVERYTHING])
+@pytest.mark.parametrize("statistics", [0, USUAL, MOST, USUAL_AND_VARENTROPY, EVERYTHING])
 def test_reduction_equals_float64(gpu, rows, columns, dtype, statistics):
     rng = np.random.default_rng(rows + columns)
     first_id = 1000
@@ -147,20 +155,42 @@ def test_reduction_equals_float64(gpu, rows, columns, dtype, statistics):
 
 
 @pytest.mark.cuda
-def test_reduction_transforms_and_leaves_unasked_columns_alone(gpu):
+@pytest.mark.parametrize(
+    ("statistics", "written"),
+    [
+        (rs.COLLISION_BIT, [rs.SUM_EXP2]),
+        (rs.ENTROPY_BIT | rs.VARENTROPY_BIT, [rs.SUM_EXP_X, rs.SUM_EXP_DEV2]),
+    ],
+)
+def test_reduction_transforms_and_leaves_unasked_columns_alone(gpu, statistics, written):
     rng = np.random.default_rng(3)
     z = rng.standard_normal((6, 5000)) * 20
     targets = rng.integers(0, 5000, (6, 1))
     logits = torch.from_numpy(z).float().to(gpu)
     state, found = reduced(
-        logits, torch.from_numpy(targets).to(gpu), 0, None, (1.3, 30.0, 0.7), rs.COLLISION_BIT, 2
+        logits, torch.from_numpy(targets).to(gpu), 0, None, (1.3, 30.0, 0.7), statistics, 2
     )
     x = 1.3 * 30 * np.tanh(z / 30) / 0.7
-    check_state(state.cpu().numpy(), x, 0, targets, None, rs.COLLISION_BIT)
+    check_state(state.cpu().numpy(), x, 0, targets, None, statistics)
     check_targets(found.cpu().numpy(), x, 0, targets)
-    untouched = [rs.SUM_EXP_X, rs.SECOND, rs.ARGMAX, rs.MEAN, rs.M2, rs.COUNT, rs.RANK]
+    untouched = [c for c in range(rs.WIDTH) if c not in (rs.MAX, rs.SUM_EXP, *written)]
     fresh = rs.new_state(6, gpu)
     assert torch.equal(state[:, untouched], fresh[:, untouched])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("statistics", [USUAL_AND_VARENTROPY, EVERYTHING])
+@pytest.mark.parametrize("columns", [700, 9000, 151_936])
+@pytest.mark.parametrize("parts", [1, 5])
+def test_varentropy_is_accurate_relative_to_itself(gpu, columns, statistics, parts):
+    """On rows where the mean square and the squared mean, about the maximum, nearly cancel."""
+    rows = np.concatenate([hard_rows(columns), np.full((1, columns), 3.7, np.float32)])
+    logits, none = torch.from_numpy(rows).to(gpu), torch.zeros(len(rows), 1, dtype=torch.int64)
+    threshold = torch.zeros(len(rows), device=gpu)
+    state, _ = reduced(logits, none.to(gpu), 0, threshold, (1.0, 0.0, 1.0), statistics, parts)
+    varentropy = (state[:, rs.SUM_EXP_DEV2] / state[:, rs.SUM_EXP]).cpu()
+    want = float64_state(rows.astype(np.float64))["varentropy"]
+    np.testing.assert_allclose(varentropy, want, rtol=3e-5, atol=1e-10)
 
 
 @pytest.mark.cuda
@@ -179,6 +209,9 @@ def test_infinities_and_nan(gpu, columns):
     assert sums[3] == 0 and state[3, rs.MAX] == float("-inf")
     assert sums[4] == 1 and state[4, rs.ARGMAX] == columns - 1
     assert state[3:, rs.SUM_EXP_X].cpu().tolist() == [0, 0]
+    assert state[3:, rs.SUM_EXP_DEV2].cpu().tolist() == [0, 0]
+    varentropy = rs._statistic("varentropy", state)
+    assert varentropy[0].isfinite() and varentropy[1:3].isnan().all() and varentropy[4] == 0
 
 
 @pytest.mark.cuda
@@ -251,6 +284,27 @@ def test_the_tiled_product_on_the_gpu_equals_float64(gpu, dtype):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("statistics", [USUAL_AND_VARENTROPY, EVERYTHING])
+def test_the_head_with_the_varentropy_equals_float64(gpu, dtype, statistics):
+    """Of a size that the fused product serves, which leaves the varentropy to the tiled one."""
+    rng = np.random.default_rng(6)
+    rows, columns, size = 300, 9000, 256
+    hidden = torch.from_numpy(rng.standard_normal((rows, size))).to(gpu, dtype)
+    weight = torch.from_numpy(rng.standard_normal((columns, size)) * 3 / 16).to(gpu, dtype)
+    targets = torch.from_numpy(rng.integers(0, columns, (rows, 1))).to(gpu)
+    # Far from any logit, so that rounding decides no rank.
+    threshold = torch.full((rows,), 100.0, device=gpu)
+    state, found = rs.new_state(rows, gpu), rs.new_target_logits(rows, 1, gpu)
+    numbers = (1.0, 0.0, 1.0, statistics)
+    native.score_head(hidden, weight, None, targets, 0, threshold, *numbers, state, found)
+    x = (hidden.double() @ weight.double().T).cpu().numpy()
+    ids, limit = targets.cpu().numpy(), threshold.cpu().numpy()
+    check_state(state.cpu().numpy(), x, 0, ids, limit, statistics, tolerance=1e-4)
+    check_targets(found.cpu().numpy(), x, 0, ids)
+
+
+@pytest.mark.cuda
 def test_errors_name_the_argument(gpu):
     logits = torch.randn(3, 50, device=gpu)
     targets = torch.zeros(3, 1, dtype=torch.int64, device=gpu)
@@ -269,6 +323,7 @@ def test_the_rule_of_the_head_holds(gpu):
     weight = torch.zeros(300, 64, dtype=torch.bfloat16, device=gpu)
     capable = torch.cuda.get_device_capability() == native.FUSED_CAPABILITY
     assert native.head_path(hidden, weight) == ("fused" if capable else "tiled")
+    assert native.head_path(hidden, weight, EVERYTHING) == "tiled"
     assert native.head_path(hidden[:1], weight) == "tiled"
     assert native.head_path(hidden.float(), weight.float()) == "tiled"
     odd = torch.zeros(300, 65, dtype=torch.bfloat16, device=gpu)

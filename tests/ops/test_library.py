@@ -63,9 +63,9 @@ def test_the_operators_work_on_views_and_equal_float64():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"state": torch.zeros(4, 9)}, r"state must be \[4, 10\], not \[4, 9\]"),
-        ({"state": torch.zeros(4, 10, dtype=torch.float64)}, "state must be float32"),
-        ({"state": torch.zeros(10, 4).T}, "state must be contiguous"),
+        ({"state": torch.zeros(4, 10)}, r"state must be \[4, 11\], not \[4, 10\]"),
+        ({"state": torch.zeros(4, 11, dtype=torch.float64)}, "state must be float32"),
+        ({"state": torch.zeros(11, 4).T}, "state must be contiguous"),
         ({"found": torch.zeros(4, 3)}, r"target_logits must have the shape of targets, \[4, 2\]"),
         ({"targets": torch.zeros(4, 2, dtype=torch.int32)}, "targets must be int64"),
         ({"targets": torch.zeros(3, 2, dtype=torch.int64)}, r"targets must be \[4, k\]"),
@@ -76,7 +76,8 @@ def test_the_operators_work_on_views_and_equal_float64():
         ({"bias": torch.randn(49)}, r"bias must be \[50\], not \[49\]"),
         ({"first_id": -1}, "first_id must be at least 0, not -1"),
         ({"temperature": 0.0}, "temperature must be above 0, not 0"),
-        ({"statistics": 64}, r"statistics must be a mask of 0\.\.31, not 64"),
+        ({"statistics": 64}, r"statistics must be a mask of 0\.\.63, not 64"),
+        ({"statistics": rs.VARENTROPY_BIT}, "the varentropy needs the entropy's bit as well"),
         ({"statistics": rs.RANK_BIT}, "the rank needs a threshold a row"),
         ({"hidden": torch.randn(4)}, r"hidden must have two dimensions, not the shape \[4\]"),
     ],

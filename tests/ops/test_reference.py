@@ -13,6 +13,9 @@ from vllm.score.engine.statistics import STATISTICS
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.reference import reduce_logits, score_head, target_logits
 
+# The others are not of the row state.
+STATE_STATISTICS = tuple(s for s in STATISTICS if s not in ("head_mass", "model_logprob"))
+
 
 def reduce(x: torch.Tensor, targets: torch.Tensor, layout: RowLayout, parts: int = 1):
     """All columns of `layout` but the most likely tokens, from `parts` tiles of the vocabulary."""
@@ -45,11 +48,13 @@ def float64_statistics(x: np.ndarray, target: np.ndarray) -> dict[str, np.ndarra
         plogp = np.where(p > 0, p * lp, 0.0)
     return {
         "entropy": -plogp.sum(-1),
+        "varentropy": (p * (x - (p * x).sum(-1, keepdims=True)) ** 2).sum(-1),
         "rank": (x > own).sum(-1) + 1.0,
         "argmax": x.argmax(-1).astype(float),
         "argmax_logprob": order[:, 0],
         "margin": order[:, 0] - order[:, 1],
         "collision_probability": (p**2).sum(-1),
+        "logsumexp": np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) + x.max(-1),
         "logit_mean": x.mean(-1),
         "logit_variance": x.var(-1),
     }
@@ -69,7 +74,7 @@ def test_reduction_equals_float64(rows, vocab, k, scale, temperature, parts, see
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((rows, vocab)) * scale).astype(np.float32)
     targets = rng.integers(0, vocab, (rows, k))
-    layout = RowLayout(k, STATISTICS, 0, temperature)
+    layout = RowLayout(k, STATE_STATISTICS, 0, temperature)
     out = reduce(torch.from_numpy(x), torch.from_numpy(targets), layout, parts).numpy()
 
     scaled = x.astype(np.float64) / temperature
@@ -79,7 +84,7 @@ def test_reduction_equals_float64(rows, vocab, k, scale, temperature, parts, see
         out[:, :k], np.take_along_axis(want, targets, 1), atol=margin, rtol=2e-6
     )
     expected = float64_statistics(scaled, targets[:, 0])
-    for i, name in enumerate(STATISTICS):
+    for i, name in enumerate(STATE_STATISTICS):
         got = out[:, k + i]
         if name in ("rank", "argmax"):
             np.testing.assert_array_equal(got, expected[name])
@@ -91,26 +96,30 @@ def test_reduction_equals_float64(rows, vocab, k, scale, temperature, parts, see
 
 def test_minus_infinity_logits_are_impossible_tokens():
     x = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
-    layout = RowLayout(2, ("entropy", "collision_probability"), 0)
+    names = ("entropy", "collision_probability", "varentropy", "logsumexp")
+    layout = RowLayout(2, names, 0)
     for parts in (1, 2, 4):  # with four, tiles of -inf alone
         out = reduce(x, torch.tensor([[0, 1]]), layout, parts)[0]
         assert out[0] == pytest.approx(-np.log(2))
         assert out[1] == -torch.inf
         assert out[2] == pytest.approx(np.log(2))
         assert out[3] == pytest.approx(0.5)
+        assert out[4] == 0
+        assert out[5] == pytest.approx(np.log(2))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_infinite_logits_give_nan(bad):
     x = torch.tensor([[0.0, bad, 0.0, 1.0, 2.0, 3.0]])
     for parts in (1, 2, 3):
-        assert torch.isnan(reduce(x, torch.tensor([[0]]), RowLayout(1), parts)).all()
+        layout = RowLayout(1, ("entropy", "varentropy", "logsumexp"))
+        assert torch.isnan(reduce(x, torch.tensor([[0]]), layout, parts)).all()
 
 
 def test_input_is_not_modified():
     x = torch.randn(5, 100)
     before = x.clone()
-    reduce(x, torch.zeros(5, 1, dtype=torch.int64), RowLayout(1, STATISTICS, 0, 0.7))
+    reduce(x, torch.zeros(5, 1, dtype=torch.int64), RowLayout(1, STATE_STATISTICS, 0, 0.7))
     assert torch.equal(x, before)
 
 
@@ -121,6 +130,15 @@ def test_columns_not_asked_for_are_left_alone():
     none = torch.zeros(3, 0, dtype=torch.int64)
     reduce_logits(torch.randn(3, 9), none + 0, 0, None, 1, 0, 1, 0, state, torch.empty(3, 0))
     assert (state[:, 2:] == 7).all()
+
+
+def test_varentropy_needs_the_entropys_bit():
+    state = rs.new_state(2, torch.device("cpu"))
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="needs the entropy's bit"):
+        reduce_logits(
+            torch.randn(2, 9), none, 0, None, 1, 0, 1, rs.VARENTROPY_BIT, state, torch.empty(2, 0)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,6 +22,7 @@ def score(
     *,
     statistics: Sequence[str] = (),
     temperature: float = 1.0,
+    top_p: float = 1.0,
     top: int = 0,
     full_vocabulary: bool = False,
     use_tqdm: bool | Callable[..., tqdm] = True,
@@ -39,6 +40,8 @@ def score(
             the prompt but the first are scored. Texts get the tokenizer's special tokens.
         statistics: names from `vllm.score.engine.statistics`.
         temperature: divides the logits.
+        top_p: the scores are those of the most likely tokens whose probabilities first add up to
+            it, renormalised, as sampling with this `top_p` has it; -inf for any other token.
         top: also return that many most likely tokens of every position.
         full_vocabulary: return [m, V] log-probabilities of every token instead of targets.
         use_tqdm: show a progress bar; or a function that makes one.
@@ -60,7 +63,8 @@ def score(
     from vllm.score.engine.feed import run_requests
 
     skip_prefix_cache |= reproducible
-    params = _sampling_params(statistics, temperature, top, full_vocabulary, skip_prefix_cache)
+    policy = {"score_temperature": temperature, "score_top_p": top_p}
+    params = _sampling_params(statistics, policy, top, full_vocabulary, skip_prefix_cache)
     prompts = _prompts(llm, requests)
     adapters = _adapters(llm, lora_request, len(prompts))
     _check(llm, prompts, params, full_vocabulary)
@@ -123,7 +127,11 @@ def _text_of(request: Any) -> str | None:
 
 
 def _sampling_params(
-    statistics: Sequence[str], temperature: float, top: int, full_vocabulary: bool, skip: bool
+    statistics: Sequence[str],
+    policy: dict[str, float],
+    top: int,
+    full_vocabulary: bool,
+    skip: bool,
 ) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.score.errors import ScoreModeUnavailable
@@ -141,7 +149,7 @@ def _sampling_params(
     return SamplingParams(
         score_mode=True,
         score_statistics=list(statistics) or None,
-        score_temperature=temperature,
+        **policy,
         prompt_logprobs=None if full_vocabulary else top,
         skip_reading_prefix_cache=skip,
         output_kind=RequestOutputKind.FINAL_ONLY,

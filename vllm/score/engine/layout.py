@@ -26,17 +26,24 @@ class RowLayout:
         statistics: names, in column order.
         top: number of most likely tokens (0: none, -1: the whole vocabulary).
         temperature: the logits are divided by it first.
+        top_p: then only the most likely tokens are kept whose probabilities first add up to it.
     """
 
     num_targets: int
     statistics: tuple[str, ...] = ()
     top: int = 0
     temperature: float = 1.0
+    top_p: float = 1.0
 
     def width(self, vocab_size: int) -> int:
         """Number of columns."""
         tail = vocab_size if self.top == FULL_VOCABULARY else 2 * self.top
         return self.num_targets + len(self.statistics) + tail
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether whole rows of logits have to be held at once."""
+        return self.top != 0 or self.top_p < 1
 
     @property
     def statistics_columns(self) -> slice:

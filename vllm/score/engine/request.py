@@ -123,6 +123,7 @@ def plan_request(
         statistics=tuple(params.score_statistics or ()),
         top=top,
         temperature=params.score_temperature,
+        top_p=params.score_top_p,
     )
     plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size)
     _check_values_a_position(plan, facts)

@@ -91,4 +91,5 @@ def layout_of(params: Any) -> RowLayout:
         statistics=tuple(params.score_statistics or ()),
         top=params._score_top,
         temperature=params.score_temperature,
+        top_p=params.score_top_p,
     )

@@ -1,17 +1,22 @@
 """The statistics of a row of logits that a score request may ask for by name.
 
-With ``x`` the row's logits divided by the score temperature, ``p = softmax(x)`` and ``V`` the
-vocabulary size (padding left out), in nats:
+With ``z`` the model's logits of a row (vocabulary padding left out), ``x = z / score_temperature``,
+``p = softmax(x)``, and ``q`` equal to ``p`` restricted to its nucleus of mass ``score_top_p`` and
+renormalised (``q = p`` at top-p 1), in nats:
 
 ========================  ==================================================================
-``entropy``               ``-sum p log p``
+``entropy``               ``-sum q log q``
+``varentropy``            variance of ``log q`` (and of ``x``) under ``q``
 ``rank``                  1 + number of tokens with a larger logit than the (first) target
 ``argmax``                id of the most likely token (the lowest id among equals)
-``argmax_logprob``        its log-probability
-``margin``                log-probability of the first less that of the second token
-``collision_probability`` ``sum p**2``
-``logit_mean``            mean of ``x``
-``logit_variance``        population variance of ``x``
+``argmax_logprob``        its log-probability under ``q``
+``margin``                ``x`` of the first less that of the second most likely token
+``collision_probability`` ``sum q**2``
+``logsumexp``             ``log sum exp x`` over the nucleus; less the entropy it is ``E_q[x]``
+``head_mass``             ``p`` of the nucleus; 1 at top-p 1
+``model_logprob``         log-probability of the first target under ``softmax(z)``
+``logit_mean``            mean of ``x`` over the vocabulary
+``logit_variance``        population variance of ``x`` over the vocabulary
 ========================  ==================================================================
 
 Where the target's logit is summed in another order than the row's (several kernels do so), ``rank``
@@ -25,11 +30,15 @@ from collections.abc import Iterable
 
 STATISTICS: tuple[str, ...] = (
     "entropy",
+    "varentropy",
     "rank",
     "argmax",
     "argmax_logprob",
     "margin",
     "collision_probability",
+    "logsumexp",
+    "head_mass",
+    "model_logprob",
     "logit_mean",
     "logit_variance",
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vllm.score.ops import reference
+from vllm.score.ops import row_state as rs
 from vllm.score.ops.size_rules import prefers_fused, rules_in_words
 from vllm.score.ops.tiled_product import score_head_tiled
 
@@ -25,15 +26,19 @@ def head_rule(device_type: str) -> str:
     return (
         "16-bit weights on compute capability 9.0: by size, fused product and reduction or tiled ("
         + "; ".join(rules_in_words())
-        + "); others: tiled, cuBLAS a tile at a time and one pass over each tile"
+        + "); others, and wherever the varentropy is asked for: tiled, cuBLAS a tile at a time and "
+        "one pass over each tile"
     )
 
 
-def head_path(hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    """ "fused" or "tiled", by the rule above: hidden [R, H], weight [n, H]."""
+def head_path(hidden: torch.Tensor, weight: torch.Tensor, statistics: int = 0) -> str:
+    """ "fused" or "tiled", by the rule above: hidden [R, H], weight [n, H], bits of `row_state`."""
     if not hidden.is_cuda:
         return "fused" if hidden.dtype in (torch.float32, torch.bfloat16) else "tiled"
     if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return "tiled"
+    # It takes a second pass over the exponentials, and the fused kernel's registers are all in use.
+    if statistics & rs.VARENTROPY_BIT:
         return "tiled"
     if not prefers_fused(*hidden.shape):
         return "tiled"
@@ -53,7 +58,8 @@ def reduce_logits(*arguments: Any) -> None:
 
 def score_head(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
     """With the arguments of `vllm.score.ops.reference.score_head`, by position."""
-    if head_path(hidden, weight) == "fused":
+    *_, statistics, _state, _target_logits = rest
+    if head_path(hidden, weight, statistics) == "fused":
         torch.ops.vllm_score.score_head(hidden, weight, *rest)
     else:
         reduce = torch.ops.vllm_score.reduce_logits.default

@@ -47,7 +47,7 @@ def reduce_logits(
         threshold: float32 [R], the (transformed) logit of the first target; with RANK_BIT only.
         scale, soft_cap, temperature: see `transform`.
         statistics: bits of `row_state`.
-        state: float32 [R, 10], see `row_state`.
+        state: float32 [R, 11], see `row_state`.
         target_logits: float32 [R, k].
     """
     columns = logits.shape[1]
@@ -73,6 +73,7 @@ def _columns(statistics: int) -> list[int]:
     columns = [rs.MAX, rs.SUM_EXP]
     for bit, names in (
         (rs.ENTROPY_BIT, [rs.SUM_EXP_X]),
+        (rs.VARENTROPY_BIT, [rs.SUM_EXP_DEV2]),
         (rs.COLLISION_BIT, [rs.SUM_EXP2]),
         (rs.TOP_BIT, [rs.SECOND, rs.ARGMAX]),
         (rs.MOMENTS_BIT, [rs.MEAN, rs.M2, rs.COUNT]),
@@ -100,6 +101,11 @@ def _tile_state(
     state[:, rs.SUM_EXP] = e.sum(1)
     if statistics & rs.ENTROPY_BIT:
         state[:, rs.SUM_EXP_X] = torch.where(e > 0, e * shifted, 0.0).sum(1)
+    if statistics & rs.VARENTROPY_BIT:
+        if not statistics & rs.ENTROPY_BIT:
+            raise ValueError("the varentropy needs the entropy's bit as well.")
+        apart = shifted - (state[:, rs.SUM_EXP_X] / state[:, rs.SUM_EXP])[:, None]
+        state[:, rs.SUM_EXP_DEV2] = torch.where(e > 0, e * apart * apart, 0.0).sum(1)
     if statistics & rs.COLLISION_BIT:
         state[:, rs.SUM_EXP2] = (e * e).sum(1)
     if statistics & rs.TOP_BIT:

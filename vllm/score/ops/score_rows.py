@@ -4,6 +4,7 @@ between ranks come together.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vllm.score.ops import row_state as rs
 from vllm.score.ops.head import Head
 from vllm.score.ops.operators import operators
 from vllm.score.ops.reference import product, transform
+from vllm.score.ops.truncated import truncated_state
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not
 # consecutive, so this bounds that copy as well.
@@ -34,9 +36,10 @@ def block_rows(head: Head, layout: RowLayout, vocab_size: int, hidden_bytes: int
     rows = MAX_BLOCK_ROWS
     if hidden_bytes:
         rows = min(rows, max(1, GATHERED_BYTES // hidden_bytes))
-    if layout.top:
-        # Float32 logits, and the results of the block before.
-        rows = min(rows, max(1, LOGITS_BYTES // (4 * (vocab_size + layout.width(vocab_size)))))
+    if layout.needs_logits:
+        # Float32 logits, and the results of the block before or, with top-p, a copy.
+        beside = max(layout.width(vocab_size), vocab_size if layout.top_p < 1 else 0)
+        rows = min(rows, max(1, LOGITS_BYTES // (4 * (vocab_size + beside))))
     elif head.needs_logits:
         rows = min(rows, max(1, LOGITS_BYTES // (4 * vocab_size)))
     return rows
@@ -48,7 +51,7 @@ def score_rows(
     """Score rows of hidden states.
 
     Every rank of a tensor-parallel group calls this with the same rows; the exchange is one
-    all-gather of 10 + k floats a row (two when the rank of the target is asked for).
+    all-gather of 11 + k floats a row (two when the rank of the target is asked for).
 
     Args:
         head: this rank's part of it.
@@ -63,14 +66,46 @@ def score_rows(
     """
     mask = rs.statistics_mask(layout.statistics)
     targets = targets.contiguous()
-    state = rs.new_state(len(hidden), hidden.device)
-    found = rs.new_target_logits(len(hidden), targets.shape[1], hidden.device)
     common = (head.scale, head.soft_cap, layout.temperature)
     ops = operators(hidden.device.type)
-    logits = _logits(head, hidden) if layout.top or head.needs_logits else None
+    logits = _logits(head, hidden) if layout.needs_logits or head.needs_logits else None
+    if layout.top_p < 1 and head.gather is not None:
+        head, logits = _whole_vocabulary(head, logits, vocab_size)
     threshold = None
     if mask & rs.RANK_BIT:
         threshold = _threshold(head, hidden, logits, targets, common, ops)
+    given = {}
+    if "model_logprob" in layout.statistics:
+        given["model_logprob"] = _model_logprob(head, hidden, logits, targets[:, :1], ops)
+    x = None if logits is None or not layout.needs_logits else transform(logits, *common)
+    if layout.top_p < 1:
+        state, found, mass = truncated_state(x, targets, layout.top_p, threshold, mask, ops)
+    else:
+        state, found = _reduced(head, hidden, logits, targets, threshold, common, mask, ops)
+        mass = torch.ones_like(state[:, 0])
+    given["head_mass"] = mass
+    out = torch.empty(
+        len(hidden), layout.width(vocab_size), dtype=torch.float32, device=hidden.device
+    )
+    rs.score_columns(state, found, layout, out, given)
+    if layout.top:
+        _top_columns(head, x, rs.log_sum_exp(state), layout, out[:, layout.top_start :])
+    return out
+
+
+def _reduced(
+    head: Head,
+    hidden: torch.Tensor,
+    logits: torch.Tensor | None,
+    targets: torch.Tensor,
+    threshold: torch.Tensor | None,
+    common: tuple[float, float, float],
+    mask: int,
+    ops: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state and the targets' logits of whole rows, of all ranks."""
+    state = rs.new_state(len(hidden), hidden.device)
+    found = rs.new_target_logits(len(hidden), targets.shape[1], hidden.device)
     # A rank may hold padding only.
     if head.num_ids:
         source = (logits,) if logits is not None else (hidden, head.weight, head.bias)
@@ -80,14 +115,33 @@ def score_rows(
         both = head.gather(torch.cat([state, found], dim=1))
         state = rs.merge(both[..., : rs.WIDTH])
         found = both[..., rs.WIDTH :].amax(dim=0)
-    out = torch.empty(
-        len(hidden), layout.width(vocab_size), dtype=torch.float32, device=hidden.device
-    )
-    rs.score_columns(state, found, layout, out)
-    if logits is not None and layout.top:
-        x = transform(logits, *common)
-        _top_columns(head, x, rs.log_sum_exp(state), layout, out[:, layout.top_start :])
-    return out
+    return state, found
+
+
+def _model_logprob(
+    head: Head,
+    hidden: torch.Tensor,
+    logits: torch.Tensor | None,
+    target: torch.Tensor,
+    ops: Any,
+) -> torch.Tensor:
+    """Float32 [c]: log-probability of the first target, [c, 1], at temperature 1 and top-p 1.
+
+    A pass of its own, so that the others need not carry a second sum.
+    """
+    common = (head.scale, head.soft_cap, 1.0)
+    state, found = _reduced(head, hidden, logits, target.contiguous(), None, common, 0, ops)
+    return (found[:, 0] - rs.log_sum_exp(state)).clamp_max(0.0)
+
+
+def _whole_vocabulary(
+    head: Head, logits: torch.Tensor, vocab_size: int
+) -> tuple[Head, torch.Tensor]:
+    """The logits [c, V] of all ranks, and the head of a rank that has them all."""
+    whole = torch.empty(len(logits), vocab_size, dtype=torch.float32, device=logits.device)
+    _gather_vocabulary(head, logits.float(), whole)
+    alone = replace(head, weight=None, first_id=0, num_ids=vocab_size, gather=None, delta=None)
+    return alone, whole
 
 
 def _logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:

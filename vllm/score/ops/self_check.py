@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from vllm.score.ops import native, reference
@@ -10,7 +12,8 @@ from vllm.score.ops.size_rules import PAIR_ROWS
 
 # Enough rows for the fused CUDA kernel in bfloat16; float32 takes the tiled product there.
 ROWS, COLUMNS, HIDDEN, TARGETS = PAIR_ROWS - 3, 70, 32, 2
-EVERYTHING = rs.ENTROPY_BIT | rs.COLLISION_BIT | rs.TOP_BIT | rs.MOMENTS_BIT | rs.RANK_BIT
+MOST = rs.ENTROPY_BIT | rs.COLLISION_BIT | rs.TOP_BIT | rs.MOMENTS_BIT | rs.RANK_BIT
+EVERYTHING = MOST | rs.VARENTROPY_BIT
 # Sums of 70 terms in float32, in another order.
 TOLERANCE = 1e-4
 
@@ -24,7 +27,7 @@ def self_check(device_type: str) -> str | None:
     dtypes = [torch.float32, torch.bfloat16]
     try:
         for dtype in dtypes:
-            for name, difference in _differences(torch.device(device_type), dtype).items():
+            for name, difference in _differences(torch.device(device_type), dtype):
                 if not difference <= TOLERANCE:
                     return (
                         f"{name} in {str(dtype).removeprefix('torch.')} differs from the PyTorch "
@@ -35,7 +38,8 @@ def self_check(device_type: str) -> str | None:
     return None
 
 
-def _differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def _differences(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    """The operator and the largest difference, relative to 1 + the number itself, of each call."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -45,14 +49,16 @@ def _differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     logits = random(ROWS, COLUMNS)
     targets = torch.randint(COLUMNS, (ROWS, TARGETS), generator=generator).to(device)
     threshold = torch.zeros(ROWS, device=device)
-    numbers = (threshold, 1.5, 4.0, 0.75, EVERYTHING)
-    calls = {
-        "reduce_logits": (logits, targets, 0, *numbers),
-        "score_head": (hidden, weight, bias, targets, 0, *numbers),
-        "target_logits": (hidden, weight, bias, targets, 0, *numbers[1:4]),
-    }
-    found = {}
-    for name, arguments in calls.items():
+    numbers = (1.5, 4.0, 0.75)
+    head = (hidden, weight, bias, targets, 0)
+    calls = [
+        ("reduce_logits", (logits, targets, 0, threshold, *numbers, EVERYTHING)),
+        # The fused CUDA kernel leaves the varentropy to the tiled product.
+        ("score_head", (*head, threshold, *numbers, MOST)),
+        ("score_head", (*head, threshold, *numbers, EVERYTHING)),
+        ("target_logits", (*head, *numbers)),
+    ]
+    for name, arguments in calls:
         results = []
         for module in (native, reference):
             out = [rs.new_target_logits(ROWS, TARGETS, device)]
@@ -62,5 +68,4 @@ def _differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
             results.append(torch.cat(out, dim=1).cpu().double())
         ours, expected = results
         # NaN in either is a difference that no tolerance allows.
-        found[name] = float(((ours - expected).abs() / (1 + expected.abs())).max())
-    return found
+        yield name, float(((ours - expected).abs() / (1 + expected.abs())).max())

@@ -142,6 +142,7 @@ def _mark(engine_params: Any, plan: Any, lease: BytesLease) -> None:
     engine_params.max_tokens = 0
     engine_params.score_statistics = list(plan.layout.statistics) or None
     engine_params.score_temperature = plan.layout.temperature
+    engine_params.score_top_p = plan.layout.top_p
     engine_params._score_top = plan.layout.top
     engine_params._score_vocab_size = plan.vocab_size
     engine_params.prompt_logprob_token_ids = plan.targets

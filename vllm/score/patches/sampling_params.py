@@ -1,4 +1,4 @@
-"""`SamplingParams(score_mode=True)`: a subclass with five more fields in the stock place."""
+"""`SamplingParams(score_mode=True)`: a subclass with six more fields in the stock place."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def apply(module: ModuleType) -> None:
         """Names of further statistics of every scored position."""
         score_temperature: float = 1.0
         """Divides the logits before they are scored; `temperature` is for sampling only."""
+        score_top_p: float = 1.0
+        """Scores are those of the most likely tokens whose probabilities first add up to it."""
         _score_top: int | None = None
         _score_vocab_size: int = 0
         """Set at admission, which makes later copies exempt from the checks of user input."""
@@ -49,9 +51,9 @@ def apply(module: ModuleType) -> None:
             if self.score_mode:
                 self.max_tokens = 0
                 self._verify_score_mode()
-            elif self.score_statistics or self.score_temperature != 1.0:
+            elif self.score_statistics or (self.score_temperature, self.score_top_p) != (1.0, 1.0):
                 raise invalid(
-                    "score_statistics and score_temperature need score_mode=True.",
+                    "score_statistics, score_temperature and score_top_p need score_mode=True.",
                     parameter="score_statistics",
                 )
             if self.max_tokens is not None and self.max_tokens < 0:
@@ -92,6 +94,12 @@ def apply(module: ModuleType) -> None:
                     parameter="score_temperature",
                     value=temperature,
                 )
+            if not 0 < self.score_top_p <= 1:
+                raise invalid(
+                    f"score_top_p must be in (0, 1], got {self.score_top_p}.",
+                    parameter="score_top_p",
+                    value=self.score_top_p,
+                )
             check_options(self)
 
         @staticmethod
@@ -100,6 +108,7 @@ def apply(module: ModuleType) -> None:
             score_mode: bool | None = False,
             score_statistics: list[str] | None = None,
             score_temperature: float | None = 1.0,
+            score_top_p: float | None = 1.0,
             **kwargs: Any,
         ) -> Any:
             if score_mode and kwargs.get("max_tokens") == 0:
@@ -108,6 +117,7 @@ def apply(module: ModuleType) -> None:
             params.score_mode = bool(score_mode)
             params.score_statistics = score_statistics
             params.score_temperature = 1.0 if score_temperature is None else score_temperature
+            params.score_top_p = 1.0 if score_top_p is None else score_top_p
             params._verify_args()
             return params
 
@@ -117,7 +127,7 @@ def apply(module: ModuleType) -> None:
                 return text
             return (
                 f"{text[:-1]}, score_mode=True, score_statistics={self.score_statistics}, "
-                f"score_temperature={self.score_temperature})"
+                f"score_temperature={self.score_temperature}, score_top_p={self.score_top_p})"
             )
 
     _take_place(module, SamplingParams)

@@ -8,6 +8,7 @@ Beside the stock fields a body may hold:
                        positions; for a list of prompts: a list with that (or null) for each
 ``score_statistics``   names, see `vllm.score.engine.statistics`
 ``score_temperature``  divides the logits
+``score_top_p``        keeps the most likely tokens whose probabilities first add up to it
 =====================  ========================================================================
 
 `prompt_logprobs` adds that many likeliest tokens of every scored position (-1: the whole
@@ -25,7 +26,7 @@ from vllm.score.engine.invalid import InvalidScoreRequest as Invalid
 # Below it, float32 logits divided by the temperature overflow.
 MIN_TEMPERATURE = 1e-6
 
-FIELDS = ("score_mode", "target_token_ids", "score_statistics", "score_temperature")
+FIELDS = ("score_mode", "target_token_ids", "score_statistics", "score_temperature", "score_top_p")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ScoreFields:
     target_token_ids: Any = None
     score_statistics: list[str] | None = None
     score_temperature: float = 1.0
+    score_top_p: float = 1.0
 
 
 def score_fields(request: Any) -> ScoreFields | None:
@@ -61,14 +63,22 @@ def score_fields(request: Any) -> ScoreFields | None:
             f"score_statistics must be a list of names, got {names!r}.",
             parameter="score_statistics",
         )
-    temperature = given.get("score_temperature", 1.0)
-    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not (number and MIN_TEMPERATURE <= temperature < math.inf):
+    temperature, top_p = given.get("score_temperature", 1.0), given.get("score_top_p", 1.0)
+    if not (_is_number(temperature) and MIN_TEMPERATURE <= temperature < math.inf):
         raise Invalid(
             f"score_temperature must be a number from {MIN_TEMPERATURE} on, got {temperature!r}.",
             parameter="score_temperature",
         )
-    return ScoreFields(given.get("target_token_ids"), names or None, float(temperature))
+    if not (_is_number(top_p) and 0 < top_p <= 1):
+        raise Invalid(
+            f"score_top_p must be a number in (0, 1], got {top_p!r}.", parameter="score_top_p"
+        )
+    targets = given.get("target_token_ids")
+    return ScoreFields(targets, names or None, float(temperature), float(top_p))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_request(request: Any, fields: ScoreFields) -> None:

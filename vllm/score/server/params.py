@@ -92,6 +92,7 @@ def score_params(request: Any, fields: ScoreFields, stock: Any) -> Any:
     stock.score_mode = True
     stock.score_statistics = statistics or None
     stock.score_temperature = fields.score_temperature
+    stock.score_top_p = fields.score_top_p
     stock.logprobs = None
     stock.prompt_logprobs = top
     # Not those of the model's generation config, which no client asked for.

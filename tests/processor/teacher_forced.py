@@ -1,0 +1,109 @@
+"""Random responses, and their scores by one plain forward pass of a float64 model each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.helpers_policy import policy_row
+from vllm.score.processor.batches import Response
+
+VOCAB = 320
+SMALL = {"vocab_size": VOCAB, "hidden_size": 64}  # of `model_dir`
+EOS = (1, 7)
+# Of the prompts and of the responses: responses of no token, of one, prompts of one token.
+LENGTHS = [(5, 9), (1, 4), (7, 0), (3, 1), (12, 6)]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """The model of a folder by Hugging Face, without dropout."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+
+
+def random_responses(
+    lengths: Sequence[tuple[int, int]] = LENGTHS, vocab_size: int = VOCAB, seed: int = 0
+) -> list[Response]:
+    """One response a prompt, of random ids."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        Response(i, 0, torch.randint(vocab_size, (n + t,), generator=draw), t)
+        for i, (n, t) in enumerate(lengths)
+    ]
+
+
+def plain_logits(model: Any, response: Response) -> torch.Tensor:
+    """Logits [T, V] that score the generated tokens: the sequence alone, whole, unpadded."""
+    logits = model(response.ids[None]).logits[0]
+    return logits[response.prompt_length - 1 : len(response.ids) - 1]
+
+
+def expected_values(
+    model: Any,
+    responses: Sequence[Response],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos: tuple[int, ...] = EOS,
+) -> list[dict[str, np.ndarray]]:
+    """Every value of every step in float64, by a float64 model."""
+    assert next(model.parameters()).dtype == torch.float64
+    found = []
+    for response in responses:
+        with torch.no_grad():
+            logits = plain_logits(model, response).numpy()
+        rows = [
+            policy_row(row, int(token), temperature, top_p, eos)
+            for row, token in zip(logits, response.generated, strict=True)
+        ]
+        names = policy_row(np.zeros(2), 0, 1.0, 1.0).keys() - {"logsumexp"}
+        found.append({name: np.array([row[name] for row in rows]) for name in names})
+    return found
+
+
+def assert_values(
+    values: Any, expected: Mapping[str, np.ndarray], tolerance: float, names: Sequence[str] = ()
+) -> None:
+    """Every value within `tolerance`, relative to its size where that is above 1."""
+    for name in names or expected:
+        got = getattr(values, name)
+        got = got.detach().numpy() if isinstance(got, torch.Tensor) else got
+        assert got.shape == expected[name].shape, name
+        np.testing.assert_allclose(got, expected[name], tolerance, tolerance, err_msg=name)
+
+
+def token_logprobs(model: Any, response: Response, *, grad: bool = False) -> torch.Tensor:
+    """log p [T] of the generated tokens, by one plain forward pass."""
+    with torch.set_grad_enabled(grad):
+        rows = plain_logits(model, response).log_softmax(-1)
+        return rows.gather(1, response.generated[:, None]).squeeze(1)
+
+
+def random_direction(model: Any, seed: int = 3) -> dict[str, torch.Tensor]:
+    """A direction by parameter name, of each parameter's size."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.dtype)
+        * p.detach().std(correction=0)
+        for name, p in model.named_parameters()
+    }
+
+
+def weights_of(responses: list[Response], seed: int = 5) -> list[torch.Tensor]:
+    """A factor of every token's value in a loss."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(r.length, generator=draw, dtype=torch.float64) for r in responses]
+
+
+def weighted(values: list[torch.Tensor], factors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([(v * f).sum() for v, f in zip(values, factors, strict=True)]).sum()
+
+
+def gradients(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+    return dict(zip(parameters, found, strict=True))

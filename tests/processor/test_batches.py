@@ -1,0 +1,76 @@
+"""Padding, and taking it away again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm.score.errors import ScoreModeError
+from vllm.score.processor.batches import pad_batch, responses_of
+
+IDS = st.integers(0, 50)
+
+
+@st.composite
+def batches(draw):
+    groups, each = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    prompts = [draw(st.lists(IDS, min_size=1, max_size=6)) for _ in range(groups)]
+    responses = [[draw(st.lists(IDS, max_size=5)) for _ in range(each)] for _ in range(groups)]
+    return prompts, responses
+
+
+@given(batches(), IDS)
+def test_padding_comes_off_again(given_batch, pad):
+    # The padding's id may well be a token of the sequences.
+    prompts, responses = given_batch
+    batch = pad_batch(prompts, responses, pad, lambda ids: " ".join(map(str, ids)))
+    width = max(map(len, prompts))
+    longest = max(len(r) for group in responses for r in group)
+    assert batch.sequences.shape == (len(prompts), len(responses[0]), width + longest)
+    assert batch.prompt_lens == [width] * len(prompts)
+    found = responses_of(batch)
+    assert [(r.prompt, r.number) for r in found] == [
+        (b, g) for b in range(len(prompts)) for g in range(len(responses[0]))
+    ]
+    for r in found:
+        assert r.ids.tolist() == prompts[r.prompt] + responses[r.prompt][r.number]
+        assert r.generated.tolist() == responses[r.prompt][r.number]
+        assert r.prompt_length == len(prompts[r.prompt])
+        assert batch.responses_text[r.prompt][r.number] == " ".join(map(str, r.generated.tolist()))
+
+
+def batch(**changes):
+    made = pad_batch([[1, 2], [3]], [[[4, 5], []], [[6], [7, 8]]], 0, lambda ids: "")
+    return dataclasses.replace(made, **changes)
+
+
+def mask(*places):
+    changed = batch().attention_masks.clone()
+    for place in places:
+        changed[place] = 1 - changed[place]
+    return changed
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sequences": torch.zeros(2, 4)}, r"sequences must be \[B, G, L\]"),
+        ({"attention_masks": torch.ones(2, 2, 3)}, "attention_masks has the shape"),
+        ({"prompt_lens": [2]}, "prompt_lens has 1 entries for 2 prompts"),
+        ({"prompt_lens": [2, 1]}, "prompt_lens is ragged"),
+        ({"gen_lens": [[2, 0], [1]]}, "gen_lens is ragged"),
+        ({"gen_lens": [[2, 0]]}, "gen_lens is ragged"),
+        ({"gen_lens": [[3, 0], [1, 2]]}, r"gen_lens\[0\]\[0\] is 3"),
+        ({"gen_lens": [[-1, 0], [1, 2]]}, r"gen_lens\[0\]\[0\] is -1"),
+        ({"gen_lens": [[1, 0], [1, 2]]}, r"attention_masks\[0, 0\] does not fit"),
+        ({"attention_masks": mask((0, 0, 1))}, r"attention_masks\[0, 0\] does not fit"),
+        ({"attention_masks": mask((1, 1, 1))}, r"the prompt of attention_masks\[1, 1\] is empty"),
+    ],
+)
+def test_a_batch_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ScoreModeError, match=message):
+        responses_of(batch(**changes))

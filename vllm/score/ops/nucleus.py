@@ -1,0 +1,101 @@
+"""The nucleus of a row of logits: the fewest most likely tokens whose probabilities reach top-p."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vllm.score.errors import ScoreModeError
+
+# Tokens looked at before a row is sorted as a whole: most nuclei of language models are smaller.
+FIRST_LOOK = 1024
+# Bytes of temporaries while whole rows are sorted.
+SORT_BYTES = 64 << 20
+_BYTES_PER_ENTRY = 40  # values, their places and the sums of one sorted entry
+# Probabilities are added up as whole numbers of this unit: exactly, so in any order alike, which
+# sums of floats are not on a GPU. Three bits are left for a sum that exceeds 1 by roundings.
+_ONE = 1 << 60
+# In units of the dtype's precision: what a sum of p may be off.
+_SLACK = 4
+
+
+@torch.no_grad()
+def nucleus(
+    x: Tensor, top_p: float, *, log_partition: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens top-p sampling keeps: the n largest, the fewest whose p add up to `top_p`.
+
+    Which of several equal tokens at the boundary are kept is left open; their number is not. A sum
+    that misses `top_p` by no more than roundings of p reaches it.
+
+    Args:
+        x: logits divided by the temperature, [N, V], float32 or float64, V at least 1; not
+            modified. ``p = softmax(x)``.
+        top_p: in (0, 1]; 1 keeps all.
+        log_partition: [N], ``log sum exp x`` where it is known, which saves a pass.
+
+    Returns:
+        floor: [N], the smallest kept x.
+        surplus: int64 [N], how many tokens with x equal to the floor are left out.
+        mass: [N], p of the n kept tokens together.
+        Floor and mass are NaN for a row with NaN, +inf, or nothing but -inf.
+
+    Raises:
+        ScoreModeError: `top_p` outside of (0, 1], or another shape or dtype.
+    """
+    if not 0 < top_p <= 1:
+        raise ScoreModeError(f"top_p must be in (0, 1], got {top_p!r}; 1 keeps every token.")
+    if x.dim() != 2 or x.shape[1] == 0 or x.dtype not in (torch.float32, torch.float64):
+        raise ScoreModeError(
+            f"x must be float32 or float64 [N, V] with V above 0, got {x.dtype} {tuple(x.shape)}."
+        )
+    if top_p == 1:
+        return _everything(x)
+    rows, columns = x.shape
+    first = torch.topk(x, min(columns, FIRST_LOOK), dim=1).values
+    # Shifted by the maximum, equal logits of a small vocabulary get exact probabilities.
+    shift = first[:, :1] if log_partition is None else log_partition.reshape(rows, 1)
+    total = (x - shift).exp_().sum(1, keepdim=True) if log_partition is None else None
+    floor, kept, mass, reached = _cut(first, shift, total, top_p)
+    if first.shape[1] < columns:
+        wide = (~reached).nonzero().squeeze(1)
+        block = max(1, SORT_BYTES // (_BYTES_PER_ENTRY * columns))
+        for part in wide.split(block):
+            ordered = x[part].sort(dim=1, descending=True).values
+            some = None if total is None else total[part]
+            floor[part], kept[part], mass[part], _ = _cut(ordered, shift[part], some, top_p)
+    bad = ~torch.isfinite(shift if total is None else shift + total).squeeze(1)
+    floor.masked_fill_(bad, float("nan"))
+    mass.masked_fill_(bad, float("nan"))
+    surplus = (x >= floor[:, None]).sum(1) - kept
+    return floor, surplus.clamp_min_(0), mass
+
+
+def _everything(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    floor = x.amin(1)
+    # NaN wherever the row has no distribution, as below the full mass.
+    top = x.amax(1)
+    mass = torch.where(torch.isfinite(top), 1.0, float("nan")).to(x.dtype)
+    floor = torch.where(torch.isfinite(top), floor, float("nan"))
+    return floor, torch.zeros_like(floor, dtype=torch.int64), mass
+
+
+def _cut(
+    ordered: Tensor, shift: Tensor, total: Tensor | None, top_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Smallest kept x, number and mass of the kept tokens of rows in descending order, and whether
+    they reach `top_p`."""
+    p = (ordered - shift).exp_()
+    if total is not None:
+        p /= total
+    sums = p.mul_(_ONE).to(torch.int64).cumsum(1)
+    # Every term is rounded by less than one unit.
+    least = math.ceil(top_p * (1 - _SLACK * torch.finfo(p.dtype).eps) * _ONE) - p.shape[1]
+    below = sums < least
+    # Where no sum reaches top-p, the last entry: the caller looks at more of the row, if there is.
+    last = below.sum(1, keepdim=True).clamp_max_(ordered.shape[1] - 1)
+    floor = ordered.gather(1, last).squeeze(1)
+    mass = sums.gather(1, last).squeeze(1).double().div_(_ONE).clamp_max_(1.0)
+    return floor, last.squeeze(1) + 1, mass.to(ordered.dtype), ~below[:, -1]

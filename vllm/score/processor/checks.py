@@ -1,0 +1,18 @@
+"""Checks that several modules share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.score.errors import ScoreModeError
+
+
+def positive(name: str, value: Any) -> int:
+    """`value`, a whole number of at least 1.
+
+    Raises:
+        ScoreModeError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ScoreModeError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    return value

@@ -1,0 +1,178 @@
+"""Mappings from names to tensors that a model is called with in place of its own parameters."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm.score.errors import ScoreModeError
+from vllm.score.processor.precision import dtype_name, parse_dtype
+from vllm.score.processor.settings import read_profile
+
+
+def build_params_override(
+    target: nn.Module,
+    v_named: Mapping[str, Tensor] | None,
+    eta: float,
+    profile: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """`build_state_override` of the parameters alone, in the dtype of the profile "func_override",
+    or in their own if its `cast_params` is False.
+    """
+    checked = read_profile("func_override", profile)
+    dtype = checked.dtype if checked.cast else None
+    return build_state_override(target, v_named, eta, param_dtype=dtype, include_buffers=False)
+
+
+def build_state_override(
+    target: nn.Module,
+    v_named: Mapping[str, Tensor] | None,
+    eta: float,
+    *,
+    param_dtype: torch.dtype | str | None,
+    include_buffers: bool,
+    buffer_dtype: torch.dtype | str | None = None,
+) -> dict[str, Tensor]:
+    """The parameters θ + eta·v of a model, detached.
+
+    Args:
+        target: the model.
+        v_named: directions by the names of `target.named_parameters()` (a leading "module." of a
+            wrapper may stay); parameters that it leaves out are not moved.
+        eta: length of the step.
+        param_dtype: of all parameters; None keeps each one's own, as integers always do.
+        include_buffers: with the buffers, which are never moved.
+        buffer_dtype: as `param_dtype`.
+
+    Returns:
+        name -> tensor. What is neither moved nor cast shares the model's memory, and so follows its
+        updates; the others are copies.
+
+    Raises:
+        ScoreModeError: a name that is unknown, given twice or tied to another, a wrong shape, or a
+            value that is not finite.
+    """
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not math.isfinite(eta):
+        raise ScoreModeError(f"eta must be a finite number, got {eta!r}.")
+    dtype = None if param_dtype is None else parse_dtype("param_dtype", param_dtype)
+    of_buffers = None if buffer_dtype is None else parse_dtype("buffer_dtype", buffer_dtype)
+    parameters = dict(target.named_parameters())
+    directions = _checked_names(target, v_named or {}, parameters, "v_named")
+    for name, direction in directions.items():
+        if not parameters[name].is_floating_point():
+            raise ScoreModeError(
+                f"v_named[{name!r}] moves a parameter of dtype "
+                f"{dtype_name(parameters[name].dtype)}: leave it out."
+            )
+        if not bool(torch.isfinite(direction).all()):
+            raise ScoreModeError(f"v_named[{name!r}] has entries that are NaN or infinite.")
+    mapping = {
+        name: _moved(parameter.detach(), directions.get(name), float(eta), dtype)
+        for name, parameter in parameters.items()
+    }
+    if include_buffers:
+        for name, buffer in target.named_buffers():
+            mapping[name] = _moved(buffer.detach(), None, 0.0, of_buffers)
+    return mapping
+
+
+def checked_mapping(target: nn.Module, mapping: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A mapping that a model is to be called with, under the model's own names.
+
+    Raises:
+        ScoreModeError: a name that is neither a parameter nor a buffer, given twice or tied to
+            another, or a wrong shape. `torch.func.functional_call` would pass over some of these.
+    """
+    own = dict(target.named_parameters()) | dict(target.named_buffers())
+    return _checked_names(target, mapping, own, "params_override")
+
+
+class ZeroMapping:
+    """The parameters of a model as they are, in a dtype: an override at eta = 0, cached.
+
+    What is kept is the memory of the copies. They are written anew at every `get`, which costs far
+    less than a forward pass: not every change of a parameter (one through `.data`) leaves a trace
+    that could tell that a copy is stale.
+
+    Args:
+        target: the model.
+    """
+
+    def __init__(self, target: nn.Module) -> None:
+        self._target = target
+        self._copies: dict[str, Tensor] = {}
+
+    def get(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Name -> tensor, valid until the next call; parameters of that dtype are not copied."""
+        mapping = {}
+        copies = {}
+        for name, parameter in self._target.named_parameters():
+            own = parameter.detach()
+            if not own.is_floating_point() or own.dtype == dtype:
+                mapping[name] = own
+                continue
+            copy = self._copies.get(name)
+            if copy is None or (copy.shape, copy.dtype, copy.device) != (
+                own.shape,
+                dtype,
+                own.device,
+            ):
+                copy = torch.empty_like(own, dtype=dtype)
+            mapping[name] = copies[name] = copy.copy_(own)
+        self._copies = copies
+        return mapping
+
+
+def _moved(base: Tensor, direction: Tensor | None, eta: float, dtype: torch.dtype | None) -> Tensor:
+    if not base.is_floating_point():
+        return base
+    dtype = dtype or base.dtype
+    if direction is None or eta == 0.0:
+        return base.to(dtype)
+    # In half precision the product would be rounded, and then the sum again.
+    exact = torch.promote_types(dtype, torch.float32)
+    step = direction.detach().to(device=base.device, dtype=exact)
+    return torch.add(base.to(exact), step, alpha=eta).to(dtype)
+
+
+def _checked_names(
+    target: nn.Module, given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str
+) -> dict[str, Tensor]:
+    if not isinstance(given, Mapping):
+        raise ScoreModeError(f"{what} must map names to tensors, got {type(given).__name__}.")
+    first_names = {id(tensor): name for name, tensor in own.items()}
+    every = dict(target.named_parameters(remove_duplicate=False))
+    every |= dict(target.named_buffers(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for given_name, value in given.items():
+        name = given_name
+        if name not in every and name.startswith("module."):
+            name = name.removeprefix("module.")
+        if name not in own and id(every.get(name)) in first_names:
+            raise ScoreModeError(
+                f"{what} names {given_name!r}, which is tied to "
+                f"{first_names[id(every[name])]!r}: name that one alone."
+            )
+        if name not in own:
+            close = difflib.get_close_matches(name, own, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ScoreModeError(
+                f"{what} names {given_name!r}, which the model does not have{hint}; use the names "
+                "of its named_parameters()."
+            )
+        if name in found:
+            raise ScoreModeError(f"{what} names {name!r} twice, with and without 'module.'.")
+        if not isinstance(value, Tensor) or value.shape != own[name].shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ScoreModeError(
+                f"{what}[{given_name!r}] must be a tensor of the shape {tuple(own[name].shape)}, "
+                f"got {got}."
+            )
+        found[name] = value
+    return found
