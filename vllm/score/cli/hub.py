@@ -11,7 +11,7 @@ from vllm.score.data.tables import hub_reachable
 from vllm.score.errors import ScoreModeError
 
 
-def go_offline_if_unreachable() -> bool:
+def gooffline_if_unreachable() -> bool:
     """Switch the Hugging Face libraries to what is on this machine where the hub does not answer.
 
     They would otherwise retry for minutes before they look. Returns whether they are offline, by
@@ -51,7 +51,7 @@ def model_config(model: str, *, revision: str | None, trust_remote_code: bool) -
             f"model {model!r} does not exist; name a folder, or a model of the hub"
         )
     else:
-        offline = go_offline_if_unreachable()
+        offline = gooffline_if_unreachable()
     from vllm.transformers_utils.config import get_config
 
     try:

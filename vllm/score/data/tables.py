@@ -80,7 +80,7 @@ def hub_source(
             if isinstance(loaded, dict):
                 loaded = loaded[split]
         else:
-            with _offline_if_unreachable(dataset):
+            with offline_if_unreachable(dataset):
                 loaded = datasets.load_dataset(
                     dataset, config, split=split, revision=revision, streaming=streaming
                 )
@@ -108,7 +108,7 @@ def _is_saved(directory: Path) -> bool:
 
 
 @contextmanager
-def _offline_if_unreachable(dataset: str) -> Iterator[None]:
+def offline_if_unreachable(dataset: str) -> Iterator[None]:
     """Switch the hub libraries to offline mode where the hub does not answer.
 
     Without this a machine without network waits through minutes of retries before the local cache

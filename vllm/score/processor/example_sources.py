@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm.score.data.tables import _offline_if_unreachable
+from vllm.score.data.tables import offline_if_unreachable
 from vllm.score.errors import ScoreModeError
 
 R1_TEMPLATE = (
@@ -62,7 +62,7 @@ class Gsm8kR1Template:
         what = f"data set {self.path!r}"
 
         def load() -> Any:
-            with _offline_if_unreachable(self.path):
+            with offline_if_unreachable(self.path):
                 return datasets.load_dataset(self.path, self.config, split=split)
 
         remedy = (
