@@ -358,7 +358,7 @@ def test_prompts() -> None:
         ),
         ({"G": 0}, "G must be a whole number of at least 1, got 0"),
         ({"G": 1.5}, "G must be a whole number of at least 1, got 1.5"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
     ],
 )
 def test_unusable_arguments(change: dict[str, Any], message: str) -> None:

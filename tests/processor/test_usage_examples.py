@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm.score.processor import DATASET_REGISTRY, SequenceProcessor, register_dataset
+from vllm.score.processor.batches import pad_batch
 from vllm.score.processor.example_sources import Gsm8kR1Template
 
 
@@ -121,6 +122,13 @@ def test_what_a_call_lacks_is_named(llm):
         sp.generate_with_logprobs(dataset_name="gsm9k")
     with pytest.raises(ScoreModeError, match="G must be a whole number"):
         sp.generate_batched(["a"], 0)
+    with pytest.raises(ScoreModeError, match="gen_batch_size must be a whole number"):
+        sp.generate_batched(["a"], 1, gen_batch_size=0)
+    batch = pad_batch([[5]], [[[6]]], 0, lambda ids: "")
+    with pytest.raises(ScoreModeError, match="tf_batch_size must be a whole number"):
+        sp.teacher_force_logprobs(batch, tf_batch_size=0)
+    with pytest.raises(ScoreModeError, match="needs with_grad=True"):
+        sp.teacher_force_logprobs(batch, return_baseline_features=True)
     with pytest.raises(ScoreModeError, match="prompts must be a list"):
         sp.generate_batched([])
     with pytest.raises(ScoreModeError, match="examples has 1 entries for 2 prompts"):

@@ -68,6 +68,25 @@ def test_targets_statistics_temperature_and_alternatives(complete: Any, referenc
             assert entry["logprob"] == pytest.approx(row[int(token)], abs=2e-5)
 
 
+def test_top_p(complete: Any, reference: Any) -> None:
+    """The likeliest token alone is kept: its probability is 1, any other's 0 (-9999 in JSON)."""
+    rows = reference("llama", IDS)[-2:-1]
+    best, worst = int(rows[0].argmax()), int(rows[0].argmin())
+    scores = only(
+        complete(
+            prompt=IDS,
+            score_mode=True,
+            target_token_ids=[[best, worst]],
+            score_top_p=1e-6,
+            score_statistics=["model_logprob", "head_mass", "entropy"],
+        )
+    )["scores"]
+    assert scores["logprobs"] == [[0.0, -9999.0]]
+    assert scores["statistics"]["model_logprob"] == pytest.approx([rows[0, best]], abs=2e-5)
+    assert scores["statistics"]["head_mass"] == pytest.approx([np.exp(rows[0, best])], abs=2e-5)
+    assert scores["statistics"]["entropy"] == pytest.approx([0.0], abs=1e-6)
+
+
 def test_a_list_of_prompts_has_a_list_of_targets(complete: Any, reference: Any) -> None:
     prompts = [IDS, IDS[:3], IDS[:4]]
     targets = [[20, 21], None, [[22, 23, 24]]]
@@ -163,6 +182,8 @@ def test_the_openai_client(server: str, complete: Any) -> None:
         ({"score_statistics": ["ranks"]}, "Did you mean 'rank'?"),
         ({"score_statistics": "rank"}, "score_statistics must be a list of names"),
         ({"score_temperature": "hot"}, "score_temperature must be a number"),
+        ({"score_top_p": 0}, "score_top_p must be a number in (0, 1], got 0"),
+        ({"score_top_p": True}, "score_top_p must be a number in (0, 1], got True"),
         ({"score_temperature": 0}, "score_temperature must be a number"),
         ({"score_temperature": 1e-300}, "score_temperature must be a number"),
         ({"logprobs": 1}, "or set echo=true"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -88,15 +89,15 @@ def apply(module: ModuleType) -> None:
                 except ValueError as error:
                     raise invalid(str(error), parameter="score_statistics") from None
             temperature = self.score_temperature
-            if not (math.isfinite(temperature) and temperature > 0):
+            if not (isinstance(temperature, Real) and 0 < temperature < math.inf):
                 raise invalid(
                     f"score_temperature must be a finite number above 0, got {temperature}.",
                     parameter="score_temperature",
                     value=temperature,
                 )
-            if not 0 < self.score_top_p <= 1:
+            if not (isinstance(self.score_top_p, Real) and 0 < self.score_top_p <= 1):
                 raise invalid(
-                    f"score_top_p must be in (0, 1], got {self.score_top_p}.",
+                    f"score_top_p must be in (0, 1], got {self.score_top_p!r}.",
                     parameter="score_top_p",
                     value=self.score_top_p,
                 )

@@ -60,8 +60,7 @@ class HuggingFaceBackend:
     """A model in this process."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, precision: Precision) -> None:
-        parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-        self.target: torch.nn.Module = model.module if isinstance(model, parallel) else model
+        self.target: torch.nn.Module = generation.unwrap_ddp(model)
         self.tokenizer = tokenizer
         self.precision = precision
         self.eos_token_ids = generation.eos_token_ids(self.target, tokenizer)

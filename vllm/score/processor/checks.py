@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from vllm.score.errors import ScoreModeError
@@ -13,6 +14,6 @@ def positive(name: str, value: Any) -> int:
     Raises:
         ScoreModeError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ScoreModeError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    return value
+    return int(value)

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.processor.checks import positive
+from vllm.score.processor.head import causal_model, evaluating
 from vllm.score.processor.stop import StopAfterAnswer, response_length
 from vllm.score.processor.types import GenerationConfig
 
@@ -52,10 +54,8 @@ def generate(
         ScoreModeError: prompts that cannot be used or are too long, G below 1, no
             end-of-sequence token.
     """
-    if isinstance(G, bool) or not isinstance(G, Integral) or G < 1:
-        raise ScoreModeError(f"G must be a whole number of at least 1, got {G!r}.")
-    if batch_size < 1:
-        raise ScoreModeError(f"batch_size must be at least 1, got {batch_size!r}.")
+    positive("G", G)
+    positive("batch_size", batch_size)
     model = unwrap_ddp(model)
     ids = prompt_ids(prompts, tokenizer)
     _check_lengths(ids, model, config.max_new_tokens)
@@ -69,7 +69,7 @@ def generate(
     sampling = _fresh_config(config, ends, pad)
     rows = [prompt for prompt in ids for _ in range(G)]
     found: list[list[int]] = []
-    with torch.no_grad(), _evaluating(model), _own_settings_aside(model), _seeded(model, seed):
+    with torch.no_grad(), evaluating(model), _own_settings_aside(model), _seeded(model, seed):
         for first in range(0, len(rows), batch_size):
             part = rows[first : first + batch_size]
             sequences, mask = _left_padded(part, pad)
@@ -126,8 +126,8 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def unwrap_ddp(model: Any) -> Any:
-    """The model within `DistributedDataParallel`; PEFT's wrappers stay."""
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
+    """The model within `DistributedDataParallel` or `DataParallel`; PEFT's wrappers stay."""
+    while isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
         model = model.module
     return model
 
@@ -174,25 +174,13 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode, and afterwards each module in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _own_settings_aside(model: Any) -> Iterator[None]:
     """Put an empty generation_config in place of the model's.
 
     `generate` fills what it is not given from there, and None counts as not given: there is no
     saying "no suppressed tokens" otherwise.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = causal_model(model)
     own = base.generation_config
     base.generation_config = transformers.GenerationConfig()
     try:

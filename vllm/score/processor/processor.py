@@ -72,7 +72,9 @@ class SequenceProcessor(TeacherForcing):
         self._engine = EngineBackend(llm, self.tokenizer, lora_request) if llm else None
         self._hf = None if model is None else HuggingFaceBackend(model, self.tokenizer, precision)
         self._mdl_target = None if self._hf is None else self._hf.target
-        apply_global_precision(precision.allow_tf32, precision.matmul_precision)
+        # An engine in this process multiplies as it was started to.
+        if model is not None:
+            apply_global_precision(precision.allow_tf32, precision.matmul_precision)
 
     @property
     def config(self) -> GenerationConfig:
@@ -128,7 +130,8 @@ class SequenceProcessor(TeacherForcing):
         """
         count = self.config.num_return_sequences if G is None else positive("G", G)
         ids = prompt_ids(prompts, self.tokenizer)
-        batch_size = positive("gen_batch_size", gen_batch_size or self.config.gen_batch_size)
+        size = self.config.gen_batch_size if gen_batch_size is None else gen_batch_size
+        batch_size = positive("gen_batch_size", size)
         backend = self._engine if self.backend == "vllm" else self._hf
         assert backend is not None
         responses = backend.generate(ids, count, self.config, batch_size=batch_size, seed=seed)

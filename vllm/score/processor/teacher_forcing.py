@@ -111,7 +111,8 @@ class TeacherForcing(Functional):
         diagnostics: bool,
     ) -> tuple[LogprobResults, DiagnosticsResults | None]:
         responses = responses_of(sequences)
-        batch_size = positive("tf_batch_size", tf_batch_size or self._config.tf_batch_size)
+        size = self._config.tf_batch_size if tf_batch_size is None else tf_batch_size
+        batch_size = positive("tf_batch_size", size)
         if with_grad:
             if override is not None:
                 raise ScoreModeError(

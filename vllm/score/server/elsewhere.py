@@ -18,7 +18,7 @@ def refuse_score_fields(module: ModuleType, cls: str) -> None:
 
         extra = request.model_extra or {}
         for name in FIELDS:
-            if extra.get(name):
+            if extra.get(name) is not None and extra[name] is not False:
                 raise InvalidScoreRequest(
                     f"{name} is only served by /v1/completions: send the rendered prompt there.",
                     parameter=name,
