@@ -9,7 +9,12 @@ import typer
 import typer.core
 
 # Command name -> module of this package that defines a function of the same name.
-COMMANDS = {"perplexity": "perplexity", "sequence": "sequence", "doctor": "doctor"}
+COMMANDS = {
+    "perplexity": "perplexity",
+    "sequence": "sequence",
+    "eig": "eig",
+    "doctor": "doctor",
+}
 
 
 class LazyGroup(typer.core.TyperGroup):

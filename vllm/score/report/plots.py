@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from contextlib import AbstractContextManager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from vllm.score.report.characters import visible, visible_token
 from vllm.score.report.losses import LossSummary, summarize
 from vllm.score.report.numbers import count, significant
 from vllm.score.report.page import render_page
+from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, layout, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,27 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".html")
 HARDEST_DRAWN = 12
-_BLUE, _LIGHT, _RED, _GREY = "#1f5a94", "#a9c7e4", "#b3261e", "#5f6368"
 _CONTEXT_WIDTH, _TOKEN_WIDTH = 42, 14  # characters
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "text.parse_math": False,  # a dollar in a text is a dollar
-    "svg.fonttype": "none",
-    "svg.hashsalt": "vllm-score",
-}
 
 
 def write_plot(result: PerplexityResult, path: Path) -> None:
@@ -52,7 +31,7 @@ def write_plot(result: PerplexityResult, path: Path) -> None:
     """
     check_format(path)
     summary = summarize(result)
-    with _style():
+    with style():
         if path.suffix.lower() == ".png":
             draw_all(result, summary).savefig(path, dpi=150)
             return
@@ -75,8 +54,8 @@ def draw_all(result: PerplexityResult, summary: LossSummary) -> Figure:
     """Losses along the text, their distribution, the hardest tokens: one picture."""
     from matplotlib.figure import Figure
 
-    with _style():
-        figure = Figure(figsize=(12, 7.8), layout=_layout())
+    with style():
+        figure = Figure(figsize=(12, 7.8), layout=layout())
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
         draw_along_text(figure.add_subplot(grid[0, :]), summary)
         draw_distribution(figure.add_subplot(grid[1, 0]), summary)
@@ -90,8 +69,8 @@ def draw_curves(summary: LossSummary) -> Figure:
     """Losses along the text above their distribution."""
     from matplotlib.figure import Figure
 
-    with _style():
-        figure = Figure(figsize=(12, 7.2), layout=_layout())
+    with style():
+        figure = Figure(figsize=(12, 7.2), layout=layout())
         upper, lower = figure.subplots(2, 1)
         draw_along_text(upper, summary)
         draw_distribution(lower, summary)
@@ -105,14 +84,14 @@ def draw_along_text(axes: Axes, summary: LossSummary) -> None:
     blocks, length = len(summary.block_mean), summary.tokens / len(summary.block_mean)
     if len(summary.positions):
         axes.plot(
-            summary.positions, summary.losses, ".", color=_LIGHT, markersize=4, label="each token"
+            summary.positions, summary.losses, ".", color=LIGHT, markersize=4, label="each token"
         )
     elif blocks > 1:
         axes.fill_between(
             summary.block_position,
             summary.block_low,
             summary.block_high,
-            color=_LIGHT,
+            color=LIGHT,
             alpha=0.6,
             linewidth=0,
             label="10 % to 90 % of the tokens in a block",
@@ -120,10 +99,10 @@ def draw_along_text(axes: Axes, summary: LossSummary) -> None:
     if blocks > 1:
         label = f"mean of a block of {length:.0f} tokens"
         axes.plot(
-            summary.block_position, summary.block_mean, color=_BLUE, linewidth=1.5, label=label
+            summary.block_position, summary.block_mean, color=BLUE, linewidth=1.5, label=label
         )
     label = f"mean of all, {significant(summary.mean, 4)}"
-    axes.axhline(summary.mean, color=_RED, linewidth=1.2, linestyle="--", label=label)
+    axes.axhline(summary.mean, color=RED, linewidth=1.2, linestyle="--", label=label)
     axes.set(title="Loss along the text", xlabel="position in the text (tokens)")
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
@@ -137,10 +116,10 @@ def draw_along_text(axes: Axes, summary: LossSummary) -> None:
 def draw_distribution(axes: Axes, summary: LossSummary) -> None:
     """Histogram with mean and median."""
     edges, shares = summary.histogram(bins=min(60, max(10, int(2 * summary.tokens**0.5))))
-    axes.stairs(100 * shares, edges, fill=True, color=_LIGHT)
+    axes.stairs(100 * shares, edges, fill=True, color=LIGHT)
     for value, name, line in ((summary.median, "median", ":"), (summary.mean, "mean", "--")):
         label = f"{name} {significant(value, 4)}"
-        axes.axvline(value, color=_RED, linewidth=1.2, linestyle=line, label=label)
+        axes.axvline(value, color=RED, linewidth=1.2, linestyle=line, label=label)
     beyond = round(summary.tokens * (1 - shares.sum()))
     share = 100 * beyond / summary.tokens
     more = f"; {share:.1g} % beyond, up to {summary.largest:.1f}" if beyond else ""
@@ -160,29 +139,17 @@ def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
     text_axes.axis("off")
     share = _CONTEXT_WIDTH / (_CONTEXT_WIDTH + _TOKEN_WIDTH)
     for row, token in enumerate(tokens):
-        context = _tail(visible(token.context, _drawable), _CONTEXT_WIDTH)
-        text = _head(visible_token(token.text, token.token_id, _drawable), _TOKEN_WIDTH)
-        text_axes.text(share - 0.005, row, context, ha="right", color=_GREY, **style)
-        text_axes.text(share + 0.005, row, text, ha="left", color=_RED, weight="bold", **style)
+        context = _tail(visible(token.context, drawable), _CONTEXT_WIDTH)
+        text = _head(visible_token(token.text, token.token_id, drawable), _TOKEN_WIDTH)
+        text_axes.text(share - 0.005, row, context, ha="right", color=GREY, **style)
+        text_axes.text(share + 0.005, row, text, ha="left", color=RED, weight="bold", **style)
     losses = [token.loss for token in tokens]
-    bars = bar_axes.barh(range(len(losses)), losses, height=0.62, color=_LIGHT)
-    bar_axes.bar_label(bars, fmt=" %.1f", fontsize=8, color=_GREY)
+    bars = bar_axes.barh(range(len(losses)), losses, height=0.62, color=LIGHT)
+    bar_axes.bar_label(bars, fmt=" %.1f", fontsize=8, color=GREY)
     bar_axes.set(ylim=rows, yticks=[], xlabel="loss (nats)")
     bar_axes.set_xlim(left=0, right=1.15 * max(losses, default=1.0))
     bar_axes.spines["left"].set_visible(False)
     bar_axes.grid(visible=False)
-
-
-def _style() -> AbstractContextManager[None]:
-    from matplotlib import rc_context
-
-    return rc_context(_STYLE)
-
-
-def _layout() -> Any:
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    return ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
 
 
 def _title(result: PerplexityResult) -> str:
@@ -200,12 +167,3 @@ def _tail(text: str, width: int) -> str:
 
 def _head(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-@lru_cache(maxsize=1 << 12)
-def _drawable(char: str) -> bool:
-    """Whether the font of the drawings has the character."""
-    from matplotlib.font_manager import findfont, get_font
-
-    font = get_font(findfont("DejaVu Sans Mono"))
-    return char.isprintable() and font.get_char_index(ord(char)) != 0

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.baselines import count_tokens, uniform_perplexity, unigram_perplexity
+from vllm.score.tiny.cached import MODEL_FILES, default_cache_dir, make_once, say
 from vllm.score.tiny.corpus import Corpus, standard_library_corpus
 from vllm.score.tiny.recipe import Recipe
 
-CACHE_VARIABLE = "VLLM_SCORE_CACHE"
+__all__ = ["EmbeddedModel", "default_cache_dir", "embedded_model"]
+
 _MODEL, _HELD_OUT, _COUNTS = "model", "held_out.txt", "train_counts.npy"
 _FACTS, _RECIPE = "facts.json", "recipe.json"
 
@@ -63,8 +60,7 @@ def embedded_model(
 ) -> EmbeddedModel:
     """The embedded model; made on the first call (about a minute on 2 cores), then read.
 
-    It appears in the cache by one rename, when it is complete: a run that is killed leaves
-    nothing that a later one would use. Of two processes at once, the second waits for the first.
+    In the cache it is there whole or not at all, whoever else makes it (`vllm.score.tiny.cached`).
     A changed recipe, or another Python release (other text), makes another model.
 
     Args:
@@ -78,18 +74,14 @@ def embedded_model(
             its standard library.
     """
     recipe = recipe or Recipe()
-    parent = Path(cache_dir or default_cache_dir()) / "embedded"
-    target = parent / recipe.key()
-    if not _complete(target):
-        try:
-            with _locked(parent, recipe.key(), progress):
-                if not _complete(target):
-                    _make(target, recipe, progress)
-        except OSError as error:
-            raise ScoreModeError(
-                f"the embedded model cannot be made in {parent} ({error}); set {CACHE_VARIABLE} "
-                "to a folder that can be written"
-            ) from error
+    target = Path(cache_dir or default_cache_dir()) / "embedded" / recipe.key()
+    make_once(
+        target,
+        "the embedded model",
+        files=(*(f"{_MODEL}/{file}" for file in MODEL_FILES), _HELD_OUT, _COUNTS, _FACTS),
+        build=partial(_build, recipe=recipe, progress=progress),
+        progress=progress,
+    )
     return EmbeddedModel(
         directory=target / _MODEL,
         held_out_text=target / _HELD_OUT,
@@ -98,60 +90,9 @@ def embedded_model(
     )
 
 
-def default_cache_dir() -> Path:
-    """Where this package keeps what it makes."""
-    import platformdirs
-
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else platformdirs.user_cache_path("vllm-score")
-
-
-def _complete(target: Path) -> bool:
-    # All names come at once, but a user may have deleted some since.
-    needed = (f"{_MODEL}/config.json", f"{_MODEL}/model.safetensors", f"{_MODEL}/tokenizer.json")
-    return all((target / name).is_file() for name in (*needed, _HELD_OUT, _COUNTS, _FACTS))
-
-
-@contextmanager
-def _locked(parent: Path, key: str, progress: bool) -> Iterator[None]:
-    """The right to make this model; the system takes it back from a process that dies."""
-    import filelock
-
-    parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(parent / f"{key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        _say("Another process is making the embedded model; waiting for it", progress)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _say(line: str, progress: bool) -> None:
-    if progress:
-        print(line, file=sys.stderr, flush=True)
-
-
-def _make(target: Path, recipe: Recipe, progress: bool) -> None:
-    """Build beside the target, then rename. Called with the lock held."""
-    prefix = f".{target.name}."
-    for left in target.parent.glob(f"{prefix}*"):  # of runs that were killed: nobody has the lock
-        shutil.rmtree(left, ignore_errors=True)
-    building = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        _build(building, recipe, progress)
-        shutil.rmtree(target, ignore_errors=True)
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
 def _build(folder: Path, recipe: Recipe, progress: bool) -> None:
     started = time.perf_counter()
-    _say(
+    say(
         "Making the embedded model from the docstrings of Python's standard library "
         "(once; about a minute on 2 cores)",
         progress,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.eig.registry import SHARED, ScalerCall, split_kwargs
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
@@ -21,14 +22,60 @@ class Generation:
     """How one request is generated.
 
     Attributes:
-        params: for vLLM.
+        options: of `vllm.SamplingParams`, all but `max_tokens` and `stop`.
+        stops: texts that end it.
         until: the task's stop sequences and the end-of-text token.
         max_gen_toks: room to leave in the context.
     """
 
-    params: SamplingParams
+    options: dict[str, Any]
+    stops: list[str]
     until: list[str]
     max_gen_toks: int
+
+    @property
+    def params(self) -> SamplingParams:
+        """For vLLM."""
+        return self.limited(self.max_gen_toks)
+
+    def limited(self, max_tokens: int, *more_stops: str) -> SamplingParams:
+        """The same with another number of tokens, and further texts that end it."""
+        from vllm import SamplingParams
+
+        options = dict(self.options)
+        if options.get("min_tokens"):
+            options["min_tokens"] = min(options["min_tokens"], max_tokens)
+        return SamplingParams(
+            max_tokens=max_tokens, stop=list(dict.fromkeys([*self.stops, *more_stops])), **options
+        )
+
+
+def split_settings(
+    settings: Sequence[Mapping[str, Any]],
+) -> list[tuple[ScalerCall | None, dict[str, Any]]]:
+    """What belongs to a scaler, and to ordinary generation, in the `gen_kwargs` of each request.
+
+    Equal settings are split once, so that what is wrong with them is said once, and have the same
+    call and the same rest. `temperature` and `top_p` are the scaler's; with `do_sample=True` the
+    answers are sampled by them, too. `temperature=0` without `do_sample` asks for greedy answers,
+    as lm-eval has it; reasoning is sampled all the same.
+
+    Raises:
+        ScoreModeError: as `vllm.score.eig.registry.split_kwargs`.
+    """
+    found: dict[str, tuple[ScalerCall | None, dict[str, Any]]] = {}
+    keys = []
+    for given in settings:
+        key = repr(sorted(given.items()))
+        keys.append(key)
+        if key in found:
+            continue
+        greedy = "do_sample" not in given and given.get("temperature") == 0
+        call, rest = split_kwargs({**given, "do_sample": False} if greedy else given)
+        if call is not None and given.get("do_sample") is True:
+            rest = {**{name: given[name] for name in SHARED if name in given}, **rest}
+        found[key] = call, rest
+    return [found[key] for key in keys]
 
 
 def read_generation_kwargs(
@@ -56,8 +103,6 @@ def read_generation_kwargs(
     """
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-    from vllm import SamplingParams
-
     options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), max_gen_toks))
     stop = options.pop("stop", None) or []
     until = [*options.pop("until"), *([stop] if isinstance(stop, str) else stop)]
@@ -69,7 +114,9 @@ def read_generation_kwargs(
     # Stop sequences may be special tokens; as with lm-eval's `vllm`.
     options = {"skip_special_tokens": False, "spaces_between_special_tokens": False, **options}
     stops = [text for text in until if text == eos] if stop_at_eos_only else until
-    return Generation(SamplingParams(max_tokens=length, stop=stops, **options), until, length)
+    found = Generation(options, stops, until, length)
+    _ = found.params  # vLLM refuses values out of range, before anything runs
+    return found
 
 
 def _refuse_unknown(options: Mapping[str, Any], task: str | None) -> None:

@@ -12,8 +12,13 @@ from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.arguments import Arguments, read_arguments
 from vllm.score.integrations.lm_eval.encoding import Encoder
 from vllm.score.integrations.lm_eval.engine import load_tokenizer, start_engine
-from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
+from vllm.score.integrations.lm_eval.generation import (
+    Generation,
+    read_generation_kwargs,
+    split_settings,
+)
 from vllm.score.integrations.lm_eval.merging import MergedRequests, TokenPair
+from vllm.score.integrations.lm_eval.scaled import ScaledGeneration, ScaledRequest
 from vllm.score.integrations.lm_eval.truncation import fit_context, fit_pairs
 
 if TYPE_CHECKING:
@@ -211,41 +216,78 @@ class VLLMScoreLM(TemplateLM):
         return merged.answers(scores)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """By request: the generated text up to the first stop sequence."""
+        """By request: the generated text up to the first stop sequence.
+
+        Requests whose `gen_kwargs` name a scaler (`scale_func_name`) are generated as
+        `vllm.score.integrations.lm_eval.scaled` says.
+        """
+        contexts = self._encoder.encode([request.args[0] for request in requests])
+        ordinary: dict[int, tuple[list[int], Generation]] = {}
+        scaled: dict[int, ScaledRequest] = {}
+        eos = self._end_of_text()
+        settings = split_settings([request.args[1] for request in requests])
+        for index, (call, rest) in enumerate(settings):
+            generation = read_generation_kwargs(
+                rest,
+                eos=eos,
+                max_gen_toks=self.max_gen_toks,
+                stop_at_eos_only=self._arguments.think_end_token is not None,
+                task=requests[index].task_name,
+            )
+            if call is None:
+                ordinary[index] = self._fitting(contexts[index], generation), generation
+            else:
+                scaled[index] = ScaledRequest(contexts[index], call, generation)
+        texts = dict(
+            zip(ordinary, self._generate(list(ordinary.values()), disable_tqdm), strict=True)
+        )
+        texts.update(
+            zip(scaled, self._generate_scaled(list(scaled.values()), disable_tqdm), strict=True)
+        )
+        for index, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[index])
+        return [texts[index] for index in range(len(requests))]
+
+    def _fitting(self, ids: list[int], generation: Generation) -> list[int]:
+        room = self.max_length - generation.max_gen_toks
+        if room < 1:
+            raise ScoreModeError(
+                f"max_gen_toks is {generation.max_gen_toks}, which leaves no room for a "
+                f"context in max_model_len={self.max_length}: lower it or raise max_model_len."
+            )
+        return fit_context(ids, room, self._arguments.truncation_side) or [self.prefix_token_id]
+
+    def _generate(
+        self, requests: list[tuple[list[int], Generation]], disable_tqdm: bool
+    ) -> list[str]:
         from lm_eval.models.utils import postprocess_generated_text
 
-        think_end = self._arguments.think_end_token
-        prompts, generations = [], []
-        contexts = self._encoder.encode([request.args[0] for request in requests])
-        for request, ids in zip(requests, contexts, strict=True):
-            generation = read_generation_kwargs(
-                request.args[1],
-                eos=self._end_of_text(),
-                max_gen_toks=self.max_gen_toks,
-                stop_at_eos_only=think_end is not None,
-                task=request.task_name,
-            )
-            room = self.max_length - generation.max_gen_toks
-            if room < 1:
-                raise ScoreModeError(
-                    f"max_gen_toks is {generation.max_gen_toks}, which leaves no room for a "
-                    f"context in max_model_len={self.max_length}: lower it or raise max_model_len."
-                )
-            ids = fit_context(ids, room, self._arguments.truncation_side)
-            prompts.append({"prompt_token_ids": ids or [self.prefix_token_id]})
-            generations.append(generation)
+        if not requests:
+            return []
         outputs = self.model.generate(
-            prompts,
-            [generation.params for generation in generations],
+            [{"prompt_token_ids": ids} for ids, _ in requests],
+            [generation.params for _, generation in requests],
             use_tqdm=not disable_tqdm,
             lora_request=self._lora_request,
         )
-        texts = []
-        for request, generation, output in zip(requests, generations, outputs, strict=True):
-            text = output.outputs[0].text
-            texts.append(postprocess_generated_text(text, generation.until, think_end))
-            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
-        return texts
+        think_end = self._arguments.think_end_token
+        return [
+            postprocess_generated_text(output.outputs[0].text, generation.until, think_end)
+            for (_, generation), output in zip(requests, outputs, strict=True)
+        ]
+
+    def _generate_scaled(self, requests: list[ScaledRequest], disable_tqdm: bool) -> list[str]:
+        if not requests:
+            return []
+        return ScaledGeneration(
+            self.model,
+            prefix_token_id=lambda: self.prefix_token_id,
+            max_length=self.max_length,
+            think_end=self._arguments.think_end_token,
+            truncation_side=self._arguments.truncation_side,
+            lora_request=self._lora_request,
+            use_tqdm=not disable_tqdm,
+        ).texts(requests)
 
     def _end_of_text(self) -> str | None:
         if self.tokenizer.eos_token_id is None:

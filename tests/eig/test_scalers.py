@@ -1,0 +1,216 @@
+"""Whole runs on the real engine, checked against Hugging Face in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import logsumexp
+
+from vllm.score.eig import (
+    AnswerFormat,
+    AnswerPosteriorEstimator,
+    EIGMetrics,
+    EngineDriver,
+    ExpectedInformationGainCalculator,
+    GivenCandidates,
+    MonteCarloForecaster,
+    State,
+    entropy_threshold_reasoning,
+    expected_information_gain_reasoning,
+    fixed_budget_reasoning,
+)
+from vllm.score.errors import ScoreModeError
+
+pytestmark = pytest.mark.engine
+
+ANSWERS = ["one", "two", "seven", "a list"]
+QUESTIONS = ["Return the number of", "The value is not", "Raise an error if the file is"]
+QUICK: dict[str, Any] = {"mc_samples": 3, "sample_length": 6, "use_tqdm": False}
+
+
+@pytest.fixture(scope="module")
+def exact(reference, llm):
+    """`exact(ids)`: float64 log p(answer and end | ids, cue) of every answer, and token counts."""
+    tokenizer = llm.get_tokenizer()
+
+    def logprobs(ids: list[int], answers: list[str] = ANSWERS) -> tuple[np.ndarray, list[int]]:
+        cue, targets = AnswerFormat().encode(tokenizer, answers)
+        found = []
+        for target in targets:
+            rows = reference("llama", [*ids, *cue, *target])
+            at = len(ids) + len(cue) - 1 + np.arange(len(target))
+            found.append(rows[at, target].sum())
+        return np.array(found), [len(target) for target in targets]
+
+    return logprobs
+
+
+def test_every_number_of_a_run(llm, exact):
+    traces = expected_information_gain_reasoning(
+        llm,
+        QUESTIONS,
+        candidates=ANSWERS,
+        lambda_cost=0.0,
+        max_tokens_thinking=6,
+        top_p=1.0,
+        metrics=EIGMetrics(),
+        **QUICK,
+    )
+    assert [t.prompt_token_ids for t in traces] == [
+        llm.get_tokenizer().encode(q) for q in QUESTIONS
+    ]
+    forecasts = 0
+    for trace in traces:
+        for step in trace.steps:
+            decision, ids = step.decision, trace.reasoning_token_ids[: step.position]
+            here = [*trace.prompt_token_ids, *ids]
+            logs, _ = exact(here)
+            np.testing.assert_allclose(decision.posterior.logprobs, logs, atol=2e-4)
+            want = np.exp(logs - logsumexp(logs))
+            assert decision.posterior.entropy == pytest.approx(stats.entropy(want), abs=2e-4)
+            assert decision.posterior.coverage == pytest.approx(np.exp(logs).sum(), rel=1e-3)
+            if decision.forecast is None:
+                continue
+            after = []
+            for drawn in decision.forecast.continuations:
+                assert 0 < len(drawn.token_ids) <= 6
+                logs, _ = exact([*here, *drawn.token_ids])
+                after.append(stats.entropy(np.exp(logs - logsumexp(logs))))
+            np.testing.assert_allclose(decision.forecast.entropies, after, atol=2e-4)
+            gain = stats.entropy(want) - np.mean(after)
+            assert decision.estimate.gain == pytest.approx(gain, abs=4e-4)
+            error = np.std(after, ddof=1) / math.sqrt(3)
+            assert decision.estimate.standard_error == pytest.approx(error, abs=4e-4)
+            assert decision.go_on == (decision.estimate.gain > 0)
+            forecasts += 1
+    assert forecasts >= 3
+
+
+def test_a_posterior_normalised_by_length(llm, exact):
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer.encode(QUESTIONS[0])
+    logs, tokens = exact(ids)
+    lengths = {"tokens": tokens, "bytes": [len(a) + 1 for a in ANSWERS]}
+    assert len(set(tokens)) > 1
+    for name, divisor in lengths.items():
+        estimator = AnswerPosteriorEstimator(
+            GivenCandidates(ANSWERS), tokenizer, length_normalization=name
+        )
+        found = estimator.estimate(EngineDriver(llm), State(ids))
+        scaled = logs / np.array(divisor)
+        np.testing.assert_allclose(found.log_posterior, scaled - logsumexp(scaled), atol=2e-4)
+        np.testing.assert_allclose(found.logprobs, logs, atol=2e-4)
+
+
+def test_the_likeliest_of_more_answers_than_beams_count(llm, exact):
+    answers = [f"case {letter}" for letter in "abcdefgh"]
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer.encode(QUESTIONS[1])
+    estimator = AnswerPosteriorEstimator(GivenCandidates(answers[:3]), tokenizer, beam_size=3)
+    rule = ExpectedInformationGainCalculator(MonteCarloForecaster(estimator, sample_length=4))
+    steps = rule.decide_steps(State(ids), known=answers, final=True)
+    from vllm.score.eig.work import drive
+
+    posterior = drive(steps, EngineDriver(llm)).posterior
+    logs, _ = exact(ids, answers)
+    best = sorted(np.argsort(-logs)[:3].tolist())
+    assert posterior.answers == [answers[i] for i in best]
+    np.testing.assert_allclose(
+        posterior.log_posterior, logs[best] - logsumexp(logs[best]), atol=2e-4
+    )
+
+
+def test_the_rivals(llm):
+    metrics = EIGMetrics()
+    common = {"use_tqdm": False, "metrics": metrics, "sample_length": 5, "candidates": ANSWERS}
+    traces = entropy_threshold_reasoning(
+        llm, QUESTIONS, entropy_threshold=0.0, max_tokens_thinking=10, **common
+    )
+    for trace in traces:
+        assert len(trace.reasoning_token_ids) == 10 or trace.ended
+        assert len(trace.entropies) == len(trace.steps) and np.isnan(trace.gains).all()
+    (trace,) = fixed_budget_reasoning(llm, QUESTIONS[:1], fixed_budget=7, **common)
+    assert len(trace.reasoning_token_ids) == 7 and trace.answer in ANSWERS
+    assert metrics.summary()["decisions"] == sum(len(t.steps) for t in [*traces, trace])
+
+
+def test_candidates_that_a_model_does_not_end_are_a_counted_failure(llm):
+    """A model of random weights comes to no end of an answer."""
+    metrics = EIGMetrics()
+    (trace,) = expected_information_gain_reasoning(
+        llm, QUESTIONS[:1], beam_size=2, answer_end="~~~~~~", metrics=metrics, **QUICK
+    )
+    assert trace.answer is None and trace.steps[-1].decision.failure[0] == "candidates"
+    assert metrics.summary()["failures"]["candidates"]["failure"] == 1
+
+
+def test_out_of_range_is_corrected_with_a_warning_or_refused(llm):
+    with pytest.warns(RuntimeWarning, match="mc_samples is 50, out of its range 1 to 20"):
+        (trace,) = expected_information_gain_reasoning(
+            llm,
+            QUESTIONS[:1],
+            candidates=ANSWERS,
+            mc_samples=50,
+            sample_length=2,
+            max_tokens_thinking=2,
+            lambda_cost=0.0,
+            use_tqdm=False,
+            metrics=EIGMetrics(),
+        )
+    assert len(trace.steps[0].decision.forecast.continuations) == 20
+    with pytest.raises(ScoreModeError, match="mc_samples is 50, out of range"):
+        expected_information_gain_reasoning(
+            llm, QUESTIONS, candidates=ANSWERS, mc_samples=50, strict=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("questions", "options", "message"),
+    [
+        ("one question", {}, r"write \[question\]"),
+        ([3], {}, r"questions\[0\] is int"),
+        ([[]], {}, r"questions\[0\] has no messages"),
+        (["a"], {"candidates": [["x"], ["y"]]}, "candidates has 2 lists for 1 questions"),
+        (["a"], {"candidates": "beams"}, "beam"),
+        (["a"], {"lambda": 1}, "options has lambda"),
+        (["a"], {"decide_at": "once"}, "decide_at is 'once'"),
+        (["a"], {"estimator": "mean"}, "estimator is 'mean'"),
+        (["a"], {"length_normalization": "words"}, "length_normalization is 'words'"),
+        (["a" * 6000], {}, "leaves no room for a step"),
+        (["a"], {"concurrency": 0}, "concurrency"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_runs(llm, questions, options, message):
+    with pytest.raises(ScoreModeError, match=message):
+        expected_information_gain_reasoning(llm, questions, use_tqdm=False, **options)
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_reasoning_keeps_room_for_the_answer(llm, caplog):
+    """max_model_len is 2048: what does not fit is not asked for."""
+    caplog.set_level("INFO", logger="vllm_score.eig")
+    (trace,) = fixed_budget_reasoning(
+        llm, [[5] * 1960], fixed_budget=4000, sample_length=8, candidates=ANSWERS, use_tqdm=False
+    )
+    assert len(trace.reasoning_token_ids) == 2048 - 1960 - 8 - 64
+    assert "max_tokens_thinking is 16 instead of 4000" in caplog.text
+    assert trace.answer in ANSWERS
+
+
+def test_debug_logs_each_decision(llm, caplog):
+    (trace,) = entropy_threshold_reasoning(
+        llm,
+        QUESTIONS[:1],
+        candidates=ANSWERS,
+        debug=True,
+        sample_length=3,
+        use_tqdm=False,
+        max_tokens_thinking=6,
+        metrics=EIGMetrics(),
+        entropy_threshold=0.1,
+    )
+    assert caplog.text.count("tokens of reasoning:") == len(trace.steps)
