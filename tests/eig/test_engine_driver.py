@@ -138,7 +138,7 @@ def test_the_end_of_sequence_is_no_part_of_a_continuation(driver, reference):
 
 def test_draws_follow_the_policy(driver, reference):
     (context,) = prompts(2, seed=6)
-    count, top_p = 2000, 0.9
+    count, top_p = 1000, 0.9
     (drawn,) = driver.run(Batch([Sample(context, count, 1, top_p=top_p, ignore_eos=True)]))
     p = np.exp(reference("llama", context)[-1])
     order = np.argsort(-p)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import logsumexp
 
 from vllm.score.eig import (
     AnswerFormat,
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.engine
 
 # Enough to add up two numbers; far from the default's skill, and quick.
 RECIPE = AdditionsRecipe(steps=250, sequences=32)
+# Of its own accord the model hardly hesitates between two sums.
+TEMPERATURE = 2.0
 ENGINES: list[Any] = []  # an engine that dies takes the others of the process along
 
 
@@ -83,7 +86,8 @@ class Exact:
     def gain(self, ids: list[int]) -> tuple[float, float]:
         """EIG of one token, and the standard deviation of H_{t+1}."""
         now = float(self.entropies([ids])[0])
-        p = np.exp(self.log_softmax([ids])[0, -1])
+        heated = self.log_softmax([ids])[0, -1] / TEMPERATURE
+        p = np.exp(heated - logsumexp(heated))
         end = self.tokenizer.eos_token_id
         tokens = [token for token in range(len(p)) if token != end]
         after = np.full(len(p), now)  # behind the end of the sequence nothing is added
@@ -108,7 +112,7 @@ def decisions(llm: Any, states: list[list[int]], samples: int, **options: Any) -
         answer_format=AnswerFormat(end=""),
     )
     forecaster = MonteCarloForecaster(
-        estimator, mc_samples=samples, sample_length=1, temperature=1.0, top_p=1.0
+        estimator, mc_samples=samples, sample_length=1, temperature=TEMPERATURE, top_p=1.0
     )
     rule = ExpectedInformationGainCalculator(forecaster, **options)
     driver = EngineDriver(llm)
@@ -140,14 +144,13 @@ def test_decisions_are_those_of_the_exact_rule_away_from_the_threshold(trained, 
         sums = "".join(f" {total}" for total in problem.sums[: number % 3])
         states.append(tokenizer.encode(problem.question + sums))
     gains = [exact.gain(ids) for ids in states]
-    cost = float(np.median([gain for gain, _ in gains]))
-    assert cost > 0
     checked = {True: 0, False: 0}
-    found = decisions(trained, states, 20, lambda_cost=cost)
-    for decision, (gain, deviation) in zip(found, gains, strict=True):
-        if abs(gain - cost) > 4 * deviation / math.sqrt(20) + 1e-4:
-            assert decision.go_on == (gain > cost)
-            checked[gain > cost] += 1
+    for cost in np.quantile([gain for gain, _ in gains], [0.1, 0.9]):
+        found = decisions(trained, states, 20, lambda_cost=float(cost))
+        for decision, (gain, deviation) in zip(found, gains, strict=True):
+            if abs(gain - cost) > 4 * deviation / math.sqrt(20) + 1e-4:
+                assert decision.go_on == (gain > cost)
+                checked[gain > cost] += 1
     assert checked[True] >= 5 and checked[False] >= 5
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from vllm.score.cli.questions import Questions
 from vllm.score.eig.answers import AnswerFormat
@@ -182,7 +182,7 @@ def _options(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> Opti
         candidate_source(found["candidates"])
     if not all(found.get("think_end", ["x"])):
         raise ScoreModeError("--think-end is ''; give the text that ends the reasoning")
-    return found
+    return cast(Options, found)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
