@@ -36,7 +36,7 @@ demo: $(STAMP)  ## perplexity of the embedded model on held-out text, by the rea
 	$(BIN)/vllm-score perplexity
 
 test: $(STAMP)  ## run the tests; TESTS='-k name' or TESTS=tests/dir narrows
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -37,8 +37,23 @@ SMALL_CHUNKS = 256
 SMALL_CACHE = {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 128 << 20}
 
 
+# Begun first, so that none of them runs alone at the end.
+LONGEST = (
+    "patches/test_engine_core.py",
+    "patches/test_switches.py",
+    "patches/test_import_order.py",
+    "perplexity/test_engine.py",
+    "engine/test_tensor_parallel.py",
+    "cli/test_doctor.py",
+    "examples/test_eval_eig.py",
+    "tiny/test_additions.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` are skipped where there is no GPU."""
+    """The longest files first; tests marked `cuda` are skipped where there is no GPU."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -86,6 +101,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def additions(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The default model that has learned additions; made once for all processes."""
+    from vllm.score.tiny.additions_model import additions_model
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return additions_model(shared / "additions", progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -255,3 +255,32 @@ async def test_an_exception_in_a_generator_leaves_the_run(driver):
 
     with pytest.raises(KeyError, match="mine"):
         await values(driver.run_all([ask(Sample([5], 1, LONG, ignore_eos=True)), broken()]))
+
+
+async def test_reasoning_beside_other_clients(driver, async_llm, reference):
+    """Whole problems on the asynchronous driver: their first posteriors are Hugging Face's."""
+    from vllm.score.eig import AnswerFormat, EIGMetrics, EIGParameters, eig_problems
+
+    answers, metrics = ["one", "two", "seven"], EIGMetrics()
+    prompts = random_prompts([20, 30, 25, 18], VOCABULARY, seed=31)
+    problems = eig_problems(
+        driver.tokenizer,
+        prompts,
+        EIGParameters(lambda_cost=0.0, mc_samples=2, sample_length=4),
+        max_model_len=async_llm.model_config.max_model_len,
+        options={"candidates": answers, "max_tokens_thinking": 4, "metrics": metrics},
+    )
+    traces = {}
+    async with aclosing(driver.run_all(problems)) as running:
+        async for index, trace in running:
+            traces[index] = trace
+    cue, targets = AnswerFormat().encode(driver.tokenizer, answers)
+    for index, prompt in enumerate(prompts):
+        want = []
+        for target in targets:
+            whole = [*prompt, *cue, *target]
+            want.append(token_logprobs(reference("llama", whole), whole)[-len(target) :].sum())
+        posterior = traces[index].steps[0].decision.posterior
+        np.testing.assert_allclose(posterior.logprobs, want, atol=2e-4)
+    assert metrics.summary()["decisions"] == sum(len(t.steps) for t in traces.values())
+    assert metrics.summary()["success_rate"] == 1.0

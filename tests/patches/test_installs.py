@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.packaging.test_install import Environment, environment, source, wheel  # noqa: F401
 from tests.patches.findings import check_findings
 from tests.patches.processes import run_script
 
 ORDER = "from vllm import SamplingParams"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """The kernels do not matter here, and take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SCORE_BUILD", "none")
+        yield
 
 
 def check_install(environment: Environment, requirement: tuple[object, ...], score: Path) -> None:  # noqa: F811

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from vllm.score.eig.drivers.engine import EngineDriver
@@ -185,12 +186,30 @@ def run(
     """The values of the generators, in their order."""
     from tqdm import tqdm
 
-    if debug:
-        logger.setLevel(logging.DEBUG)
     driver: EngineDriver = EngineDriver(llm, concurrency=concurrency, lora_request=lora_request)
     traces: dict[int, Trace] = {}
-    with tqdm(total=len(problems), desc="Reasoning", unit="question", disable=not use_tqdm) as bar:
+    bar = tqdm(total=len(problems), desc="Reasoning", unit="question", disable=not use_tqdm)
+    with bar, _logging_decisions(debug):
         for index, trace in driver.run_all(problems):
             traces[index] = trace
             bar.update()
     return [traces[i] for i in range(len(problems))]
+
+
+@contextmanager
+def _logging_decisions(debug: bool) -> Iterator[None]:
+    """Within it each decision is logged; on standard error where nobody has configured logging."""
+    if not debug:
+        yield
+        return
+    level = logger.level
+    handler = None if logger.hasHandlers() else logging.StreamHandler()
+    logger.setLevel(logging.DEBUG)
+    if handler is not None:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if handler is not None:
+            logger.removeHandler(handler)
