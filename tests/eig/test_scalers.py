@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,19 +11,25 @@ import pytest
 from scipy import stats
 from scipy.special import logsumexp
 
+from vllm.score.cli.eig import keep_finished
+from vllm.score.cli.questions import Questions
 from vllm.score.eig import (
     AnswerFormat,
     AnswerPosteriorEstimator,
     EIGMetrics,
+    EIGParameters,
     EngineDriver,
     ExpectedInformationGainCalculator,
     GivenCandidates,
     MonteCarloForecaster,
     State,
+    eig_problems,
     entropy_threshold_reasoning,
     expected_information_gain_reasoning,
     fixed_budget_reasoning,
 )
+from vllm.score.eig.scalers import run
+from vllm.score.eig.work import Batch, Score, drive
 from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine
@@ -113,8 +120,6 @@ def test_the_likeliest_of_more_answers_than_beams_count(llm, exact):
     estimator = AnswerPosteriorEstimator(GivenCandidates(answers[:3]), tokenizer, beam_size=3)
     rule = ExpectedInformationGainCalculator(MonteCarloForecaster(estimator, sample_length=4))
     steps = rule.decide_steps(State(ids), known=answers, final=True)
-    from vllm.score.eig.work import drive
-
     posterior = drive(steps, EngineDriver(llm)).posterior
     logs, _ = exact(ids, answers)
     best = sorted(np.argsort(-logs)[:3].tolist())
@@ -214,3 +219,31 @@ def test_debug_logs_each_decision(llm, caplog):
         entropy_threshold=0.1,
     )
     assert caplog.text.count("tokens of reasoning:") == len(trace.steps)
+
+
+def test_what_an_interrupted_run_has_computed_is_kept(llm, tmp_path, capsys):
+    """The third generator is interrupted once the first two have finished."""
+    metrics = EIGMetrics()
+    options: Any = {"candidates": ANSWERS, "max_tokens_thinking": 0, "metrics": metrics}
+    problems = eig_problems(llm.get_tokenizer(), QUESTIONS[:2], EIGParameters(), options=options)
+
+    def interrupted():
+        while metrics.summary()["decisions"] < 2:
+            yield Batch([Score([5, 6], [[7]])])
+        yield Batch([Score([5, 6], [[7]])])
+        raise KeyboardInterrupt
+
+    finished: dict[int, Any] = {}
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, [*problems, interrupted()], 3, None, False, False, finished)
+    assert sorted(finished) == [0, 1] and not llm.llm_engine.has_unfinished_requests()
+    questions = Questions(QUESTIONS, ["1", "2", "3"], ["one", None, "two"])
+    path = keep_finished(finished, questions, tmp_path / "traces.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "traces.partial.jsonl").open()]
+    assert path == tmp_path / "traces.partial.jsonl" and str(path) in capsys.readouterr().err
+    assert [line["question"] for line in lines] == QUESTIONS[:2]
+    assert [line["answer"] for line in lines] == [finished[0].answer, finished[1].answer]
+    assert (
+        keep_finished({}, questions, path) is None
+        and keep_finished(finished, questions, None) is None
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -187,7 +187,12 @@ def eig(
 
         from vllm.score.eig.scalers import run
 
-        traces = run(llm, problems, concurrency, None, not quiet, False)
+        finished: dict[int, Trace] = {}
+        try:
+            traces = run(llm, problems, concurrency, None, not quiet, False, finished)
+        except BaseException:
+            keep_finished(finished, questions, output)
+            raise
         _report(model, rule, questions, traces, metrics, results, as_json=as_json)
         _write_files(rule, questions, traces, output, plot, quiet=quiet)
 
@@ -268,6 +273,26 @@ def _report(
             console.print()
         console.print(table)
     stream.flush()
+
+
+def keep_finished(
+    finished: Mapping[int, Trace], questions: Questions, output: Path | None
+) -> Path | None:
+    """Write what an interrupted run has computed beside `output`; the file, if there is one."""
+    if output is None or not finished:
+        return None
+    from vllm.score.eig.traces_file import write_traces
+
+    path = output.with_name(f"{output.stem}.partial.jsonl")
+    order = sorted(finished)
+    write_traces(
+        [finished[i] for i in order],
+        path,
+        questions=[questions.texts[i] for i in order],
+        gold=[questions.gold[i] for i in order],
+    )
+    print(f"interrupted: wrote the {len(order)} finished traces to {path}", file=sys.stderr)
+    return path
 
 
 def _write_files(

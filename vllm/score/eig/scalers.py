@@ -182,12 +182,17 @@ def run(
     lora_request: LoRARequest | None,
     use_tqdm: bool,
     debug: bool,
+    finished: dict[int, Trace] | None = None,
 ) -> list[Trace]:
-    """The values of the generators, in their order."""
+    """The values of the generators, in their order.
+
+    Args:
+        finished: filled as they finish, by their places: what a run that is interrupted has.
+    """
     from tqdm import tqdm
 
     driver: EngineDriver = EngineDriver(llm, concurrency=concurrency, lora_request=lora_request)
-    traces: dict[int, Trace] = {}
+    traces = {} if finished is None else finished
     bar = tqdm(total=len(problems), desc="Reasoning", unit="question", disable=not use_tqdm)
     with bar, _logging_decisions(debug):
         for index, trace in driver.run_all(problems):
