@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import chisquare
 
 from tests.helpers import random_prompts, token_logprobs
@@ -16,7 +17,8 @@ from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 2e-5
+# Nats; on a GPU float32 products may run in TF32.
+TOLERANCE = 1e-2 if torch.cuda.is_available() else 2e-5
 VOCABULARY = 1024
 LONG = 1500
 

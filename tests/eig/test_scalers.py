@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from scipy.special import logsumexp
 
@@ -33,6 +34,9 @@ from vllm.score.eig.work import Batch, Score, drive
 from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine
+
+# Nats, of several tokens; on a GPU float32 products may run in TF32.
+TOLERANCE = 1e-2 if torch.cuda.is_available() else 2e-4
 
 ANSWERS = ["one", "two", "seven", "a list"]
 QUESTIONS = ["Return the number of", "The value is not", "Raise an error if the file is"]
@@ -76,10 +80,12 @@ def test_every_number_of_a_run(llm, exact):
             decision, ids = step.decision, trace.reasoning_token_ids[: step.position]
             here = [*trace.prompt_token_ids, *ids]
             logs, _ = exact(here)
-            np.testing.assert_allclose(decision.posterior.logprobs, logs, atol=2e-4)
+            np.testing.assert_allclose(decision.posterior.logprobs, logs, atol=TOLERANCE)
             want = np.exp(logs - logsumexp(logs))
-            assert decision.posterior.entropy == pytest.approx(stats.entropy(want), abs=2e-4)
-            assert decision.posterior.coverage == pytest.approx(np.exp(logs).sum(), rel=1e-3)
+            assert decision.posterior.entropy == pytest.approx(stats.entropy(want), abs=TOLERANCE)
+            assert decision.posterior.coverage == pytest.approx(
+                np.exp(logs).sum(), rel=5 * TOLERANCE
+            )
             if decision.forecast is None:
                 continue
             after = []
@@ -87,11 +93,11 @@ def test_every_number_of_a_run(llm, exact):
                 assert 0 < len(drawn.token_ids) <= 6
                 logs, _ = exact([*here, *drawn.token_ids])
                 after.append(stats.entropy(np.exp(logs - logsumexp(logs))))
-            np.testing.assert_allclose(decision.forecast.entropies, after, atol=2e-4)
+            np.testing.assert_allclose(decision.forecast.entropies, after, atol=TOLERANCE)
             gain = stats.entropy(want) - np.mean(after)
-            assert decision.estimate.gain == pytest.approx(gain, abs=4e-4)
+            assert decision.estimate.gain == pytest.approx(gain, abs=2 * TOLERANCE)
             error = np.std(after, ddof=1) / math.sqrt(3)
-            assert decision.estimate.standard_error == pytest.approx(error, abs=4e-4)
+            assert decision.estimate.standard_error == pytest.approx(error, abs=2 * TOLERANCE)
             assert decision.go_on == (decision.estimate.gain > 0)
             forecasts += 1
     assert forecasts >= 2
@@ -109,8 +115,8 @@ def test_a_posterior_normalised_by_length(llm, exact):
         )
         found = estimator.estimate(EngineDriver(llm), State(ids))
         scaled = logs / np.array(divisor)
-        np.testing.assert_allclose(found.log_posterior, scaled - logsumexp(scaled), atol=2e-4)
-        np.testing.assert_allclose(found.logprobs, logs, atol=2e-4)
+        np.testing.assert_allclose(found.log_posterior, scaled - logsumexp(scaled), atol=TOLERANCE)
+        np.testing.assert_allclose(found.logprobs, logs, atol=TOLERANCE)
 
 
 def test_the_likeliest_of_more_answers_than_beams_count(llm, exact):
@@ -125,7 +131,7 @@ def test_the_likeliest_of_more_answers_than_beams_count(llm, exact):
     best = sorted(np.argsort(-logs)[:3].tolist())
     assert posterior.answers == [answers[i] for i in best]
     np.testing.assert_allclose(
-        posterior.log_posterior, logs[best] - logsumexp(logs[best]), atol=2e-4
+        posterior.log_posterior, logs[best] - logsumexp(logs[best]), atol=TOLERANCE
     )
 
 

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.engine
 
 # Enough to add up two numbers; far from the default's skill, and quick.
 RECIPE = AdditionsRecipe(steps=250, sequences=32)
+# Nats; on a GPU float32 products may run in TF32.
+TOLERANCE = 1e-2 if torch.cuda.is_available() else 1e-4
 # Of its own accord the model hardly hesitates between two sums.
 TEMPERATURE = 2.0
 ENGINES: list[Any] = []  # an engine that dies takes the others of the process along
@@ -129,10 +131,10 @@ def test_the_estimate_converges_to_the_model_s_own_expectation(trained, exact):
     spread = {}
     for samples in (5, 20):
         found = decisions(trained, [ids] * 100, samples, lambda_cost=0.0)
-        assert found[0].posterior.entropy == pytest.approx(exact.entropies([ids])[0], abs=1e-4)
+        assert found[0].posterior.entropy == pytest.approx(exact.entropies([ids])[0], abs=TOLERANCE)
         estimates = np.array([d.estimate.gain for d in found])
         spread[samples] = estimates.std(ddof=1)
-        assert abs(estimates.mean() - gain) < 4 * deviation / math.sqrt(100 * samples) + 1e-4
+        assert abs(estimates.mean() - gain) < 4 * deviation / math.sqrt(100 * samples) + TOLERANCE
         assert spread[samples] == pytest.approx(deviation / math.sqrt(samples), rel=0.3)
     assert spread[5] / spread[20] == pytest.approx(2.0, rel=0.35)
 
@@ -148,7 +150,7 @@ def test_decisions_are_those_of_the_exact_rule_away_from_the_threshold(trained, 
     for cost in np.quantile([gain for gain, _ in gains], [0.1, 0.9]):
         found = decisions(trained, states, 20, lambda_cost=float(cost))
         for decision, (gain, deviation) in zip(found, gains, strict=True):
-            if abs(gain - cost) > 4 * deviation / math.sqrt(20) + 1e-4:
+            if abs(gain - cost) > 4 * deviation / math.sqrt(20) + TOLERANCE:
                 assert decision.go_on == (gain > cost)
                 checked[gain > cost] += 1
     assert checked[True] >= 5 and checked[False] >= 5
@@ -166,4 +168,4 @@ def test_beams_find_the_likeliest_answers(trained, exact):
     scores = [row[-3, answer] + row[-2, end] for row, (answer, end) in zip(rows, ends, strict=True)]
     order = np.argsort(scores)[::-1][:8]
     assert [numbers[i] for i in order] == found.answers
-    np.testing.assert_allclose(found.logprobs, np.array(scores)[order], atol=1e-3)
+    np.testing.assert_allclose(found.logprobs, np.array(scores)[order], atol=10 * TOLERANCE)
