@@ -187,6 +187,8 @@ def test_out_of_range_is_corrected_with_a_warning_or_refused(llm):
         ([[]], {}, r"questions\[0\] has no messages"),
         (["a"], {"candidates": [["x"], ["y"]]}, "candidates has 2 lists for 1 questions"),
         (["a"], {"candidates": "beams"}, "beam"),
+        (["a"], {"candidates": list("abcdefghi")}, r"questions\[0\]: 9 answers .*beam_size is 8"),
+        (["a", "b"], {"candidates": [["x"], ["y\nz"]]}, r"questions\[1\]: .*holds the end"),
         (["a"], {"lambda": 1}, "options has lambda"),
         (["a"], {"decide_at": "once"}, "decide_at is 'once'"),
         (["a"], {"estimator": "mean"}, "estimator is 'mean'"),

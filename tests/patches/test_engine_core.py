@@ -65,6 +65,14 @@ def test_processes_that_arm_themselves_score(
         np.testing.assert_allclose(logprobs, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_reasoning_is_refused_where_scores_are(found: Callable[[str], Any]) -> None:
+    """A decision that fails is a stop; an engine that cannot score is an error."""
+    kind, message = found("without us")["reasoning"]
+    assert kind == "ScoreModeUnavailable" and "engine core" in message
+    kind, logprobs = found("with us")["reasoning"]
+    assert kind == "scores" and len(logprobs) == 2
+
+
 def test_processes_that_arm_themselves_say_so(found: Callable[[str], Any]) -> None:
     healthy = found("with us")
     statuses = healthy["processes"]

@@ -7,7 +7,13 @@ import os
 import sys
 from typing import Any
 
-from engines import greedy_tokens, scores_by_function, scores_by_generate, start
+from engines import (
+    greedy_tokens,
+    scores_by_function,
+    scores_by_generate,
+    scores_by_reasoning,
+    start,
+)
 
 
 def main() -> None:
@@ -25,6 +31,7 @@ def main() -> None:
         scores_by_generate(llm),
         scores_by_function(llm),
     ]
+    found["reasoning"] = scores_by_reasoning(llm)
     found["generated"].append(greedy_tokens(llm))
     found["unfinished"] = llm.llm_engine.has_unfinished_requests()
     if children == "with us":

@@ -49,6 +49,20 @@ def scores_by_function(llm: Any) -> list[Any]:
     return attempt(lambda: score(llm, [SCORED], use_tqdm=False)[0].logprobs.tolist())
 
 
+def scores_by_reasoning(llm: Any) -> list[Any]:
+    """The answers' log-probabilities before any reasoning: not a trace of failed decisions."""
+    from vllm.score.eig import expected_information_gain_reasoning
+
+    def call() -> list[float]:
+        (trace,) = expected_information_gain_reasoning(
+            llm, [SCORED], candidates=["a", "b"], max_tokens_thinking=0, use_tqdm=False
+        )
+        posterior = trace.steps[-1].decision.posterior
+        return [] if posterior is None else posterior.logprobs.tolist()
+
+    return attempt(call)
+
+
 def scores_by_generate(llm: Any) -> list[Any]:
     """`LLM.generate` of `SCORED`, as a user of stock vLLM would write it."""
     from vllm import SamplingParams

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from vllm.score.eig.answers import AnswerFormat
-from vllm.score.eig.candidates import CandidateSource, candidate_source
+from vllm.score.eig.candidates import CandidateSource, GivenCandidates, candidate_source
 from vllm.score.eig.core import (
     AnswerPosteriorEstimator,
     ExpectedInformationGainCalculator,
@@ -161,13 +161,15 @@ def make_problems(
         _bounded(reasoning, len(p), parameters, max_model_len, i) for i, p in enumerate(prompts)
     ]
     sources = _sources(options.get("candidates", "beam"), len(prompts))
+    form = _answer_format(options)
+    _check_given(sources, parameters.beam_size, form, tokenizer)
     problems = []
     for i, (prompt, bound, source) in enumerate(zip(prompts, bounds, sources, strict=True)):
         estimator = AnswerPosteriorEstimator(
             source,
             tokenizer,
             beam_size=parameters.beam_size,
-            answer_format=_answer_format(options),
+            answer_format=form,
             length_normalization=options.get("length_normalization", "none"),
         )
         forecaster = MonteCarloForecaster(
@@ -250,6 +252,22 @@ def _sources(given: Any, count: int) -> list[CandidateSource]:
         return [candidate_source(each) for each in given]
     source = candidate_source(given)
     return [source] * count
+
+
+def _check_given(
+    sources: Sequence[CandidateSource], beam_size: int, form: AnswerFormat, tokenizer: Any
+) -> None:
+    """Refuse given answers that no decision could score, before the first one."""
+    checked = set()
+    for i, source in enumerate(sources):
+        if not isinstance(source, GivenCandidates) or id(source) in checked:
+            continue
+        checked.add(id(source))
+        try:
+            source.check_count(beam_size)
+            form.encode(tokenizer, source.answers)
+        except ScoreModeError as error:
+            raise ScoreModeError(f"candidates of questions[{i}]: {error}") from error
 
 
 def _answer_format(options: Options) -> AnswerFormat:

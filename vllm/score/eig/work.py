@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from vllm.score.errors import ScoreModeError
+from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Batch:
     """Work that can be done at once; the generator is sent a list of results in this order.
 
     If a piece fails, or the deadline passes, the rest is aborted and the error is thrown into the
-    generator.
+    generator (unless it `ends_everything`).
 
     Attributes:
         work: independent pieces, at least one.
@@ -124,6 +124,17 @@ class Reasoner(Protocol):
         ...
 
 
+def ends_everything(error: Exception) -> bool:
+    """Whether an error is the engine's and no batch's: score mode is off there, or it is dead.
+
+    It leaves the driver. Thrown into a generator it would count as a decision that failed, and a
+    run would go on to say so of every question.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, (ScoreModeUnavailable, EngineDeadError))
+
+
 def drive(steps: Steps[T], reasoner: Reasoner) -> T:
     """Run one generator to its end."""
     try:
@@ -132,6 +143,8 @@ def drive(steps: Steps[T], reasoner: Reasoner) -> T:
             try:
                 results = reasoner.run(batch)
             except Exception as error:
+                if ends_everything(error):
+                    raise
                 batch = steps.throw(error)
             else:
                 batch = steps.send(results)

@@ -52,9 +52,13 @@ class GivenCandidates:
             ScoreModeError: there are more than `count`: none of those given is left out unsaid.
         """
         yield from ()
+        self.check_count(count)
+        return list(self.answers)
+
+    def check_count(self, count: int) -> None:
+        """Raise ScoreModeError where there are more answers than `count`."""
         if len(self.answers) > count:
             raise ScoreModeError(
                 f"{len(self.answers)} answers are given, but beam_size is {count}; raise beam_size "
                 "or give fewer answers."
             )
-        return list(self.answers)

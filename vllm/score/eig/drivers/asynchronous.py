@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vllm.score.eig.drivers.checks import whole
 from vllm.score.eig.drivers.engine import PASSED, check_adapter, too_late
 from vllm.score.eig.drivers.requests import BatchRequests, EngineRequest, facts_of
-from vllm.score.eig.work import Batch, DeadlineExceeded, Steps
+from vllm.score.eig.work import Batch, DeadlineExceeded, Steps, ends_everything
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
@@ -86,16 +86,14 @@ class AsyncDriver:
 
     async def drive(self, steps: Steps[T]) -> T:
         """Run one generator to its end; what goes wrong in a batch is thrown into it."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             batch = next(steps)
             while True:
                 try:
                     results = await self.run(batch)
-                except EngineDeadError:
-                    raise  # nobody can go on
                 except Exception as error:
+                    if ends_everything(error):
+                        raise
                     batch = steps.throw(error)
                 else:
                     batch = steps.send(results)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vllm.score.eig.drivers.checks import whole
 from vllm.score.eig.drivers.requests import BatchRequests, facts_of
-from vllm.score.eig.work import Batch, DeadlineExceeded, Steps
+from vllm.score.eig.work import Batch, DeadlineExceeded, Steps, ends_everything
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
@@ -199,8 +199,6 @@ class _Run(Generic[T]):
         self, index: int, results: list[Any] | None = None, error: Exception | None = None
     ) -> Iterator[tuple[int, T]]:
         """Have a generator go on until a batch of it runs, or yield its value."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         steps = self.live.pop(index)
         while True:
             try:
@@ -215,9 +213,9 @@ class _Run(Generic[T]):
             try:
                 self._send(index, batch)
                 return
-            except EngineDeadError:
-                raise  # nobody can go on
             except Exception as problem:
+                if ends_everything(problem):
+                    raise
                 error = problem
                 self._abort(index)
                 del self.live[index]
