@@ -165,6 +165,12 @@ def test_tables_without_rows(tmp_path: Path, ending: str, mark: bool) -> None:
             r"line 2: byte 10 of the line is not UTF",
         ),
         ("a.jsonl", '[{"text": "a"}]', r"line 1 is \[{'text': 'a'}\]; give an object per line"),
+        (
+            "a.jsonl",
+            '{"text": "a", "n": ' + "9" * 5000 + "}",
+            "line 1 is not JSON: Exceeds the lim",
+        ),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1 is not JSON: .* recursion depth"),
         ("a.json", '[{"text": "a"}, 3]', "item 2 is 3; give an object per item"),
         ("a.json", '[{"text": "a"}', "a.json' is not JSON: .* line 1 column 15"),
         ("a.json", '{"text": "a"}\n3', "line 2 is 3; give an object per line"),

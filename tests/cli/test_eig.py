@@ -77,6 +77,7 @@ OPTIONS: list[tuple[list[str], str]] = [
     ([*Q, "--plot", "o.gif"], r"--plot 'o.gif'.*\.png or \.svg"),
     (["M", "--file", "q.txt"], "'q.txt' is of no kind that holds questions.*csv"),
     (["M", "--file", "nowhere.csv"], "'nowhere.csv' does not exist"),
+    ([*Q, "--skip-empty"], "--skip-empty is given, but no file is named; add --file"),
     (["./nowhere", "--question", "a"], "'./nowhere' does not exist"),
 ]
 
@@ -142,6 +143,14 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
     for ending in ("csv", "tsv", "jsonl", "parquet"):
         found = QuestionOptions([], [tmp_path / f"q.{ending}"], None, None, None, False).read()
         assert (found.texts, found.gold, found.choices) == (["a\nb", "c"], ["1", None], [])
+    files = [tmp_path / "q.csv", tmp_path / "q.parquet"]
+    (tmp_path / "more.json").write_text('[{"question": ""}, {"question": null}, {"question": "d"}]')
+    found = QuestionOptions([], [*files, tmp_path / "more.json"], None, None, None, False, True)
+    read = found.read()
+    assert (read.texts, read.gold) == (["a\nb", "c"] * 2 + ["d"], ["1", None] * 2 + [None])
+    assert read.names[-1].endswith("more.json, row 3")
+    (note,) = read.notes
+    assert note.startswith("2 rows were skipped, without a value in 'question'")
     (message,) = QuestionOptions(["a"], [], None, None, None, True).read().given
     assert message == [{"role": "user", "content": "a"}]
 

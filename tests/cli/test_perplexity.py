@@ -76,6 +76,7 @@ OPTIONS = [
     (["M", "--text", "a b", "--output", "no/where/t.parquet"], "does not exist; make it first"),
     (["M", "--text", "a b", "--file", "t.txt"], "--text and --file each name a text"),
     (["M", "--text", "a b", "--text-column", "t"], "--text-column is 't'.*no columns"),
+    (["M", "--text", "a b", "--skip-empty"], "--skip-empty is given, but .*no columns"),
     (["M", "--dataset-config", "c"], "--dataset-config is 'c'.*--dataset"),
     (["M", "--split", "train"], "--split is 'train'.*--dataset"),
     (["M", "--file", "-", "--file", "t.txt"], "--file - .*other files"),
@@ -119,6 +120,15 @@ def test_models_that_are_not_there_are_refused(refusal, tmp_path):
     assert "nonsense" in refusal(tmp_path, *text)
 
 
+def test_a_folder_that_vllm_takes_for_a_pattern_is_refused(refusal, model_dir, tmp_path):
+    for name in ("m[1]", "m1"):
+        (tmp_path / name).symlink_to(model_dir("llama"))
+    message = refusal(tmp_path / "m[1]", "--text", "a b c")
+    assert "m[1]' is a folder whose name vLLM takes for a pattern" in message
+    (tmp_path / "link").symlink_to(tmp_path / "m[1]")
+    assert "token of context" in refusal(tmp_path / "link", "--text", "a")
+
+
 def test_texts_that_cannot_be_read_are_refused(refusal, model_dir, tmp_path, monkeypatch):
     model = model_dir("llama")
     message = refusal(model, "--dataset", "somebody/something")
@@ -158,6 +168,35 @@ def test_a_bos_that_the_tokenizer_lacks_is_refused(refusal, model_dir, tmp_path,
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     message = refusal(model, "--file", text_file, "--bos", "start")
     assert "tokenizer has none" in message
+
+
+def test_faults_at_the_end_of_a_text_are_refused(refusal, model_dir, tmp_path, monkeypatch):
+    model = model_dir("llama")
+    late = TEXT.encode() * 400 + b"\xff"
+    (tmp_path / "late.txt").write_bytes(late)
+    assert "byte 1088000 is not UTF-8" in refusal(model, "--file", tmp_path / "late.txt")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(late)))
+    assert "standard input: byte 1088000 is not UTF-8" in refusal(model, "--file", "-")
+    rows = '{"text": "some text"}\n' * 999
+    (tmp_path / "late.jsonl").write_text(rows + "{}\n")
+    assert "row 1000: 'text' is missing" in refusal(model, "--file", tmp_path / "late.jsonl")
+
+
+def test_several_files_after_one_option(refusal, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text('{"text": "a"}\n{}\n')
+    Path("c.jsonl").write_text("{}\n")
+    last = "file 'a.jsonl', row 2: 'text' is missing"
+    for files in (
+        ["--file", "a.jsonl", "b.jsonl", "c.jsonl"],
+        ["--file=a.jsonl", "b.jsonl", "--file", "c.jsonl"],
+    ):
+        assert last in refusal("M", *files)
+        assert last in refusal(*files, "M")
+        # All three are read.
+        line = refusal("M", *files, "--skip-empty")
+        assert "column 'text' is not in file 'c.jsonl'; it has no columns" in line
 
 
 @pytest.mark.engine

@@ -48,6 +48,7 @@ OPTIONS = [
     (["M", "--context", "a"], "--context is given without --target"),
     (["M", *PAIR, "--file", "p.csv"], "--file and --context or --target each name pairs"),
     (["M", *PAIR, "--context-column", "q"], "--context-column is 'q', but no file"),
+    (["M", *PAIR, "--skip-empty"], "--skip-empty is given, but no file is named; add --file"),
     (["M", *PAIR, "--boundary", "loose"], "--boundary is 'loose'; .*spanning, strict, separate"),
     (["M", "--model", "N", *PAIR], "two models.*'M'.*'N'"),
     (["--tokenizer", "T", *PAIR], "--tokenizer is 'T', but no model"),
@@ -80,6 +81,11 @@ def test_files_without_pairs_are_refused(refusal, tmp_path):
     assert "its columns are 'text'" in message("h.jsonl", '{"text": "a"}')
     lines = '{"context": "a", "target": "b"}\n{"context": null, "target": "b"}\n'
     assert "row 2: 'context' is null; fill it in, or" in message("i.jsonl", lines)
+    (tmp_path / "j.jsonl").write_text(lines)
+    line = message("k.jsonl", lines[:34], tmp_path / "j.jsonl", "--target-column", "answer")
+    assert "column 'answer' is not in" in line
+    line = message("k.jsonl", '{"context": "a", "target": "b"}\n', tmp_path / "j.jsonl")
+    assert "j.jsonl', row 2: 'context' is null" in line
     table = tmp_path / "a.csv"
     assert "is the text itself" in refusal("M", "--file", table, "--output", table)
 

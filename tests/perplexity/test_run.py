@@ -299,6 +299,44 @@ def test_token_ids_without_a_tokenizer() -> None:
     assert result.tokens()["text"].null_count == result.provenance.scored_tokens
 
 
+@pytest.mark.parametrize("name", ["run:1", "s3:x", "a::b", "x[1]", "a=1"])
+def test_stores_and_outputs_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = run(job_for(), store=name)
+    resumed = run(job_for(), Interrupting(1, calls=0), store=name, resume=True)
+    assert resumed.figures == whole.figures
+    resumed.write_parquet(f"{name}.parquet")
+    with Path(f"{name}.parquet").open("rb") as file:
+        assert pq.read_table(file).cast(whole.tokens().schema) == whole.tokens()
+
+
+def test_rows_without_a_text_are_counted_in_the_notes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = [TEXT[:300], "", None, TEXT[300:900]]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(ScoreModeError, match="row 3: 'text' is null"):
+        run(job_for(path), store=tmp_path / "not begun")
+    assert not (tmp_path / "not begun").exists()
+    store = tmp_path / "store"
+    result = run(job_for(as_source(path, skip_empty=True)), store=store)
+    assert result.nll == run(job_for([TEXT[:300], TEXT[300:900]])).nll
+    assert result.notes[0].startswith("2 rows were skipped, without a value in 'text': the first")
+    path.write_text("".join(json.dumps({"text": text or "x"}) + "\n" for text in texts))
+    with pytest.raises(ScoreModeError, match=r"text\.sha256 was .*; text\.skip_empty was True, is"):
+        run(job_for(path), store=store, resume=True)
+
+
+def test_a_limit_leaves_the_rest_unread(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT.encode() * 100 + b"\xff")
+    result = run(job_for(path, max_tokens=200))
+    assert result.nll == run(job_for(TEXT, max_tokens=200)).nll
+    with pytest.raises(ScoreModeError, match="is not UTF-8"):
+        run(job_for(path), Interrupting(1, calls=0))
+
+
 def test_resume_needs_a_store() -> None:
     with pytest.raises(ScoreModeError, match="resume=True needs store="):
         run(job_for(), resume=True)

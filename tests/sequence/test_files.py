@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from vllm.score import ScoreModeError
-from vllm.score.sequence.files import read_pairs, write_results
+from vllm.score.data.rows import Skipped
+from vllm.score.sequence.files import WRITABLE, read_pairs, write_results
 from vllm.score.sequence.table import notes, results_table
 
 MESSAGES = [{"role": "user", "content": 'say "x", 漢'}]
@@ -102,6 +105,31 @@ def test_what_was_written_can_be_read_again(tmp_path):
     assert read_pairs([tmp_path / "out.csv"], "context", "sequence")[0] == ROWS
     with pytest.raises(ScoreModeError, match=r"'target' is not in .* 'spanned_context'"):
         read_pairs([tmp_path / "out.csv"])
+
+
+def test_pairs_without_a_target_are_skipped(tmp_path):
+    one, two = tmp_path / "one.csv", tmp_path / "two.jsonl.gz"
+    one.write_text("context,target\n,a\nb,\n")
+    two.write_bytes(gzip.compress(b'{"target": "c"}\n{"target": "d", "context": ""}\n'))
+    with pytest.raises(ScoreModeError, match=r"'context' is not in .*gz', row 1; .* 'target'"):
+        read_pairs([two, one])
+    skipped = Skipped(("target",))
+    pairs, names = read_pairs([one, two], skipped=skipped)
+    assert pairs == [("", "a"), ("", "d")]
+    assert names == [f"{one}, row 1", f"{two}, row 2"]
+    assert skipped.notes() == [
+        "2 rows were skipped, without a value in 'target' or 'context': the first is "
+        f"file {str(one)!r}, row 2 (line 3)"
+    ]
+
+
+def test_results_of_any_name_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run:1", "s3:x", "a::b", "x[1]"):
+        for kind in WRITABLE:
+            path = Path(name + kind)
+            write_results([result("a", "b")], path)
+            assert read_pairs([path], "context", "sequence")[0] == [("a", "b")]
 
 
 def test_the_table_fits_80_columns():

@@ -46,6 +46,12 @@ def model_config(model: str, *, revision: str | None, trust_remote_code: bool) -
                 f"model {model!r} is a folder without a config.json; name the folder of a model in "
                 "the format of Hugging Face"
             )
+        if any(mark in model for mark in "*?["):
+            # It would load the weights of "model1" for "model[1]".
+            raise ScoreModeError(
+                f"model {model!r} is a folder whose name vLLM takes for a pattern as it looks for "
+                "the weights; rename it, or name a link to it (ln -s)"
+            )
     elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ScoreModeError(
             f"model {model!r} does not exist; name a folder, or a model of the hub"

@@ -103,7 +103,7 @@ class _FileSource(Source):
     def size_bytes(self) -> int | None:
         if self._checked is not None:
             return self._checked[2]
-        if any(path.suffix == ".parquet" or is_compressed(path) for path in self._paths):
+        if any(table_suffix(path) == ".parquet" or is_compressed(path) for path in self._paths):
             return None
         return sum(path.stat().st_size for path in self._paths)
 

@@ -26,7 +26,8 @@ READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 # Characters of a CSV field. Without a limit a quote that is never closed takes all memory.
 _LARGEST_FIELD = 1 << 28
 _BATCH_ROWS = 256
-FILL_IN = "fill it in, or leave such rows out with --skip-empty (skip_empty=True)"
+SKIP = "leave such rows out with --skip-empty (skip_empty=True)"
+FILL_IN = f"fill it in, or {SKIP}"
 
 
 class Row(NamedTuple):
@@ -154,13 +155,15 @@ def read_rows(
             elif skipped is not None:
                 skipped.add(row.where, without)
             elif without not in columns_seen:  # perhaps no row of the file has it
-                raise _no_column(path, without, row.columns, columns.remedy)
+                remedy = f"{columns.remedy}, or {SKIP}"
+                raise _no_column(row.where, without, row.columns, remedy)
             else:
                 raise _no_value(row, without)
         if first is not None:
             for column in columns.required:
                 if column not in columns_seen:
-                    raise _no_column(path, column, first.columns, columns.remedy)
+                    name = f"file {str(path)!r}"
+                    raise _no_column(name, column, first.columns, columns.remedy)
     names = ", ".join(str(path) for path in paths)
     if not any_row:
         raise ScoreModeError(f"file {names!r} has no rows; name a file with {content}")
@@ -185,11 +188,10 @@ def _no_value(row: Row, column: str) -> ScoreModeError:
     return ScoreModeError(f"{row.where}: {column!r} {what}; {FILL_IN}")
 
 
-def _no_column(path: Path, column: str, columns: Sequence[str], remedy: str) -> ScoreModeError:
-    listed = ", ".join(map(repr, columns)) or "none"
-    return ScoreModeError(
-        f"column {column!r} is not in file {str(path)!r}; its columns are {listed}; {remedy}"
-    )
+def _no_column(where: str, column: str, columns: Sequence[str], remedy: str) -> ScoreModeError:
+    listed = ", ".join(map(repr, columns))
+    its = f"its columns are {listed}" if listed else "it has no columns"
+    return ScoreModeError(f"column {column!r} is not in {where}; {its}; {remedy}")
 
 
 def _file_rows(path: Path, columns: Columns, digest: Any) -> Iterator[Row]:
@@ -213,7 +215,7 @@ def _wanted(path: Path, header: Sequence[str], columns: Columns) -> list[str]:
             )
     for column in columns.required:
         if column not in header:
-            raise _no_column(path, column, header, columns.remedy)
+            raise _no_column(f"file {str(path)!r}", column, header, columns.remedy)
     return [column for column in wanted if column in header]
 
 
@@ -311,12 +313,15 @@ def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at character {error.pos + 1}"
             raise ScoreModeError(
-                f"file {str(path)!r}, line {number} is not JSON: {error.msg} at character "
-                f"{error.pos + 1}; give an object per line"
+                f"file {str(path)!r}, line {number} is not JSON: {reason}; give an object per line"
             ) from error
+        yield number, row
 
 
 def _items(path: Path, stream: IO[bytes]) -> Iterator[tuple[None, Any]]:
@@ -324,7 +329,7 @@ def _items(path: Path, stream: IO[bytes]) -> Iterator[tuple[None, Any]]:
         rows = json.loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise _undecodable(path) from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ScoreModeError(
             f"file {str(path)!r} is not JSON: {error}; give a list of objects, or an object per "
             "line"

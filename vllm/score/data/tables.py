@@ -160,7 +160,8 @@ def check_folder(dataset: str) -> None:
     if _is_saved(folder):
         names = [name for name in names if "::" in name]  # only this is not read literally
     else:
-        names += [path.name for path in folder.rglob("*")]
+        inside = (path.relative_to(folder) for path in folder.rglob("*"))
+        names += [path.name for path in inside if not str(path).startswith(".")]
     for name in names:
         if is_pattern(name):
             raise ScoreModeError(
