@@ -179,6 +179,7 @@ def check_job(
             prefix=plan.prefix,
             every_window=plan.every_window,
             replace_first=plan.replace_first,
+            prefix_once=plan.prefix_once,
         )
         return next(windows, None) is not None
 

@@ -82,6 +82,7 @@ def prepare(
         separator=separator,
         prefix=prefix,
         every_window=every_window,
+        prefix_once=bool(prefix or every_window),
     )
     requests = resolve(
         conventions, tokenizer, context_length=context_length, stride=stride, ids_given=ids_given

@@ -235,7 +235,7 @@ class _Runner:
 
 def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[str]:
     notes = []
-    unscored = stream.tokens - totals.tokens
+    unscored = stream.tokens - totals.tokens - stream.own_prefix_tokens
     if unscored and not plan.windows.covers_everything:
         notes.append(
             f"{unscored} of {stream.tokens} tokens were not scored: stride equals context_length, "
@@ -245,6 +245,22 @@ def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[st
         notes.append(
             f"{unscored} of {stream.tokens} tokens were not scored: there is no BOS, so the first "
             "token of a text has no context; words and bytes are those of the scored tokens"
+        )
+    if stream.own_prefixes:
+        texts = (
+            "the text begins"
+            if stream.documents == 1
+            else (f"{stream.own_prefixes} of {stream.documents} texts begin")
+        )
+        notes.append(
+            f"{texts} with the token that stands in front of a text (often a BOS): it is context, "
+            "and none was put in front"
+        )
+    if stream.inner_prefixes:
+        notes.append(
+            "the token that stands in front of a text (often a BOS) is also inside, "
+            f"{stream.inner_prefixes} times, and scored there like any other; where documents "
+            "begin with it, score them apart (separator=None, --separate-documents)"
         )
     return notes
 
