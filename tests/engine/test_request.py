@@ -26,7 +26,7 @@ def plan(ids, targets=None, facts=FACTS, **options):
 @pytest.mark.parametrize(
     ("ids", "targets", "message"),
     [
-        ([], None, "prompt_token_ids is empty"),
+        ([], None, "the prompt has no token"),
         (list(range(33)), None, "33 tokens, the engine's max_model_len is 32"),
         ([1, 100, 2], None, r"prompt_token_ids\[1\] is 100, outside the vocabulary 0..99"),
         ([1, -1], None, r"prompt_token_ids\[1\] is -1"),

@@ -21,7 +21,7 @@ from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
 from vllm.score.data import as_source
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import resync
-from vllm.score.perplexity.job import Job, check_fits, prepare
+from vllm.score.perplexity.job import Job, check_fits, check_windows, prepare
 from vllm.score.perplexity.result import PerplexityResult
 from vllm.score.perplexity.run import run_job
 from vllm.score.perplexity.stream import Window
@@ -371,3 +371,30 @@ def test_conventions_double_the_bos_as_their_tools_do() -> None:
     run(job_for(text, tokenizer, conventions=["hf-stride"]), model)
     assert ids[:2] == [0, 0]
     assert any(prompt == ids[: len(prompt)] for prompt, _ in model.prompts)
+
+
+def test_the_remedy_for_a_text_with_nothing_to_score_leads_somewhere() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    with pytest.raises(ScoreModeError, match="longer text, or put a BOS in front"):
+        check_windows(job_for("a"))
+    check_windows(job_for("a", bos="start"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
+    for bos in ("auto", "never"):
+        with pytest.raises(ScoreModeError, match=r"give a longer text$"):
+            check_windows(job_for("a", bare, bos=bos))
+    with pytest.raises(ScoreModeError, match=r"give a longer text$"):
+        check_windows(job_for("", bos="start"))
+    with pytest.raises(ScoreModeError, match="use bos='never'"):
+        job_for("a", bare, bos="start")
+
+
+@pytest.mark.parametrize("name", ["gptq", "llama.cpp", "exllamav3"])
+def test_the_size_that_a_convention_is_offered_fits(name: str) -> None:
+    text = "word " * 100
+    with pytest.raises(ScoreModeError, match=f"convention '{name}'") as error:
+        check_windows(job_for(text, conventions=name))
+    size = str(error.value).rpartition("NAME:")[2].rstrip(")")
+    check_windows(job_for(text, conventions=f"{name}:{size}"))
+    with pytest.raises(ScoreModeError, match="need at least"):
+        check_windows(job_for(text, conventions=f"{name}:{int(size) + 1}"))

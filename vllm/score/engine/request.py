@@ -127,6 +127,8 @@ def plan_request(
         targets, flat = array[1:, None].astype(np.int32), True
     else:
         targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+    if not len(targets):
+        notes += ("the prompt is one token, which has no context: nothing was scored",)
     layout = RowLayout(
         num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
         statistics=tuple(params.score_statistics or ()),
@@ -168,7 +170,10 @@ def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> tuple[lis
     """The checked ids, as a list and as an array [n]."""
     ids = list(prompt_token_ids)
     if not ids:
-        raise InvalidScoreRequest("prompt_token_ids is empty.", parameter="prompt_token_ids")
+        raise InvalidScoreRequest(
+            "the prompt has no token; give a text that is not empty, or at least one token id.",
+            parameter="prompt_token_ids",
+        )
     if len(ids) > facts.max_model_len:
         raise InvalidScoreRequest(
             f"prompt_token_ids has {len(ids)} tokens, the engine's max_model_len is "

@@ -17,7 +17,7 @@ from vllm.score.perplexity.identity import (
     describe_tokenizer,
     versions,
 )
-from vllm.score.perplexity.job import Job, check_fits, prepare
+from vllm.score.perplexity.job import Job, check_fits, check_windows, nothing_to_score, prepare
 from vllm.score.perplexity.plans import ScoringPlan, describe_bos
 from vllm.score.perplexity.progress import Progress
 from vllm.score.perplexity.result import RUN, Figure, PerplexityResult, Provenance
@@ -93,6 +93,7 @@ def perplexity(
         group_tokens=group_tokens,
     )
     check_fits(job, llm.llm_engine.model_config.max_model_len)
+    check_windows(job)
     model, engine = describe_model(llm), describe_engine(llm)
     identity = {"model": model, "engine": engine, "versions": versions()}
     return run_job(job, engine_scorer(llm), identity, store=store, resume=resume, use_tqdm=use_tqdm)
@@ -191,10 +192,7 @@ class _Runner:
                 report=progress.report,
             ).run(stream)
         if not totals.tokens:
-            raise ScoreModeError(
-                f"the text ({job.source.name}) has {stream.tokens} tokens, none with a token of "
-                "context: nothing can be scored; give a longer text, or bos='start'"
-            )
+            raise nothing_to_score(job)
         self._done[plan.key()] = totals, stream
         return totals, stream
 
