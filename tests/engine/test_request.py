@@ -52,6 +52,12 @@ def test_malformed_prompts_and_targets(ids, targets, message):
         plan(ids, targets)
 
 
+def test_one_token_has_nothing_to_score_and_says_so():
+    made = plan([5], prompt_logprobs=0)
+    assert made.targets.shape == (0, 1) and "one token" in made.notes[0]
+    assert plan([5, 6], prompt_logprobs=0).notes == ()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
