@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm.score.data import Source, TokenIdsSource, as_source, file_source, hub_source, stdin_source
-from vllm.score.data.files import decode_utf8
+from vllm.score.data.streams import decode_utf8
 from vllm.score.errors import ScoreModeError
 
 DOCUMENTS = ["hello\nworld", "", "NA", "12", 'é漢😀 "quoted", x', " = Title = \n"]
@@ -84,23 +84,27 @@ def test_tables(tmp_path: Path, name: str) -> None:
 def test_another_text_column(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path / name, "body")
     assert texts(file_source(path, text_column="body")) == DOCUMENTS
-    with pytest.raises(ScoreModeError, match=r"text_column 'text' is not in .* are '(n|body)', '"):
+    with pytest.raises(ScoreModeError, match=r"column 'text' is not in .* are '(n|body)', '"):
         texts(file_source(path))
 
 
 def test_several_files(tmp_path: Path) -> None:
     one, two = write_jsonl(tmp_path / "1.jsonl"), write_jsonl(tmp_path / "2.jsonl")
     assert texts(file_source([one, two])) == DOCUMENTS * 2
+    three = write_csv(tmp_path / "3.csv")
+    assert texts(file_source([one, three])) == DOCUMENTS * 2
+    (tmp_path / "4.txt").write_text("a")
     with pytest.raises(ScoreModeError, match="of different kinds"):
-        file_source([one, write_csv(tmp_path / "3.csv")])
+        file_source([one, tmp_path / "4.txt"])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"text": ', "cannot be read as json"),
-        ('{"text": 3}\n', r"document 0 is 3 \(int\), not text"),
-        ('{"text": "a"}\n{"text": null}\n', r"document 1 is None"),
+        ('{"text": "a"}\n{"text": ', r"a\.jsonl', line 2 is not JSON"),
+        ('{"text": 3}\n', r"row 1: 'text' is 3 \(int\), not text"),
+        ('{"text": "a"}\n\n{"text": null}\n', r"row 2 \(line 3\): 'text' is null; fill it in"),
+        ('{"text": "a"}\n{"body": "b"}\n', r"row 2: 'text' is missing \(it has 'body'\)"),
         ("", r"a\.jsonl' is empty"),
     ],
 )
@@ -113,7 +117,7 @@ def test_tables_that_are_none(tmp_path: Path, content: str, message: str) -> Non
 
 def test_plain_text_is_one_document_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    content = "\ufeffone\r\n\r\ntwo é\n".encode()
+    content = "one\ufeff\r\n\r\ntwo é\n".encode()
     path.write_bytes(content)
     source = file_source(path)
     assert "".join(texts(source)).encode() == content
@@ -131,7 +135,9 @@ def test_utf8_is_decoded_across_reads(text: str, size: int) -> None:
         def read(self, _: int | None = -1) -> bytes:
             return super().read(size)
 
-    assert "".join(decode_utf8(Slow(text.encode()), "x")) == text
+    for mark in ("", "\ufeff"):
+        pieces = decode_utf8(Slow((mark + text).encode()), "x")
+        assert "".join(pieces) == (text if mark else text.removeprefix("\ufeff"))
 
 
 @pytest.mark.parametrize("position", [0, 5, (1 << 20) - 1, (1 << 20) + 3])
@@ -190,7 +196,7 @@ def test_datasets(stream: bool) -> None:
     source = as_source(rows.to_iterable_dataset() if stream else rows)
     assert texts(source) == texts(source) == DOCUMENTS
     assert (source.content_sha256() is None) == stream
-    with pytest.raises(ScoreModeError, match="text_column 'body' is not in dataset; its columns"):
+    with pytest.raises(ScoreModeError, match="column 'body' is not in dataset; its columns"):
         as_source(rows, text_column="body")
 
 
@@ -237,6 +243,33 @@ def test_a_hub_out_of_reach_is_one_line_with_the_remedy(monkeypatch: pytest.Monk
         assert "no-such-dataset' is not on this machine and the Hugging Face Hub cannot" in message
         assert "pass a local file" in message and "\n" not in message
         assert huggingface_hub.constants.HF_HUB_OFFLINE is offline
+
+
+@pytest.mark.parametrize("place", ["d[1]", "f::g", "h*"])
+def test_folders_that_datasets_takes_for_patterns_are_refused(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / place
+    for name in (place, "d1", "hx"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(json.dumps({"text": name}))
+    with pytest.raises(ScoreModeError, match="for a pattern, not a name; rename it, or pass its"):
+        hub_source(str(folder))
+    assert texts(as_source(folder / "test.jsonl")) == [place]  # the remedy
+    inner = tmp_path / "plain"
+    inner.mkdir()
+    (folder / "test.jsonl").rename(inner / f"test{place}.jsonl")
+    with pytest.raises(ScoreModeError, match="for a pattern, not a name"):
+        hub_source(str(inner))
+
+
+def test_rows_without_a_text() -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", None, "", "b"]})
+    for dataset in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(ScoreModeError, match=r"dataset, row 2: 'text' is null; .*--skip-empty"):
+            texts(as_source(dataset))
+        source = as_source(dataset, skip_empty=True)
+        assert texts(source) == texts(source) == ["a", "b"]
+        (note,) = source.notes()
+        assert note == "2 rows were skipped, without a value in 'text': the first is dataset, row 2"
 
 
 def test_texts_and_their_hash() -> None:

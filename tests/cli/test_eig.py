@@ -93,12 +93,13 @@ def test_files_without_questions_are_refused(refusal: Callable[..., str], tmp_pa
         (tmp_path / name).write_text(content, encoding="utf-8")
         return refusal("M", "--file", tmp_path / name, *options)
 
-    assert "no column 'question'; its columns are 'q', 'answer'" in message(
-        "a.csv", "q,answer\na,b"
-    )
-    assert "no column 'gold'" in message("b.csv", "question\na\n", "--answer-column", "gold")
+    assert "'question' is not in " in message("a.csv", "q,answer\na,b")
+    assert "its columns are 'q', 'answer'" in refusal("M", "--file", tmp_path / "a.csv")
+    assert "column 'gold' is not in" in message("b.csv", "question\na\n", "--answer-column", "gold")
     assert "has no rows" in message("c.csv", "question\n")
-    assert "row 2: the question is missing" in message("d.jsonl", '{"question": "a"}\n{"x": 1}\n')
+    assert "row 2: 'question' is missing (it has 'x')" in message(
+        "d.jsonl", '{"question": "a"}\n{"x": 1}\n'
+    )
     assert "line 2 is not JSON" in message("e.jsonl", '{"question": "a"}\n{"con')
     assert "line 1 is [1]; give an object" in message("f.jsonl", "[1]")
     assert "cannot be read" in message("g.parquet", "no parquet")
@@ -139,9 +140,9 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question": "a\\nb", "answer": 1}\n\n{"question": "c"}\n')
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     for ending in ("csv", "tsv", "jsonl", "parquet"):
-        found = QuestionOptions([], tmp_path / f"q.{ending}", None, None, None, False).read()
+        found = QuestionOptions([], [tmp_path / f"q.{ending}"], None, None, None, False).read()
         assert (found.texts, found.gold, found.choices) == (["a\nb", "c"], ["1", None], [])
-    (message,) = QuestionOptions(["a"], None, None, None, None, True).read().given
+    (message,) = QuestionOptions(["a"], [], None, None, None, True).read().given
     assert message == [{"role": "user", "content": "a"}]
 
 

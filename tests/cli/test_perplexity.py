@@ -131,7 +131,7 @@ def test_texts_that_cannot_be_read_are_refused(refusal, model_dir, tmp_path, mon
     pq.write_table(pa.table({"body": ["a", "b"]}), tmp_path / "t.parquet")
     assert "its columns are 'body'" in refusal(model, "--file", tmp_path / "t.parquet")
     (tmp_path / "broken.jsonl").write_text('{"text": ')
-    assert "cannot be read as json" in refusal(model, "--file", tmp_path / "broken.jsonl")
+    assert "line 1 is not JSON" in refusal(model, "--file", tmp_path / "broken.jsonl")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert "(standard input) is empty" in refusal(model, "--file", "-")
 

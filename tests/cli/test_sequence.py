@@ -73,13 +73,13 @@ def test_files_without_pairs_are_refused(refusal, tmp_path):
     assert "its columns are 'question', 'target'; name" in message("a.csv", "question,target\na,b")
     assert "'answer' is not in" in message("b.csv", "context,target\n", "--target-column", "answer")
     assert "has no rows" in message("c.csv", "context,target\n")
-    assert "cannot be read" in message("d.csv", "context,target\na,b,c\n")
+    assert "line 2 has 3 fields" in message("d.csv", "context,target\na,b,c\n")
     assert "cannot be read" in message("e.parquet", "no parquet")
     assert "line 2 is not JSON" in message("f.jsonl", '{"context": "", "target": "b"}\n{"con')
     assert "line 1 is [1]; give an object" in message("g.jsonl", "[1]")
     assert "its columns are 'text'" in message("h.jsonl", '{"text": "a"}')
     lines = '{"context": "a", "target": "b"}\n{"context": null, "target": "b"}\n'
-    assert "row 2: 'context' is missing" in message("i.jsonl", lines)
+    assert "row 2: 'context' is null; fill it in, or" in message("i.jsonl", lines)
     table = tmp_path / "a.csv"
     assert "is the text itself" in refusal("M", "--file", table, "--output", table)
 

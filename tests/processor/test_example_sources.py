@@ -61,7 +61,7 @@ def test_configurations_and_slices(tmp_path: Path) -> None:
 
 def test_copies_that_are_something_else(tmp_path: Path) -> None:
     folder = copy(tmp_path, {"question": ["a?"], "answer": ["two"]})
-    with pytest.raises(ScoreModeError, match=r"row 0: the answer 'main train two' has no ####"):
+    with pytest.raises(ScoreModeError, match=r"row 1: the answer 'main train two' has no ####"):
         Gsm8kR1Template(path=str(folder))()
     (tmp_path / "other").mkdir()
     folder = copy(tmp_path / "other", {"prompt": ["a?"], "answer": ["#### 2"]})
@@ -90,9 +90,21 @@ def test_files_that_changed_are_read_again(tmp_path: Path) -> None:
         assert local_file(path=path) == [Example("a", answer)]
 
 
-@pytest.mark.parametrize("content", ['{"question": ', ""])
-def test_files_that_cannot_be_read(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"question": ', "line 1 is not JSON"), ("", "has no rows")]
+)
+def test_files_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    with pytest.raises(ScoreModeError, match=r"rows\.jsonl', split 'train', cannot be loaded"):
+    with pytest.raises(ScoreModeError, match=rf"rows\.jsonl'.* {message}"):
         local_file(path=path)
+
+
+def test_names_are_taken_literally(tmp_path: Path) -> None:
+    for name, question in (("q[1].jsonl", "meant"), ("q1.jsonl", "not meant")):
+        (tmp_path / name).write_text(json.dumps({"question": question}))
+    assert local_file(path=tmp_path / "q[1].jsonl", answer=None) == [Example("meant")]
+    (tmp_path / "d[1]").mkdir()
+    folder = copy(tmp_path / "d[1]", {"question": ["a?"], "answer": ["#### 2"]})
+    with pytest.raises(ScoreModeError, match=r"takes '.*d\[1\]' for a pattern"):
+        Gsm8kR1Template(path=str(folder))()

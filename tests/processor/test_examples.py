@@ -96,8 +96,8 @@ def test_what_is_missing_is_named(tmp_path):
     for options, message in (
         ({}, "needs path="),
         ({"path": tmp_path / "no.csv"}, "does not exist"),
-        ({"path": tmp_path}, "is a folder"),
-        ({"path": write(tmp_path, "csv").rename(tmp_path / "rows.txt")}, "ends with '.txt'"),
+        ({"path": tmp_path}, "is a directory"),
+        ({"path": write(tmp_path, "csv").rename(tmp_path / "rows.txt")}, "is of no kind"),
         ({"path": path, "question": "q"}, "has no column 'q'; its columns are question, answer"),
         ({"path": path, "answer": "gold"}, "answer=None for none"),
         ({"path": path, "template": "no place"}, "template must have"),
@@ -108,7 +108,7 @@ def test_what_is_missing_is_named(tmp_path):
         sample("local_file", "test", path=path)
     numbers = tmp_path / "numbers.jsonl"
     numbers.write_text('{"question": 1}\n')
-    with pytest.raises(ScoreModeError, match="row 0: 'question' is 1, not text"):
+    with pytest.raises(ScoreModeError, match="row 1: 'question' is 1, not text"):
         sample("local_file", "train", path=numbers, answer=None)
 
 

@@ -52,13 +52,13 @@ def test_texts_are_read_as_they_stand(kind, tmp_path):
             writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
             writer.writerow(["more", "target", "context"])
             writer.writerows([1, t, c] for c, t in ROWS)
-    assert read_pairs(path) == ROWS
+    assert read_pairs([path]) == (ROWS, [f"{path}, row {n}" for n in range(1, 6)])
 
 
 def test_a_row_of_csv_may_be_long(tmp_path):
     path = tmp_path / "long.csv"
     path.write_text(f"context,target\n{'ab ' * 1_000_000},c\n")
-    assert read_pairs(path) == [("ab " * 1_000_000, "c")]
+    assert read_pairs([path])[0] == [("ab " * 1_000_000, "c")]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -68,7 +68,7 @@ def test_contexts_may_be_messages(kind, tmp_path):
         path.write_text(json.dumps({"context": MESSAGES, "target": "b"}, ensure_ascii=False))
     else:
         pq.write_table(pa.table({"context": [MESSAGES], "target": ["b"]}), path)
-    assert read_pairs(path) == [(MESSAGES, "b")]
+    assert read_pairs([path])[0] == [(MESSAGES, "b")]
 
 
 def test_results_are_written_with_all_that_they_hold(tmp_path):
@@ -99,9 +99,9 @@ def test_results_are_written_with_all_that_they_hold(tmp_path):
 
 def test_what_was_written_can_be_read_again(tmp_path):
     write_results([result(c, t) for c, t in ROWS], tmp_path / "out.csv")
-    assert read_pairs(tmp_path / "out.csv", "context", "sequence") == ROWS
+    assert read_pairs([tmp_path / "out.csv"], "context", "sequence")[0] == ROWS
     with pytest.raises(ScoreModeError, match=r"'target' is not in .* 'spanned_context'"):
-        read_pairs(tmp_path / "out.csv")
+        read_pairs([tmp_path / "out.csv"])
 
 
 def test_the_table_fits_80_columns():

@@ -26,9 +26,11 @@ class LazyGroup(typer.core.TyperGroup):
     def get_command(self, ctx: Any, name: str) -> Any:
         if name not in COMMANDS:
             return None
+        from vllm.score.cli.options import ManyFilesCommand
+
         module = import_module(f"{__name__}.{COMMANDS[name]}")
         single = typer.Typer(add_completion=False)
-        single.command(name=name)(getattr(module, name))
+        single.command(name=name, cls=ManyFilesCommand)(getattr(module, name))
         return typer.main.get_command(single)
 
 

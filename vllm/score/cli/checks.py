@@ -91,6 +91,15 @@ def check_no_model(**given: str | None) -> None:
             )
 
 
+def check_no_file(**given: str | bool | None) -> None:
+    """Options that say something of a table, where no file is named."""
+    for field, value in given.items():
+        if value is not None:
+            option = "--" + field.replace("_", "-")
+            what = "given" if value is True else repr(value)
+            raise ScoreModeError(f"{option} is {what}, but no file is named; add --file PATH")
+
+
 def check_output(
     option: str, path: Path | None, endings: Sequence[str], inputs: Sequence[str] = ()
 ) -> None:
@@ -102,7 +111,7 @@ def check_output(
             f"{option} {str(path)!r} is not of the kind that is written; name a "
             f"file that ends in {' or '.join(endings)}"
         )
-    if any(path.absolute() == Path(name).absolute() for name in inputs):
+    if any(path.resolve() == Path(name).resolve() for name in inputs):
         raise ScoreModeError(f"{option} {str(path)!r} is the text itself; name another file")
     if path.is_dir():
         raise ScoreModeError(f"{option} {str(path)!r} is a directory; name a file")
@@ -136,8 +145,13 @@ def check_fits_model(
             )
 
 
-def check_text(source: Source) -> None:
-    """A text that can be read and is not empty. Reads up to its first character."""
+def check_text(source: Source, limit: int | None) -> None:
+    """A text that can be read and is not empty.
+
+    Reads all of it; with a limit only up to its first character.
+    """
+    if limit is None:
+        source.check()
     if not any(text for _, text in source.pieces()):
         raise ScoreModeError(f"the text ({source.name}) is empty; there is nothing to score")
 

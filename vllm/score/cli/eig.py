@@ -32,6 +32,7 @@ def eig(
     file: own.File = None,
     question_column: own.QuestionColumn = None,
     answer_column: own.AnswerColumn = None,
+    skip_empty: own.SkipEmpty = False,
     chat: own.Chat = False,
     scaler: own.ScalerName = "expected_information_gain_reasoning",
     lambda_cost: own.LambdaCost = None,
@@ -99,11 +100,17 @@ def eig(
     checks.check_engine(dtype, gpu_memory_utilization)
     if model is None:
         checks.check_no_model(quantization=quantization, tokenizer=tokenizer, revision=revision)
-    inputs = [] if file is None else [str(file)]
+    inputs = [str(each) for each in file or []]
     checks.check_output("--output", output, (".jsonl",), inputs)
     checks.check_output("--plot", plot, FORMATS, inputs)
     given = QuestionOptions(
-        question or [], file, question_column, answer_column, choices_column, chat
+        question or [],
+        file or [],
+        question_column,
+        answer_column,
+        choices_column,
+        chat,
+        skip_empty,
     )
     parameters: dict[str, Any] = {
         "lambda_cost": lambda_cost,
@@ -247,6 +254,7 @@ def _report(
             "model": model,
             "scaler": rule.name,
             "parameters": dict(rule.values),
+            "notes": list(questions.notes),
             "summary": asdict(summary),
             "metrics": metrics.summary(),
             "questions": [
@@ -272,6 +280,8 @@ def _report(
         if number:
             console.print()
         console.print(table)
+    for line in questions.notes:
+        console.print(line, markup=False)
     stream.flush()
 
 

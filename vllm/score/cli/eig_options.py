@@ -40,11 +40,12 @@ Question = Annotated[
     typer.Option("--question", metavar="TEXT", help="May be repeated.", rich_help_panel=QUESTIONS),
 ]
 File = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
         "--file",
         metavar="PATH",
-        help=".jsonl, .csv, .tsv or .parquet with a question a row.",
+        help=".jsonl, .json, .csv, .tsv or .parquet with a question a row, plain or compressed. "
+        "Several: --file A B C.",
         rich_help_panel=QUESTIONS,
     ),
 ]
@@ -65,6 +66,14 @@ AnswerColumn = Annotated[
         metavar="NAME",
         help="Column with the right answers, to count what is correct.",
         show_default="answer, where there is one",
+        rich_help_panel=QUESTIONS,
+    ),
+]
+SkipEmpty = Annotated[
+    bool,
+    typer.Option(
+        "--skip-empty",
+        help="Leave out rows whose question is null, missing or empty, and say how many.",
         rich_help_panel=QUESTIONS,
     ),
 ]

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 TEXT, WINDOWS, ENGINE, LONG, OUTPUT = "Text", "Windows", "Engine", "Long runs", "Output"
+FILE = "--file"
+
+
+class ManyFilesCommand(typer.core.TyperCommand):
+    """A command whose `--file a b c` names three files, as a shell's pattern is expanded.
+
+    The words that follow a file's name are taken as long as they are files, so that MODEL may
+    stand there, too.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        found: list[str] = []
+        rest = iter(args)
+        after_file = False
+        for word in rest:
+            if word == "--":
+                found += [word, *rest]
+                break
+            if word == FILE:
+                found += [word, *islice(rest, 1)]
+                after_file = True
+            elif after_file and _is_file(word):
+                found += [FILE, word]
+            else:
+                found.append(word)
+                after_file = word.startswith(FILE + "=")
+        return super().parse_args(ctx, found)
+
+
+def _is_file(word: str) -> bool:
+    # A model can be a single file, too.
+    return not word.startswith("-") and Path(word).is_file() and not word.endswith(".gguf")
+
 
 ModelArgument = Annotated[
     str | None,
@@ -59,8 +94,8 @@ File = Annotated[
     typer.Option(
         "--file",
         metavar="PATH",
-        help="Text file, or .jsonl, .csv, .tsv, .parquet with a document a row; - for standard "
-        "input. May be repeated.",
+        help="Text file, or .jsonl, .json, .csv, .tsv, .parquet with a document a row, plain or "
+        "compressed (gzip, bz2, xz, zstd, lz4); - for standard input. Several: --file A B C.",
         rich_help_panel=TEXT,
     ),
 ]
@@ -71,6 +106,14 @@ TextColumn = Annotated[
         metavar="NAME",
         help="Column that holds the text.",
         show_default="text",
+        rich_help_panel=TEXT,
+    ),
+]
+SkipEmpty = Annotated[
+    bool,
+    typer.Option(
+        "--skip-empty",
+        help="Leave out rows whose text is null, missing or empty, and say how many.",
         rich_help_panel=TEXT,
     ),
 ]

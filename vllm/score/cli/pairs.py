@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.cli.checks import check_no_file
+from vllm.score.data.rows import Skipped
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.boundary import RULES
 from vllm.score.sequence.files import read_pairs
@@ -26,31 +28,29 @@ class PairOptions:
 
     contexts: Sequence[str]
     targets: Sequence[str]
-    file: Path | None
+    files: Sequence[Path]
     context_column: str | None
     target_column: str | None
     chat: bool
     boundary: str
+    skip_empty: bool = False
 
     def __post_init__(self) -> None:
         if self.boundary not in RULES:
             raise ScoreModeError(
                 f"--boundary is {self.boundary!r}; it must be one of {', '.join(RULES)}"
             )
-        if self.file is not None:
+        if self.files:
             if self.contexts or self.targets:
                 raise ScoreModeError(
                     "--file and --context or --target each name pairs; give one of them"
                 )
             return
-        for option, column in (
-            ("--context-column", self.context_column),
-            ("--target-column", self.target_column),
-        ):
-            if column is not None:
-                raise ScoreModeError(
-                    f"{option} is {column!r}, but no file is named; add --file PATH"
-                )
+        check_no_file(
+            context_column=self.context_column,
+            target_column=self.target_column,
+            skip_empty=self.skip_empty or None,
+        )
         if not self.contexts and not self.targets:
             raise ScoreModeError(
                 "nothing to score; give --context TEXT --target TEXT, or --file PATH"
@@ -68,28 +68,34 @@ class PairOptions:
         Raises:
             ScoreModeError: the file is not there, or holds no pairs.
         """
-        if self.file is None:
+        notes: list[str] = []
+        if not self.files:
             rows: list[tuple[Any, str]] = list(product(self.contexts, self.targets))
             names = [f"--context {c[:30]!r}, --target {t[:30]!r}" for c, t in rows]
         else:
-            rows = read_pairs(
-                self.file,
+            target = "target" if self.target_column is None else self.target_column
+            skipped = Skipped((target,)) if self.skip_empty else None
+            rows, names = read_pairs(
+                self.files,
                 "context" if self.context_column is None else self.context_column,
-                "target" if self.target_column is None else self.target_column,
+                target,
+                skipped=skipped,
             )
-            names = [f"{self.file}, row {number}" for number in range(1, len(rows) + 1)]
+            notes = [] if skipped is None else skipped.notes()
         if self.chat:
             rows = [(_as_messages(context), target) for context, target in rows]
-        return Pairs(rows, names, self.boundary)
+        return Pairs(rows, names, self.boundary, notes)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """(context, target) rows, what errors call them, and the boundary rule."""
+    """(context, target) rows, what errors call them, the boundary rule, and what the reader of
+    the results should know of the files."""
 
     rows: Sequence[tuple[Any, str]]
     names: Sequence[str]
     boundary: str
+    notes: Sequence[str] = ()
 
     def prepare(self, tokenizer: Any) -> Prepared:
         """Their tokens.

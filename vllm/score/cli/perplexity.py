@@ -24,6 +24,7 @@ def perplexity(
     text: options.DirectText = None,
     file: options.File = None,
     text_column: options.TextColumn = None,
+    skip_empty: options.SkipEmpty = False,
     separate_documents: options.SeparateDocuments = False,
     limit: options.Limit = None,
     context_length: options.ContextLength = 2048,
@@ -67,7 +68,7 @@ def perplexity(
 
     conventions = convention or []
     model = checks.one_model(model, model_option)
-    texts = TextOptions(dataset, dataset_config, split, text, file or [], text_column)
+    texts = TextOptions(dataset, dataset_config, split, text, file or [], text_column, skip_empty)
     checks.check_sizes(
         model,
         context_length=context_length,
@@ -100,7 +101,7 @@ def perplexity(
         embedded = None
         if texts.given or model is not None:
             source = texts.open()
-            checks.check_text(source)
+            checks.check_text(source, limit)
         if model is None:
             from vllm.score.tiny.embedded import embedded_model
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllm.score.cli.checks import check_no_file
+from vllm.score.data.rows import Columns, Skipped, read_rows
 from vllm.score.errors import ScoreModeError
 
-READABLE = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 QUESTION, ANSWER = "question", "answer"
 
 
@@ -24,12 +24,14 @@ class Questions:
         names: what errors call them.
         gold: the right answers; None where it is not known.
         choices: candidate answers of each; empty where there are none.
+        notes: what the reader of the results should know of the files.
     """
 
     given: Sequence[Any]
     names: Sequence[str]
     gold: Sequence[str | None]
     choices: Sequence[list[str]] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -62,30 +64,28 @@ class QuestionOptions:
     """
 
     questions: Sequence[str]
-    file: Path | None
+    files: Sequence[Path]
     question_column: str | None
     answer_column: str | None
     choices_column: str | None
     chat: bool
+    skip_empty: bool = False
 
     def __post_init__(self) -> None:
-        if self.file is not None:
+        if self.files:
             if self.questions:
                 raise ScoreModeError("--file and --question each name questions; give one of them")
             return
-        for option, column in (
-            ("--question-column", self.question_column),
-            ("--answer-column", self.answer_column),
-            ("--choices-column", self.choices_column),
-        ):
-            if column is not None:
-                raise ScoreModeError(
-                    f"{option} is {column!r}, but no file is named; add --file PATH"
-                )
+        check_no_file(
+            question_column=self.question_column,
+            answer_column=self.answer_column,
+            choices_column=self.choices_column,
+            skip_empty=self.skip_empty or None,
+        )
 
     @property
     def given(self) -> bool:
-        return bool(self.questions) or self.file is not None
+        return bool(self.questions or self.files)
 
     def read(self) -> Questions:
         """The questions; of a file after reading it.
@@ -93,8 +93,8 @@ class QuestionOptions:
         Raises:
             ScoreModeError: none are named, or the file is not there or holds none.
         """
-        if self.file is not None:
-            found = self._of_file(self.file)
+        if self.files:
+            found = self._of_files()
         elif self.questions:
             names = [f"--question {text[:30]!r}" for text in self.questions]
             found = Questions(list(self.questions), names, [None] * len(names))
@@ -105,93 +105,46 @@ class QuestionOptions:
         if not self.chat:
             return found
         given = [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in found.given]
-        return Questions(given, found.names, found.gold, found.choices)
+        return replace(found, given=given)
 
-    def _of_file(self, path: Path) -> Questions:
-        rows = read_rows(path)
-        names = [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
+    def _of_files(self) -> Questions:
+        question = self.question_column or QUESTION
+        answer = self.answer_column or ANSWER
+        optional = (answer,) if self.choices_column is None else (answer, self.choices_column)
+        columns = Columns((question,), optional, "name another with --question-column")
+        skipped = Skipped((question,)) if self.skip_empty else None
+        rows = list(read_rows(self.files, columns, "questions", skipped=skipped))
+        names = [f"{row.path}, row {row.number}" for row in rows]
 
-        def column(name: str) -> list[Any]:
+        def column(option: str, name: str) -> list[Any]:
             """Of every row; a row may leave it out unless none has it."""
-            if not any(name in row for row in rows):
-                columns = ", ".join(repr(each) for each in rows[0])
+            if not any(name in row.fields for row in rows):
+                listed = ", ".join(repr(each) for each in rows[0].columns)
                 raise ScoreModeError(
-                    f"file {str(path)!r} has no column {name!r}; its columns are {columns}; name "
-                    "another"
+                    f"column {name!r} is not in file {str(rows[0].path)!r}; its columns are "
+                    f"{listed}; name another with {option}"
                 )
-            return [row.get(name) for row in rows]
+            return [row.fields.get(name) for row in rows]
 
-        questions = column(self.question_column or QUESTION)
-        for name, question in zip(names, questions, strict=True):
-            if not question:
-                raise ScoreModeError(f"{name}: the question is missing or empty")
+        questions = [row.fields[question] for row in rows]
+        for name, each in zip(names, questions, strict=True):
+            if not each:
+                raise ScoreModeError(
+                    f"{name}: the question is empty; fill it in, or leave such rows out with "
+                    "--skip-empty"
+                )
         gold: list[str | None] = [None] * len(rows)
-        if self.answer_column is not None or any(ANSWER in row for row in rows):
-            answers = column(self.answer_column or ANSWER)
-            gold = [None if answer in (None, "") else str(answer) for answer in answers]
+        if self.answer_column is not None or any(answer in row.fields for row in rows):
+            answers = column("--answer-column", answer)
+            gold = [None if each in (None, "") else str(each) for each in answers]
         choices = []
         if self.choices_column is not None:
-            choices = column(self.choices_column)
+            choices = column("--choices-column", self.choices_column)
             for name, each in zip(names, choices, strict=True):
                 if not isinstance(each, list) or not all(isinstance(c, str) for c in each):
                     raise ScoreModeError(
                         f"{name}: {self.choices_column!r} is {each!r:.60}; give a list of texts "
                         "(in .jsonl or .parquet)"
                     )
-        return Questions(questions, names, gold, choices)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table, at least one; of CSV all fields are texts.
-
-    Raises:
-        ScoreModeError: it is not there, or cannot be read.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in READABLE:
-        raise ScoreModeError(
-            f"file {str(path)!r} is of no kind that holds questions; give one that ends in "
-            f"{', '.join(READABLE)}"
-        )
-    if not path.is_file():
-        raise ScoreModeError(f"file {str(path)!r} does not exist; name a file with questions")
-    try:
-        if suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            rows = pq.read_table(path).to_pylist()
-        elif suffix in (".csv", ".tsv"):
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                delimiter = "\t" if suffix == ".tsv" else ","
-                rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
-        else:
-            rows = _json_lines(path)
-    except ScoreModeError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's and Unicode's are ValueErrors
-        reason = " ".join(str(error).split())
-        raise ScoreModeError(
-            f"file {str(path)!r} cannot be read: {reason}; give a table as {suffix} has it"
-        ) from error
-    if not rows:
-        raise ScoreModeError(f"file {str(path)!r} has no rows: there is nothing to ask")
-    return rows
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ScoreModeError(
-                f"file {str(path)!r}, line {number} is not JSON: {error}"
-            ) from error
-        if not isinstance(row, dict):
-            raise ScoreModeError(
-                f"file {str(path)!r}, line {number} is {row!r:.40}; give an object a line"
-            )
-        rows.append(row)
-    return rows
+        notes = [] if skipped is None else skipped.notes()
+        return Questions(questions, names, gold, choices, notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -36,11 +37,20 @@ Target = Annotated[
     ),
 ]
 File = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
         "--file",
         metavar="PATH",
-        help=".csv, .tsv, .jsonl or .parquet with a pair a row.",
+        help=".csv, .tsv, .jsonl, .json or .parquet with a pair a row, plain or compressed. "
+        "Several: --file A B C.",
+        rich_help_panel=PAIRS,
+    ),
+]
+SkipEmpty = Annotated[
+    bool,
+    typer.Option(
+        "--skip-empty",
+        help="Leave out rows without a context or with an empty target, and say how many.",
         rich_help_panel=PAIRS,
     ),
 ]
@@ -102,6 +112,7 @@ def sequence(
     file: File = None,
     context_column: ContextColumn = None,
     target_column: TargetColumn = None,
+    skip_empty: SkipEmpty = False,
     chat: Chat = False,
     boundary: Boundary = "spanning",
     dtype: options.Dtype = "auto",
@@ -143,9 +154,16 @@ def sequence(
     checks.check_engine(dtype, gpu_memory_utilization)
     if model is None:
         checks.check_no_model(quantization=quantization, tokenizer=tokenizer, revision=revision)
-    checks.check_output("--output", output, WRITABLE, [] if file is None else [str(file)])
+    checks.check_output("--output", output, WRITABLE, [str(each) for each in file or []])
     given = PairOptions(
-        context or [], target or [], file, context_column, target_column, chat, boundary
+        context or [],
+        target or [],
+        file or [],
+        context_column,
+        target_column,
+        chat,
+        boundary,
+        skip_empty,
     )
     loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
 
@@ -188,7 +206,7 @@ def sequence(
         if loaded is None:
             prepared = pairs.prepare(llm.get_tokenizer())
         rows = score_prepared(llm, prepared, use_tqdm=not quiet)
-        _report(rows, results, as_json=as_json)
+        _report(rows, pairs.notes, results, as_json=as_json)
         if output is not None:
             from vllm.score.sequence.files import write_results
 
@@ -197,19 +215,23 @@ def sequence(
                 print(f"wrote {output}", file=sys.stderr)
 
 
-def _report(rows: list[dict[str, Any]], stream: TextIO, *, as_json: bool) -> None:
+def _report(
+    rows: list[dict[str, Any]], notes: Sequence[str], stream: TextIO, *, as_json: bool
+) -> None:
     if as_json:
         from vllm.score.sequence import files
 
         text = json.dumps(files.as_json(rows), indent=2, ensure_ascii=False, allow_nan=False)
         print(text, file=stream, flush=True)
+        for line in notes:
+            print(line, file=sys.stderr)
         return
     from rich.console import Console
 
-    from vllm.score.sequence.table import notes, results_table
+    from vllm.score.sequence import table
 
     console = Console(file=stream, highlight=False)
-    console.print(results_table(rows))
-    for line in notes(rows):
+    console.print(table.results_table(rows))
+    for line in (*table.notes(rows), *notes):
         console.print(line, markup=False)
     stream.flush()

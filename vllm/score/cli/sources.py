@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ class TextOptions:
     text: str | None
     files: Sequence[str]
     text_column: str | None
+    skip_empty: bool = False
 
     def __post_init__(self) -> None:
         named = [
@@ -47,12 +47,13 @@ class TextOptions:
                 )
         if STANDARD_INPUT in self.files and len(self.files) > 1:
             raise ScoreModeError("--file - (standard input) cannot be joined with other files")
-        if self.text_column is not None and (
-            self.text is not None or STANDARD_INPUT in self.files or not named
-        ):
-            raise ScoreModeError(
-                f"--text-column is {self.text_column!r}, but the text has no columns; leave it out"
-            )
+        if self.text is not None or STANDARD_INPUT in self.files or not named:
+            for given, what in (
+                (self.text_column is not None, f"--text-column is {self.text_column!r}"),
+                (self.skip_empty, "--skip-empty is given"),
+            ):
+                if given:
+                    raise ScoreModeError(f"{what}, but the text has no columns; leave it out")
 
     @property
     def given(self) -> bool:
@@ -69,14 +70,15 @@ class TextOptions:
         if STANDARD_INPUT in self.files:
             return stdin_source()
         if self.files:
-            # `datasets` logs the error that it raises, too.
-            logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-            return file_source(list(self.files), text_column=self.text_column)
+            return file_source(
+                list(self.files), text_column=self.text_column, skip_empty=self.skip_empty
+            )
         if self.dataset is not None:
             return hub_source(
                 self.dataset,
                 self.dataset_config,
                 split=self.split or "test",
                 text_column=self.text_column,
+                skip_empty=self.skip_empty,
             )
         raise ScoreModeError(f"a model is named and no text; give {_WAYS}")

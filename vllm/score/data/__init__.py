@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-def as_source(value: Any, *, text_column: str | None = None) -> Source:
+def as_source(value: Any, *, text_column: str | None = None, skip_empty: bool = False) -> Source:
     """Make a source of what the caller has.
 
     Args:
@@ -46,6 +46,7 @@ def as_source(value: Any, *, text_column: str | None = None) -> Source:
             texts; token ids (list, array or tensor of integers), or a list of such; a
             `datasets.Dataset` or `IterableDataset`; any other iterable of texts; a `Source`.
         text_column: of a dataset or table file; by default "text".
+        skip_empty: of a dataset or table file: leave out rows whose text is null, missing or empty.
 
     Raises:
         ScoreModeError: for anything else, or an empty list.
@@ -55,9 +56,9 @@ def as_source(value: Any, *, text_column: str | None = None) -> Source:
     if isinstance(value, str):
         return TextSource(value)
     if isinstance(value, Path):
-        return file_source(value, text_column=text_column)
+        return file_source(value, text_column=text_column, skip_empty=skip_empty)
     if hasattr(value, "select_columns") and hasattr(value, "column_names"):
-        return DatasetSource(value, text_column)
+        return DatasetSource(value, text_column, skip_empty=skip_empty)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

@@ -1,41 +1,43 @@
-"""Local files: plain text, JSON lines, CSV and Parquet."""
+"""Local files and standard input as sources: plain text, and tables with a document a row."""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from vllm.score.data.columns import text_column
-from vllm.score.data.source import Piece, Source, SpooledSource, documents_as_pieces
+from vllm.score.data.columns import NAME_ANOTHER, TEXT_COLUMN
+from vllm.score.data.rows import Columns, Skipped, read_rows, table_suffix
+from vllm.score.data.source import Piece, Source, SpooledSource, check_encodable
+from vllm.score.data.streams import (
+    check_file,
+    decode_utf8,
+    decompressed,
+    is_compressed,
+    open_bytes,
+)
 from vllm.score.errors import ScoreModeError
 
-_READ = 1 << 20
-# suffix (without .gz and the like) -> builder of `datasets`
-_TABLES = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+_CONTENT = "a text"
 
 
 def file_source(
-    paths: str | Path | Sequence[str | Path], *, text_column: str | None = None
+    paths: str | Path | Sequence[str | Path],
+    *,
+    text_column: str | None = None,
+    skip_empty: bool = False,
 ) -> Source:
-    """A local file, or several.
+    """A local file, or several of one kind.
 
-    A .jsonl, .json, .csv, .tsv or .parquet file (also compressed) holds one document a row; any
-    other file is one document, read as it is (UTF-8).
+    A .jsonl, .json, .csv, .tsv or .parquet file holds one document a row; any other file is one
+    document (UTF-8, byte for byte but for a byte-order mark at its beginning). Each may be
+    compressed by gzip, bz2, xz, zstd or lz4, whatever its name. Names are taken literally.
 
     Args:
         text_column: of a table; by default "text".
+        skip_empty: of a table: leave out rows whose text is null, missing or empty.
 
     Raises:
         ScoreModeError: a file is missing, files of different kinds, or a column asked of a plain
@@ -45,140 +47,123 @@ def file_source(
     if not listed:
         raise ScoreModeError("file: no file is named; give at least one")
     for path in listed:
-        if not path.is_file():
-            reason = "is a directory" if path.is_dir() else "does not exist"
-            raise ScoreModeError(f"file {str(path)!r} {reason}; name a text or table file")
+        check_file(path, _CONTENT)
+    names = ", ".join(str(path) for path in listed)
     if not any(path.stat().st_size for path in listed):
-        names = ", ".join(str(path) for path in listed)
         raise ScoreModeError(f"file {names!r} is empty: there is nothing to score")
-    kinds = {_TABLES.get(_bare_suffix(path)) for path in listed}
-    if len(kinds) > 1:
-        names = ", ".join(str(path) for path in listed)
-        raise ScoreModeError(f"file: {names} are of different kinds; give files of one kind")
-    kind = kinds.pop()
-    if kind is not None:
-        return TableFileSource(listed, kind, text_column)
-    if text_column is not None:
-        raise ScoreModeError(
-            f"text_column is {text_column!r}, but {str(listed[0])!r} is a plain text file and has "
-            "no columns; leave it out"
-        )
+    kinds = {table_suffix(path) for path in listed}
+    if None in kinds and len(kinds) > 1:
+        raise ScoreModeError(f"file: {names} are of different kinds; give texts alone, or tables")
+    if None not in kinds:
+        return TableFileSource(listed, text_column, skip_empty=skip_empty)
+    for field, value in (("text_column", text_column), ("skip_empty", skip_empty or None)):
+        if value is not None:
+            raise ScoreModeError(
+                f"{field} is {value!r}, but {str(listed[0])!r} is a plain text file and has no "
+                "columns; leave it out"
+            )
     return TextFileSource(listed)
 
 
-class TextFileSource(Source):
-    """Plain text files in UTF-8, each one document, taken byte for byte (no newline is changed)."""
+class _FileSource(Source):
+    """What sources of files share: a pass that checks and hashes."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.name = ", ".join(str(path) for path in paths)
         self._paths = list(paths)
+        self._checked: tuple[Any, str, int] | None = None
 
     def pieces(self) -> Iterator[Piece]:
-        for document, path in enumerate(self._paths):
+        return self._pieces(None)
+
+    def _pieces(self, digests: Sequence[Any] | None) -> Iterator[Piece]:
+        """Args:
+        digests: for each file a hash that is given its bytes.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        if self._checked is not None and self._checked[0] == self._state():
+            return
+        state, size = self._state(), 0
+        digests = [hashlib.sha256() for _ in self._paths]
+        for document, text in self._pieces(digests):
+            size += len(check_encodable(text, document))
+        self._checked = state, _joint_hash(digests), size
+
+    def content_sha256(self) -> str | None:
+        if self._checked is not None and self._checked[0] == self._state():
+            return self._checked[1]
+        digests = []
+        for path in self._paths:
             with path.open("rb") as file:
-                for text in decode_utf8(file, str(path)):
-                    yield document, text
-
-    def content_sha256(self) -> str | None:
-        return _hash_files(self._paths)
+                digests.append(hashlib.file_digest(file, "sha256"))
+        return _joint_hash(digests)
 
     def size_bytes(self) -> int | None:
-        return sum(path.stat().st_size for path in self._paths)
-
-
-class TableFileSource(Source):
-    """Rows of JSON lines, CSV or Parquet files, read as a stream through `datasets`."""
-
-    def __init__(self, paths: Sequence[Path], kind: str, column: str | None) -> None:
-        self.name = ", ".join(str(path) for path in paths)
-        self._paths, self._kind, self._column = list(paths), kind, column
-
-    def pieces(self) -> Iterator[Piece]:
-        try:
-            head = self._rows({})
-            names = head.column_names or list(next(iter(head), {}))
-            column = text_column(names, self._column, self.name)
-            # Of a CSV field pandas would make a number, or nothing of an empty one or "NA".
-            options: dict[str, Any] = {}
-            if self._kind == "csv":
-                options = {"converters": {column: str}, "na_filter": False}
-            rows = self._rows(options)
-            yield from documents_as_pieces((row[column] for row in rows), self.name)
-        except ScoreModeError:
-            raise
-        except Exception as error:  # pyarrow's, pandas' and datasets' own kinds
-            raise ScoreModeError(
-                f"file {self.name!r} cannot be read as {self._kind}: {_first_line(error)}"
-            ) from error
-
-    def _rows(self, options: dict[str, Any]) -> Any:
-        import datasets
-
-        if self._kind == "csv" and _bare_suffix(self._paths[0]) == ".tsv":
-            options = {**options, "sep": "\t"}
-        files = [str(path.resolve()) for path in self._paths]
-        return datasets.load_dataset(
-            self._kind, data_files=files, split="train", streaming=True, **options
-        )
-
-    def content_sha256(self) -> str | None:
-        return _hash_files(self._paths)
-
-    def size_bytes(self) -> int | None:
-        if self._kind == "parquet" or any(p.suffix in _COMPRESSED for p in self._paths):
+        if self._checked is not None:
+            return self._checked[2]
+        if any(path.suffix == ".parquet" or is_compressed(path) for path in self._paths):
             return None
         return sum(path.stat().st_size for path in self._paths)
 
+    def _state(self) -> list[tuple[int, ...]]:
+        """What changes when a file does."""
+        found = (path.stat() for path in self._paths)
+        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
+
+
+class TextFileSource(_FileSource):
+    """Plain text files in UTF-8, each one document, with every newline as it stands."""
+
+    def _pieces(self, digests: Sequence[Any] | None) -> Iterator[Piece]:
+        for document, path in enumerate(self._paths):
+            with open_bytes(path, None if digests is None else digests[document]) as stream:
+                for text in decode_utf8(stream, str(path)):
+                    yield document, text
+
+
+class TableFileSource(_FileSource):
+    """Rows of tables, each one document."""
+
+    def __init__(
+        self, paths: Sequence[Path], column: str | None = None, *, skip_empty: bool = False
+    ) -> None:
+        super().__init__(paths)
+        self._column = TEXT_COLUMN if column is None else column
+        self.skip_empty = skip_empty
+        self._skipped = Skipped((self._column,)) if skip_empty else None
+
+    def _pieces(self, digests: Sequence[Any] | None) -> Iterator[Piece]:
+        columns = Columns((self._column,), remedy=NAME_ANOTHER)
+        rows = read_rows(self._paths, columns, _CONTENT, skipped=self._skipped, digests=digests)
+        for document, row in enumerate(rows):
+            text = row.fields[self._column]
+            if not isinstance(text, str):
+                raise ScoreModeError(
+                    f"{row.where}: {self._column!r} is {text!r:.80} ({type(text).__name__}), not "
+                    f"text; {NAME_ANOTHER}"
+                )
+            yield document, text
+
+    def notes(self) -> list[str]:
+        return [] if self._skipped is None else self._skipped.notes()
+
 
 def stdin_source(stream: IO[bytes] | None = None) -> Source:
-    """Standard input (or another byte stream): one document in UTF-8."""
-    stream = sys.stdin.buffer if stream is None else stream
-    pieces = ((0, text) for text in decode_utf8(stream, "standard input"))
-    return SpooledSource(pieces, "standard input")
+    """Standard input (or another byte stream): one document in UTF-8, perhaps compressed."""
+    read: Callable[[int], bytes] = (sys.stdin.buffer if stream is None else stream).read
+    name = "standard input"
+
+    def pieces() -> Iterator[Piece]:
+        for text in decode_utf8(decompressed(read, name), name):
+            yield 0, text
+
+    return SpooledSource(pieces(), name)
 
 
-def decode_utf8(stream: IO[bytes], name: str) -> Iterator[str]:
-    """The text of a byte stream, in pieces, at least one (perhaps empty).
-
-    Raises:
-        ScoreModeError: for bytes that are not UTF-8, with their position.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0
-    yield ""
-    while True:
-        data = stream.read(_READ)
-        held = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise ScoreModeError(
-                f"{name}: byte {done - held + error.start} is not UTF-8 ({error.reason}); convert "
-                "the text, for instance with iconv"
-            ) from None
-        done += len(data)
-        if text:
-            yield text
-        if not data:
-            return
-
-
-def _bare_suffix(path: Path) -> str:
-    bare = path.with_suffix("") if path.suffix in _COMPRESSED else path
-    return bare.suffix.lower()
-
-
-def _hash_files(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    text = str(causes[-1]).strip() or type(causes[-1]).__name__
-    return text.splitlines()[0]
+def _joint_hash(digests: Sequence[Any]) -> str:
+    joint = hashlib.sha256()
+    for digest in digests:
+        joint.update(digest.digest())
+    return joint.hexdigest()

@@ -18,14 +18,29 @@ class Source(ABC):
     """Documents of text.
 
     name: for reports.
+    skip_empty: whether rows without a text are left out.
     """
 
     name: str
+    skip_empty: bool = False
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """(document, text) pairs from the beginning; documents are numbered from 0 without gaps,
         and the pieces of one follow each other. An empty document is one empty piece."""
+
+    def check(self) -> None:
+        """Read all of it once, so that a fault at its end is found before anything runs.
+
+        Raises:
+            ScoreModeError: it cannot be read, or is no text.
+        """
+        for document, text in self.pieces():
+            check_encodable(text, document)
+
+    def notes(self) -> list[str]:
+        """Sentences for whoever reads the results, after `pieces` has been read."""
+        return []
 
     def content_sha256(self) -> str | None:
         """Hash of the whole content, where reading it beforehand is cheap; else None."""
@@ -94,6 +109,9 @@ class TokenIdsSource(Source):
     def pieces(self) -> Iterator[Piece]:
         raise ScoreModeError("this source has token ids and no text")
 
+    def check(self) -> None:
+        pass
+
     def content_sha256(self) -> str | None:
         return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
 
@@ -109,6 +127,12 @@ class SpooledSource(Source):
         self._rest = iter(pieces)
         self._spool: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._end = 0
+        self._checked = False
+
+    def check(self) -> None:
+        if not self._checked:
+            super().check()
+            self._checked = True
 
     def pieces(self) -> Iterator[Piece]:
         position = 0
@@ -129,6 +153,21 @@ class SpooledSource(Source):
 def _utf8(text: str) -> bytes:
     # A lone surrogate is refused where the text is tokenised, with the document's number.
     return text.encode("utf-8", errors="surrogatepass")
+
+
+def check_encodable(text: str, document: int) -> bytes:
+    """The text in UTF-8.
+
+    Raises:
+        ScoreModeError: it has a lone surrogate.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ScoreModeError(
+            f"document {document} has a lone surrogate ({text[error.start]!r}), which is no "
+            "character and has no UTF-8 form; remove or replace it"
+        ) from None
 
 
 def documents_as_pieces(documents: Iterable[Any], what: str) -> Iterator[Piece]:

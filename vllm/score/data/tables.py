@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm.score.data.columns import text_column
-from vllm.score.data.source import Piece, Source, documents_as_pieces
+from vllm.score.data.columns import NAME_ANOTHER, text_column
+from vllm.score.data.rows import FILL_IN, Skipped
+from vllm.score.data.source import Piece, Source, check_encodable
+from vllm.score.data.streams import is_pattern
 from vllm.score.errors import ScoreModeError
 
 _PROBE_SECONDS = 5.0
@@ -21,30 +23,66 @@ class DatasetSource(Source):
     Args:
         dataset: the rows.
         column: the text column; by default "text".
+        skip_empty: leave out rows whose text is null or empty.
     """
 
-    def __init__(self, dataset: Any, column: str | None = None, name: str = "dataset") -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        column: str | None = None,
+        name: str = "dataset",
+        *,
+        skip_empty: bool = False,
+    ) -> None:
         self.name = name
+        self.skip_empty = skip_empty
+        self._sha256: str | None = None
         self._dataset = dataset
         names = dataset.column_names
         if names is None:  # a stream that has not been looked into
             names = list(next(iter(dataset), {}))
         self._column = text_column(names, column, name)
+        self._skipped = Skipped((self._column,)) if skip_empty else None
 
     def pieces(self) -> Iterator[Piece]:
-        return documents_as_pieces(self._texts(), f"{self.name}, column {self._column!r}")
+        return enumerate(self._texts())
+
+    def check(self) -> None:
+        self.content_sha256()
+
+    def notes(self) -> list[str]:
+        return [] if self._skipped is None else self._skipped.notes()
 
     def content_sha256(self) -> str | None:
         if not hasattr(self._dataset, "__len__"):
             return None  # a stream: reading it twice may be dear
-        digest = hashlib.sha256()
-        for _, text in self.pieces():
-            data = text.encode("utf-8", errors="surrogatepass")
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        return digest.hexdigest()
+        if self._sha256 is None:
+            digest = hashlib.sha256()
+            for document, text in self.pieces():
+                data = check_encodable(text, document)
+                digest.update(len(data).to_bytes(8, "little"))
+                digest.update(data)
+            self._sha256 = digest.hexdigest()
+        return self._sha256
 
-    def _texts(self) -> Iterator[Any]:
+    def _texts(self) -> Iterator[str]:
+        if self._skipped is not None:
+            self._skipped.clear()
+        for number, text in enumerate(self._values(), 1):
+            if isinstance(text, str) and (text or self._skipped is None):
+                yield text
+                continue
+            where = f"{self.name}, row {number}"
+            if text is not None and text != "":
+                raise ScoreModeError(
+                    f"{where}: {self._column!r} is {text!r:.80} ({type(text).__name__}), not "
+                    f"text; {NAME_ANOTHER}"
+                )
+            if self._skipped is None:
+                raise ScoreModeError(f"{where}: {self._column!r} is null; {FILL_IN}")
+            self._skipped.add(where, self._column)
+
+    def _values(self) -> Iterator[Any]:
         for batch in self._dataset.select_columns([self._column]).iter(batch_size=1000):
             yield from batch[self._column]
 
@@ -57,6 +95,7 @@ def hub_source(
     text_column: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    skip_empty: bool = False,
 ) -> Source:
     """A dataset of the Hugging Face Hub (or a folder written by `Dataset.save_to_disk`).
 
@@ -67,6 +106,7 @@ def hub_source(
         text_column: by default "text".
         revision: branch, tag or commit.
         streaming: read rows as they are needed instead of downloading everything first.
+        skip_empty: leave out rows whose text is null or empty.
 
     Raises:
         ScoreModeError: it cannot be had; the message says why and what to do.
@@ -74,6 +114,7 @@ def hub_source(
     import datasets
 
     name = "/".join(filter(None, (dataset, config, split)))
+    check_folder(dataset)
     try:
         if Path(dataset).is_dir() and _is_saved(Path(dataset)):
             loaded = datasets.load_from_disk(dataset)
@@ -100,7 +141,33 @@ def hub_source(
         raise ScoreModeError(
             f"dataset {name!r} cannot be loaded: {text} (check dataset, config and split)"
         ) from error
-    return DatasetSource(loaded, text_column, name)
+    return DatasetSource(loaded, text_column, name, skip_empty=skip_empty)
+
+
+def check_folder(dataset: str) -> None:
+    """Refuse a local folder of which the datasets library would read other files.
+
+    It takes the names of folders and of the files in them for patterns (`fsspec`), and so reads
+    "data1" where "data[1]" is meant.
+
+    Raises:
+        ScoreModeError: a name has a character of patterns.
+    """
+    folder = Path(dataset)
+    if not folder.is_dir():
+        return
+    names = [str(folder.absolute())]
+    if _is_saved(folder):
+        names = [name for name in names if "::" in name]  # only this is not read literally
+    else:
+        names += [path.name for path in folder.rglob("*")]
+    for name in names:
+        if is_pattern(name):
+            raise ScoreModeError(
+                f"dataset {dataset!r} is a folder, and the datasets library takes {name!r} for a "
+                "pattern, not a name; rename it, or pass its files (--file, or a Path), whose "
+                "names are taken as they are"
+            )
 
 
 def _is_saved(directory: Path) -> bool:

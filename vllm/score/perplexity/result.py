@@ -157,7 +157,9 @@ class PerplexityResult:
         path = Path(path)
         partial = path.with_name(path.name + ".tmp")
         metadata = {"vllm_score.figures": json.dumps(self.to_dict())}
-        with pq.ParquetWriter(partial, part_schema().with_metadata(metadata)) as writer:
+        schema = part_schema().with_metadata(metadata)
+        # A file object: of a name such as "run:1" pyarrow makes an address.
+        with partial.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
             for batch in self.batches():
                 writer.write_batch(batch)
         partial.replace(path)

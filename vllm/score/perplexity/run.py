@@ -47,6 +47,7 @@ def perplexity(
     store: str | Path | None = None,
     resume: bool = False,
     text_column: str | None = None,
+    skip_empty: bool = False,
     group_tokens: int = GROUP_TOKENS,
     use_tqdm: bool | Callable[..., tqdm] = True,
 ) -> PerplexityResult:
@@ -73,6 +74,8 @@ def perplexity(
         resume: go on with a run in `store`; it must have the same model, tokenizer, text, settings
             and versions. Conventions may be added.
         text_column: of a dataset or table file; by default "text".
+        skip_empty: of a dataset or table file: leave out rows whose text is null, missing or
+            empty. How many these were, the result's notes say.
         group_tokens: prompt tokens sent to the engine at a time; what a killed run loses at most.
         use_tqdm: show a progress bar; or a function that makes one.
 
@@ -82,7 +85,7 @@ def perplexity(
     """
     tokenizer = llm.get_tokenizer() if llm.llm_engine.renderer.tokenizer is not None else None
     job = prepare(
-        as_source(source, text_column=text_column),
+        as_source(source, text_column=text_column, skip_empty=skip_empty),
         tokenizer,
         context_length=context_length,
         stride=stride,
@@ -121,11 +124,16 @@ def run_job(
         if job.tokenizer is None
         else describe_tokenizer(job.tokenizer)
     )
+    if job.max_tokens is None:  # else what is not scored is not looked at
+        job.source.check()
+    text: dict[str, Any] = {"sha256": job.source.content_sha256() or UNKNOWN}
+    if job.source.skip_empty:
+        text["skip_empty"] = True
     fingerprint = {
         **identity,
         "tokenizer": tokenizer_identity,
         "settings": job.settings(),
-        "text": {"sha256": job.source.content_sha256() or UNKNOWN},
+        "text": text,
     }
     opened = Store.temporary() if store is None else Store.open(store, fingerprint, resume=resume)
     try:
@@ -152,7 +160,7 @@ class _Runner:
         job = self._job
         totals, stream = self._plan(job.plan, RUN)
         made = figures.run_figures(totals, self._provenance(job.plan, RUN, totals, stream))
-        notes = _notes(job.plan, totals, stream)
+        notes = job.source.notes() + _notes(job.plan, totals, stream)
         for request in job.conventions:
             made += self._convention(request)
             notes.append(f"{request.convention.name}: {request.convention.faults}")

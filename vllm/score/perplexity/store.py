@@ -114,13 +114,12 @@ class Store:
             ScoreModeError: the stored part has other prompts, or is damaged.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         path = self._part(plan, group)
         if not path.exists():
             return None
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = _read_part(path)
         except (pa.ArrowException, OSError) as error:
             raise ScoreModeError(
                 f"store: {path} cannot be read ({error}); delete this file to have it scored again"
@@ -153,10 +152,8 @@ class Store:
 
     def parts(self, plan: str) -> Iterator[pa.Table]:
         """All stored parts of a plan, in order."""
-        import pyarrow.parquet as pq
-
         for path in sorted((self.directory / plan).glob("*.parquet")):
-            yield pq.read_table(path, page_checksum_verification=True).replace_schema_metadata(None)
+            yield _read_part(path).replace_schema_metadata(None)
 
     def check_groups(self, plan: str, count: int) -> None:
         """Raise ScoreModeError where more than `count` groups of a plan are stored."""
@@ -222,6 +219,14 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _read_part(path: Path) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    # A file object: of a name such as "run:1" pyarrow makes an address.
+    with path.open("rb") as file:
+        return pq.read_table(file, page_checksum_verification=True)
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

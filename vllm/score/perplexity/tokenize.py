@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from vllm.score.errors import ScoreModeError
+from vllm.score.data.source import check_encodable
 from vllm.score.perplexity import resync
 
 
@@ -119,11 +119,5 @@ def _offset_encoder(tokenizer: Any) -> resync.Encode:
 
 
 def _encodable(text: str, document: int) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ScoreModeError(
-            f"document {document} has a lone surrogate ({text[error.start]!r}), which is no "
-            "character and has no UTF-8 form; remove or replace it"
-        ) from None
+    check_encodable(text, document)
     return text

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from vllm.score.data.tables import offline_if_unreachable
+from vllm.score.data.rows import Columns, Row, read_rows
+from vllm.score.data.tables import check_folder, offline_if_unreachable
 from vllm.score.errors import ScoreModeError
 
 R1_TEMPLATE = (
@@ -20,7 +20,6 @@ R1_TEMPLATE = (
 )
 _PLACE = "{question}"
 _MARK = "####"  # stands before the final result in GSM8K's answers
-_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Gsm8kR1Template:
         """
         import datasets
 
+        check_folder(self.path)
         what = f"data set {self.path!r}"
 
         def load() -> Any:
@@ -73,7 +73,7 @@ class Gsm8kR1Template:
         rows = _columns(_loaded(load, what, split, remedy), what, "question", "answer")
         return [
             Example(fill(self.template, question), _final_number(answer, f"{what}, row {number}"))
-            for number, (question, answer) in enumerate(rows)
+            for number, (question, answer) in enumerate(rows, 1)
         ]
 
 
@@ -85,7 +85,7 @@ def local_file(
     answer: str | None = "answer",
     template: str | None = None,
 ) -> list[Example]:
-    """The rows of a .jsonl, .json, .csv or .parquet file.
+    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, plain or compressed.
 
     Args:
         split: "train" for all rows, or a slice in the syntax of `datasets`, e.g. "train[:100]".
@@ -97,42 +97,21 @@ def local_file(
     Raises:
         ScoreModeError: the file, the split or a column is missing, or a question is no text.
     """
-    import datasets
-
     if path is None:
         raise ScoreModeError("local_file needs path=, the file's.")
-    file = Path(path)
-    if not file.is_file():
-        reason = "is a folder" if file.is_dir() else "does not exist"
-        raise ScoreModeError(f"path {str(path)!r} {reason}; name a file.")
-    if file.suffix not in _KINDS:
-        raise ScoreModeError(
-            f"path {str(path)!r} ends with {file.suffix!r}; it must be one of {', '.join(_KINDS)}."
-        )
-    kind = _KINDS[file.suffix]
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # Of a field pandas would make a number, or nothing of an empty one or "NA".
-        columns = (question,) if answer is None else (question, answer)
-        options = {"converters": dict.fromkeys(columns, str), "na_filter": False}
-    with tempfile.TemporaryDirectory() as cache:
-
-        def load() -> Any:
-            return datasets.load_dataset(
-                kind,
-                data_files=str(file.resolve()),
-                split=split,
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
-
-        what = f"file {str(path)!r}"
-        loaded = _loaded(load, what, split, 'its rows are the split "train"')
-        rows = _columns(loaded, what, question, answer)
+    file, wanted = Path(path), {"question": question}
+    if answer is not None:
+        wanted["answer"] = answer
+    rows = list(read_rows([file], Columns((), tuple(wanted.values())), "questions"))
+    for field, column in wanted.items():
+        if not any(column in row.fields for row in rows):
+            raise _no_column(f"file {str(path)!r}", field, column, rows[0].columns)
     return [
-        Example(question if template is None else fill(template, question), answer)
-        for question, answer in rows
+        Example(
+            _question(row.fields.get(question), question, row.where, template),
+            None if answer is None else _answer(row.fields.get(answer)),
+        )
+        for row in _part(rows, split, f"file {str(path)!r}")
     ]
 
 
@@ -150,32 +129,51 @@ def _loaded(load: Callable[[], Any], what: str, split: str, remedy: str) -> Any:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScoreModeError(
             f"{what}, split {split!r}, cannot be loaded: {text} ({remedy})."
-        ) from (error)
+        ) from error
 
 
-def _columns(
-    rows: Any, what: str, question: str, answer: str | None
-) -> list[tuple[str, str | None]]:
+def _part(rows: list[Row], split: str, what: str) -> list[Row]:
+    """The rows that a split names, in the syntax of `datasets`."""
+    from datasets import ReadInstruction
+
+    def read() -> list[Row]:
+        found = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+        return [row for part in found for row in rows[part.from_ : part.to]]
+
+    return cast(list[Row], _loaded(read, what, split, 'its rows are the split "train"'))
+
+
+def _columns(rows: Any, what: str, question: str, answer: str) -> list[tuple[str, str | None]]:
     names = rows.column_names
     for field, column in (("question", question), ("answer", answer)):
-        if column is not None and column not in names:
-            more = ", or answer=None for none" if field == "answer" else ""
-            raise ScoreModeError(
-                f"{what} has no column {column!r}; its columns are {', '.join(names)}: name one "
-                f"({field}=){more}."
-            )
-    questions = rows[question][:]
-    answers = [None] * len(questions) if answer is None else rows[answer][:]
-    for number, text in enumerate(questions):
-        if not isinstance(text, str):
-            raise ScoreModeError(
-                f"{what}, row {number}: {question!r} is {text!r:.80}, not text; choose another "
-                "column."
-            )
+        if column not in names:
+            raise _no_column(what, field, column, names)
     return [
-        (text, None if known is None or known == "" else str(known))
-        for text, known in zip(questions, answers, strict=True)
+        (_question(text, question, f"{what}, row {number}", None), _answer(known))
+        for number, (text, known) in enumerate(
+            zip(rows[question][:], rows[answer][:], strict=True), 1
+        )
     ]
+
+
+def _no_column(what: str, field: str, column: str, columns: Sequence[str]) -> ScoreModeError:
+    more = ", or answer=None for none" if field == "answer" else ""
+    return ScoreModeError(
+        f"{what} has no column {column!r}; its columns are {', '.join(columns)}: name one "
+        f"({field}=){more}."
+    )
+
+
+def _question(text: Any, column: str, where: str, template: str | None) -> str:
+    if not isinstance(text, str):
+        raise ScoreModeError(
+            f"{where}: {column!r} is {text!r:.80}, not text; choose another column."
+        )
+    return text if template is None else fill(template, text)
+
+
+def _answer(known: Any) -> str | None:
+    return None if known is None or known == "" else str(known)
 
 
 def _final_number(answer: str | None, where: str) -> str:
