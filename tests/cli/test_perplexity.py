@@ -158,7 +158,7 @@ def test_texts_too_short_are_refused(refusal, model_dir, text_file):
     model = model_dir("llama")
     assert "token of context" in refusal(model, "--text", "a")
     message = refusal(model, "--file", text_file, "--limit", 900, "--convention", "gptq")
-    assert re.search("--convention gptq: .*only 900 tokens.*2048", message)
+    assert re.search("convention 'gptq': .*only 900 tokens.*2048", message)
 
 
 def test_a_bos_that_the_tokenizer_lacks_is_refused(refusal, model_dir, tmp_path, text_file):

@@ -26,7 +26,7 @@ def plan(ids, targets=None, facts=FACTS, **options):
 @pytest.mark.parametrize(
     ("ids", "targets", "message"),
     [
-        ([], None, "prompt_token_ids is empty"),
+        ([], None, "the prompt has no token"),
         (list(range(33)), None, "33 tokens, the engine's max_model_len is 32"),
         ([1, 100, 2], None, r"prompt_token_ids\[1\] is 100, outside the vocabulary 0..99"),
         ([1, -1], None, r"prompt_token_ids\[1\] is -1"),
@@ -50,6 +50,12 @@ def plan(ids, targets=None, facts=FACTS, **options):
 def test_malformed_prompts_and_targets(ids, targets, message):
     with pytest.raises(ValueError, match=message):
         plan(ids, targets)
+
+
+def test_one_token_has_nothing_to_score_and_says_so():
+    made = plan([5], prompt_logprobs=0)
+    assert made.targets.shape == (0, 1) and "one token" in made.notes[0]
+    assert plan([5, 6], prompt_logprobs=0).notes == ()
 
 
 @pytest.mark.parametrize(

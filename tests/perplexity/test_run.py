@@ -21,7 +21,7 @@ from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
 from vllm.score.data import as_source
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import resync
-from vllm.score.perplexity.job import Job, check_fits, prepare
+from vllm.score.perplexity.job import Job, check_fits, check_windows, prepare
 from vllm.score.perplexity.result import PerplexityResult
 from vllm.score.perplexity.run import run_job
 from vllm.score.perplexity.stream import Window
@@ -361,3 +361,78 @@ def test_missing_scores_are_an_error() -> None:
 
     with pytest.raises(ScoreModeError, match=r"window 0: 95 targets were sent, .* \(94,\) came"):
         run(job_for(), Short(len(byte_level())))
+
+
+@pytest.mark.parametrize("bos", ["auto", "start", "window", "never"])
+@pytest.mark.parametrize("separator", ["\n\n", None])
+def test_a_text_that_begins_with_bos_gets_no_second_one(bos: str, separator: str | None) -> None:
+    tokenizer = byte_level_with_bos()
+    plain = [PROSE[:300], PROSE[400:900], PROSE[1000:1100]]
+    own = [f"<|bos|>{text}" for text in plain]
+    joined = separator is not None
+    documents = [separator.join(own)] if separator is not None else own
+    expected = []  # each token with all that a model sees before it in one long window
+    for document in documents:
+        ids = tokenizer.encode(document, add_special_tokens=False)
+        assert ids[0] == 0
+        expected += [(ids[:i], ids[i]) for i in range(1, len(ids))]
+    model = Bigram(len(tokenizer))
+    job = job_for(own, tokenizer, bos=bos, separator=separator, context_length=2000, stride=500)
+    result = run(job, model)
+    losses = [-model.logprob(before, token) for before, token in expected]
+    assert result.provenance.scored_tokens == len(expected)
+    assert result.nll == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert [prompt[:2].count(0) for prompt, _ in model.prompts] == [1] * len(documents)
+    if bos == "never":
+        return
+    begin = "the text begins" if joined else "3 of 3 texts begin"
+    assert any(note.startswith(begin) for note in result.notes)
+    assert any("inside, 2 times" in note for note in result.notes) == joined
+
+
+def test_a_bos_per_window_replaces_the_texts_own() -> None:
+    tokenizer = byte_level_with_bos()
+    plain, own = Bigram(len(tokenizer)), Bigram(len(tokenizer))
+    first = run(job_for(PROSE[:3000], tokenizer, bos="window"), plain)
+    second = run(job_for("<|bos|>" + PROSE[:3000], tokenizer, bos="window"), own)
+    assert own.prompts == plain.prompts
+    assert first.nll == second.nll
+    positions = second.tokens().column("position").to_pylist()
+    assert positions == [p + 1 for p in first.tokens().column("position").to_pylist()]
+
+
+def test_conventions_double_the_bos_as_their_tools_do() -> None:
+    tokenizer = byte_level_with_bos()
+    model = Bigram(len(tokenizer))
+    text = "<|bos|>" + PROSE[:3000]
+    ids = tokenizer(text)["input_ids"]
+    run(job_for(text, tokenizer, conventions=["hf-stride"]), model)
+    assert ids[:2] == [0, 0]
+    assert any(prompt == ids[: len(prompt)] for prompt, _ in model.prompts)
+
+
+def test_the_remedy_for_a_text_with_nothing_to_score_leads_somewhere() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    with pytest.raises(ScoreModeError, match="longer text, or put a BOS in front"):
+        check_windows(job_for("a"))
+    check_windows(job_for("a", bos="start"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
+    for bos in ("auto", "never"):
+        with pytest.raises(ScoreModeError, match=r"give a longer text$"):
+            check_windows(job_for("a", bare, bos=bos))
+    with pytest.raises(ScoreModeError, match=r"give a longer text$"):
+        check_windows(job_for("", bos="start"))
+    with pytest.raises(ScoreModeError, match="use bos='never'"):
+        job_for("a", bare, bos="start")
+
+
+@pytest.mark.parametrize("name", ["gptq", "llama.cpp", "exllamav3"])
+def test_the_size_that_a_convention_is_offered_fits(name: str) -> None:
+    text = "word " * 100
+    with pytest.raises(ScoreModeError, match=f"convention '{name}'") as error:
+        check_windows(job_for(text, conventions=name))
+    size = str(error.value).rpartition("NAME:")[2].rstrip(")")
+    check_windows(job_for(text, conventions=f"{name}:{size}"))
+    with pytest.raises(ScoreModeError, match="need at least"):
+        check_windows(job_for(text, conventions=f"{name}:{int(size) + 1}"))

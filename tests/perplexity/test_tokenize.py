@@ -21,10 +21,10 @@ from tests.perplexity.texts import (
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.tokenize import (
     TokenChunk,
-    automatic_prefix,
     limit_tokens,
     tokenize_documents,
 )
+from vllm.score.tokens import automatic_prefix
 
 # Small enough that a text of a few thousand characters has many blocks.
 SMALL = {"block": 600, "overlap": 256}

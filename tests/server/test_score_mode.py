@@ -194,7 +194,7 @@ def test_the_openai_client(server: str, complete: Any) -> None:
         ({"use_beam_search": True}, "use_beam_search cannot be combined"),
         ({"stream": True, "target_token_ids": [-1]}, "target_token_ids[0] is -1"),
         ({"stream": True, "prompt": [5000]}, "prompt_token_ids[0] is 5000"),
-        ({"prompt": [[]]}, "prompt_token_ids is empty"),
+        ({"prompt": [[]]}, "the prompt has no token"),
     ],
     ids=str,
 )

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
+from vllm.score.tokens import encode_texts, own_prefix_note
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+
+NOTES = "notes"  # of a prompt, for its result
 
 
 def score(
@@ -37,7 +40,8 @@ def score(
         requests: each a text, a list of token ids, or a prompt as `LLM.generate` takes it:
             `{"prompt_token_ids": [...]}` or `{"prompt": "..."}`, with `target_token_ids` (m ids,
             or m lists of k candidates) for the last m positions. Without targets all tokens of
-            the prompt but the first are scored. Texts get the tokenizer's special tokens.
+            the prompt but the first are scored. Texts get the tokenizer's special tokens, once
+            (`vllm.score.tokens`).
         statistics: names from `vllm.score.engine.statistics`.
         temperature: divides the logits.
         top_p: the scores are those of the most likely tokens whose probabilities first add up to
@@ -97,9 +101,11 @@ def _prompts(llm: LLM, requests: Sequence[Any]) -> list[dict[str, Any]]:
     prompts: list[dict[str, Any]] = [{} for _ in requests]
     if texts:
         tokenizer = llm.get_tokenizer()
-        encoded = tokenizer([_text_of(requests[i]) for i in texts])["input_ids"]
-        for i, ids in zip(texts, encoded, strict=True):
-            prompts[i] = {"prompt_token_ids": ids}
+        encoded = encode_texts(tokenizer, [str(_text_of(requests[i])) for i in texts])
+        for i, tokens in zip(texts, encoded, strict=True):
+            prompts[i] = {"prompt_token_ids": tokens.ids}
+            if tokens.own_prefix:
+                prompts[i][NOTES] = (own_prefix_note(tokenizer),)
     for i, request in enumerate(requests):
         if isinstance(request, Mapping):
             unknown = set(request) - {"prompt", "prompt_token_ids", "target_token_ids"}
@@ -195,7 +201,8 @@ def _check(
                 raise ScoreModeError(
                     "full_vocabulary=True and target_token_ids exclude each other."
                 )
-            plan = plan_request(ids, prompt.get("target_token_ids"), params, facts, in_use)
+            targets, notes = prompt.get("target_token_ids"), prompt.pop(NOTES, ())
+            plan = plan_request(ids, targets, params, facts, in_use, notes)
         except ValueError as error:
             raise ScoreModeError(f"requests[{i}]: {error}") from error
         prompt["prompt_token_ids"] = plan.prompt_token_ids

@@ -26,6 +26,7 @@ class TokenScores:
         top_token_ids: int64 [m, top], the most likely tokens, first the likeliest; None unless
             `prompt_logprobs` asked for them.
         top_logprobs: float32 [m, top], their log-probabilities.
+        notes: sentences for whoever reads the scores, e.g. that the text brought its own BOS.
     """
 
     token_ids: np.ndarray | None
@@ -34,6 +35,7 @@ class TokenScores:
     start: int = 1
     top_token_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of scored positions, m."""

@@ -10,10 +10,9 @@ from typing import Any
 from vllm.score.data import Source
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import conventions as known
-from vllm.score.perplexity.job import prepare
-from vllm.score.perplexity.plans import BOS_RULES, ScoringPlan
+from vllm.score.perplexity.job import check_windows, prepare
+from vllm.score.perplexity.plans import BOS_RULES
 from vllm.score.perplexity.run import GROUP_TOKENS
-from vllm.score.perplexity.stream import TextStream
 from vllm.score.perplexity.windows import SlidingWindows
 
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
@@ -133,7 +132,7 @@ def check_fits_model(
     if context_length > longest:
         raise ScoreModeError(
             f"--context-length is {context_length}, {takes}; pass "
-            f"--context-length {longest} or less"
+            f"--context-length {longest} or less, and a --stride of at most that"
         )
     listed = [*known.CONVENTIONS] if "all" in conventions else conventions
     for name in listed:
@@ -170,7 +169,7 @@ def check_job(
 ) -> None:
     """What needs the tokenizer: a BOS where one is asked for, a text long enough for each plan.
 
-    Reads as much of the text as the first windows need. Without a tokenizer the run itself checks.
+    Without a tokenizer the run itself checks.
     """
     if tokenizer is None:
         return
@@ -185,32 +184,7 @@ def check_job(
         max_tokens=max_tokens,
         group_tokens=GROUP_TOKENS,
     )
-
-    def has_window(plan: ScoringPlan) -> bool:
-        stream = TextStream(job.chunks(plan))
-        windows = stream.windows(
-            plan.windows,
-            prefix=plan.prefix,
-            every_window=plan.every_window,
-            replace_first=plan.replace_first,
-        )
-        return next(windows, None) is not None
-
-    if not has_window(job.plan):
-        raise ScoreModeError(
-            f"the text ({source.name}) has no token with a token of context; give a longer text, "
-            "or --bos start"
-        )
-    for request in job.conventions:
-        try:
-            enough = has_window(request.plan)
-        except ScoreModeError as error:
-            raise ScoreModeError(f"--convention {request.label}: {error}") from error
-        if not enough:
-            raise ScoreModeError(
-                f"--convention {request.label}: the text ({source.name}) is too short for its "
-                "windows; give a longer text, or leave the convention out"
-            )
+    check_windows(job)
 
 
 def _check_writable(option: str, path: Path, directory: Path) -> None:

@@ -44,13 +44,11 @@ class Questions:
         Raises:
             ScoreModeError: a question that cannot be used.
         """
-        from vllm.score.sequence.contexts import read_context
+        from vllm.score.sequence.contexts import context_token_ids
 
         found = []
         for question, name in zip(self.given, self.names, strict=True):
-            context = read_context(question, tokenizer, name)
-            special = not context.templated
-            ids = list(tokenizer.encode(context.text, add_special_tokens=special))
+            ids = context_token_ids(question, tokenizer, name)
             if not ids:
                 raise ScoreModeError(f"{name} has no tokens; give a question that is not empty")
             found.append(ids)

@@ -22,7 +22,7 @@ from vllm.score.eig.rules import EntropyThreshold, FixedBudget, StoppingRule
 from vllm.score.eig.types import Trace
 from vllm.score.eig.work import Steps
 from vllm.score.errors import ScoreModeError
-from vllm.score.sequence.contexts import read_context
+from vllm.score.sequence.contexts import context_token_ids
 
 logger = logging.getLogger("vllm_score.eig")
 
@@ -234,8 +234,7 @@ def _token_ids(question: Any, tokenizer: Any, name: str) -> list[int]:
     tokens = isinstance(question, Sequence) and not isinstance(question, str)
     if tokens and question and all(type(token) is int for token in question):
         return list(question)
-    context = read_context(question, tokenizer, name)
-    ids = list(tokenizer.encode(context.text, add_special_tokens=not context.templated))
+    ids = context_token_ids(question, tokenizer, name)
     if not ids:
         raise ScoreModeError(f"{name} has no tokens; give at least one.")
     return ids

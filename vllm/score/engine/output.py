@@ -39,14 +39,14 @@ class FailedScores:
 
 def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
     """The columns of `rows`, [m, width], as `TokenScores`."""
-    layout = plan.layout
+    layout, start, notes = plan.layout, plan.first_position, plan.notes
     columns = rows[:, layout.statistics_columns]
     statistics = {
         name: columns[:, i].astype(np.int64) if name in INTEGER_STATISTICS else columns[:, i].copy()
         for i, name in enumerate(layout.statistics)
     }
     if layout.top < 0:
-        return TokenScores(None, layout.vocabulary_of(rows), statistics, plan.first_position)
+        return TokenScores(None, layout.vocabulary_of(rows), statistics, start, notes=notes)
     logprobs, ids = layout.targets_of(rows), plan.targets.astype(np.int64)
     if plan.flat:
         logprobs, ids = logprobs[:, 0], ids[:, 0]
@@ -54,7 +54,7 @@ def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
     if layout.top:
         top_ids, top_logprobs = layout.top_of(rows)
         top_ids, top_logprobs = top_ids.astype(np.int64), top_logprobs.copy()
-    return TokenScores(ids, logprobs.copy(), statistics, plan.first_position, top_ids, top_logprobs)
+    return TokenScores(ids, logprobs.copy(), statistics, start, top_ids, top_logprobs, notes)
 
 
 def problem_with(output: Any, plan: ScorePlan) -> str | None:

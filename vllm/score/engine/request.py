@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,17 @@ import numpy as np
 
 from vllm.score.engine.invalid import InvalidScoreRequest
 from vllm.score.engine.layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
+from vllm.score.tokens import own_prefix_note, prefix_once
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
 DEFAULT_FULL_VOCABULARY_BYTES = 4 << 30
 
 # In the engine's input: the plan that `score()` made when it checked all requests.
 PLAN = "score_plan"
+
+# Attribute of sampling parameters whose prompt must stay as vLLM has tokenised it: an ordinary
+# request of a client that does not know of score mode.
+AS_TOKENISED = "score_as_tokenised"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class ScorePlan:
         flat: targets were given as a flat list, so results are [m] instead of [m, k].
         layout: the columns that come back.
         vocab_size: V.
+        notes: for whoever reads the result.
     """
 
     prompt_token_ids: list[int]
@@ -57,6 +63,7 @@ class ScorePlan:
     flat: bool
     layout: RowLayout
     vocab_size: int
+    notes: tuple[str, ...] = ()
 
     @property
     def first_position(self) -> int:
@@ -99,6 +106,7 @@ def plan_request(
     params: Any,
     facts: ModelFacts,
     bytes_in_use: int = 0,
+    notes: tuple[str, ...] = (),
 ) -> ScorePlan:
     """Check one score request and say what the engine is to compute.
 
@@ -108,6 +116,7 @@ def plan_request(
         params: `SamplingParams` with `score_mode=True`.
         facts: of the model and front end.
         bytes_in_use: full-vocabulary results already admitted and not finished.
+        notes: what the result is to say of the prompt.
 
     Raises:
         InvalidScoreRequest: (a ValueError) naming the field, the value and the remedy.
@@ -118,6 +127,8 @@ def plan_request(
         targets, flat = array[1:, None].astype(np.int32), True
     else:
         targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+    if not len(targets):
+        notes += ("the prompt is one token, which has no context: nothing was scored",)
     layout = RowLayout(
         num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
         statistics=tuple(params.score_statistics or ()),
@@ -125,18 +136,44 @@ def plan_request(
         temperature=params.score_temperature,
         top_p=params.score_top_p,
     )
-    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size)
+    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size, notes)
     _check_values_a_position(plan, facts)
     if top == FULL_VOCABULARY:
         _check_bytes(plan, bytes_in_use)
     return plan
 
 
+def plan_tokenised(
+    engine_input: Mapping[str, Any],
+    target_token_ids: Any,
+    params: Any,
+    facts: ModelFacts,
+    tokenizer: Any,
+    bytes_in_use: int = 0,
+) -> ScorePlan:
+    """`plan_request` for a prompt that vLLM has tokenised, with its special tokens in front once.
+
+    Args:
+        engine_input: with "prompt_token_ids", and "prompt" where they come from a text.
+        tokenizer: of the engine.
+    """
+    ids: list[int] = engine_input["prompt_token_ids"]
+    notes: tuple[str, ...] = ()
+    text = engine_input.get("prompt")
+    if isinstance(text, str) and tokenizer is not None and not hasattr(params, AS_TOKENISED):
+        ids, own = prefix_once(tokenizer, text, ids)
+        notes = (own_prefix_note(tokenizer),) if own else ()
+    return plan_request(ids, target_token_ids, params, facts, bytes_in_use, notes)
+
+
 def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> tuple[list[int], np.ndarray]:
     """The checked ids, as a list and as an array [n]."""
     ids = list(prompt_token_ids)
     if not ids:
-        raise InvalidScoreRequest("prompt_token_ids is empty.", parameter="prompt_token_ids")
+        raise InvalidScoreRequest(
+            "the prompt has no token; give a text that is not empty, or at least one token id.",
+            parameter="prompt_token_ids",
+        )
     if len(ids) > facts.max_model_len:
         raise InvalidScoreRequest(
             f"prompt_token_ids has {len(ids)} tokens, the engine's max_model_len is "

@@ -11,7 +11,7 @@ from typing import Any
 import wrapt
 
 from vllm.score.engine.layout import FULL_VOCABULARY
-from vllm.score.engine.request import PLAN, ModelFacts, ScorePlan, plan_request
+from vllm.score.engine.request import PLAN, ModelFacts, ScorePlan, plan_tokenised
 from vllm.score.patches.patch import Patch
 from vllm.score.patches.renderers_base import KEY
 
@@ -75,7 +75,8 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
         max_logprobs=None if unlimited else model.max_logprobs,
     )
     in_use = getattr(processor, "score_mode_bytes_in_use", 0)
-    return plan_request(prompt["prompt_token_ids"], prompt.get(KEY), params, facts, in_use)
+    tokenizer = processor.renderer.tokenizer
+    return plan_tokenised(prompt, prompt.get(KEY), params, facts, tokenizer, in_use)
 
 
 class BytesLease:

@@ -14,8 +14,8 @@ from typing import Any
 
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.plans import ScoringPlan
-from vllm.score.perplexity.tokenize import automatic_prefix
 from vllm.score.perplexity.windows import RollingWindows, RowWindows, SlidingWindows
+from vllm.score.tokens import automatic_prefix
 
 HF_STRIDE = "hf-stride"
 

@@ -11,6 +11,7 @@ from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.conventions import ConventionRequest, resolve
 from vllm.score.perplexity.plans import ScoringPlan, bos_tokens, join_documents
 from vllm.score.perplexity.scoring import MAX_GROUP_TOKENS
+from vllm.score.perplexity.stream import TextStream
 from vllm.score.perplexity.tokenize import TokenChunk, limit_tokens, tokenize_documents
 from vllm.score.perplexity.windows import SlidingWindows
 
@@ -82,6 +83,7 @@ def prepare(
         separator=separator,
         prefix=prefix,
         every_window=every_window,
+        prefix_once=bool(prefix or every_window),
     )
     requests = resolve(
         conventions, tokenizer, context_length=context_length, stride=stride, ids_given=ids_given
@@ -89,13 +91,58 @@ def prepare(
     return Job(source, tokenizer, plan, bos, tuple(requests), max_tokens, group_tokens)
 
 
+def check_windows(job: Job) -> None:
+    """Raise ScoreModeError where the text is too short for the run's windows or a convention's.
+
+    Reads as much of the text as the first windows need.
+    """
+    if not _has_window(job, job.plan):
+        raise nothing_to_score(job)
+    for request in job.conventions:
+        name = f"convention {request.label!r}"
+        try:
+            enough = _has_window(job, request.plan)
+        except ScoreModeError as error:
+            raise ScoreModeError(f"{name}: {error}") from error
+        if not enough:
+            raise ScoreModeError(
+                f"{name}: the text ({job.source.name}) is too short for its windows; give a longer "
+                "text, or leave the convention out"
+            )
+
+
+def nothing_to_score(job: Job) -> ScoreModeError:
+    """The error of a text without a token that has a token of context."""
+    remedy = "give a longer text"
+    bos = getattr(job.tokenizer, "bos_token_id", None)
+    if bos is not None and not (job.plan.prefix or job.plan.every_window):
+        remedy += ", or put a BOS in front of it (bos='start', --bos start)"
+    return ScoreModeError(
+        f"the text ({job.source.name}) has no token with a token of context: nothing can be "
+        f"scored; {remedy}"
+    )
+
+
+def _has_window(job: Job, plan: ScoringPlan) -> bool:
+    stream = TextStream(job.chunks(plan))
+    windows = stream.windows(
+        plan.windows,
+        prefix=plan.prefix,
+        every_window=plan.every_window,
+        replace_first=plan.replace_first,
+        prefix_once=plan.prefix_once,
+    )
+    return next(windows, None) is not None
+
+
 def check_fits(job: Job, max_model_len: int) -> None:
     """Raise ScoreModeError for a window longer than the model's."""
     if job.plan.windows.context_length > max_model_len:
         raise ScoreModeError(
             f"context_length is {job.plan.windows.context_length}, more than the engine's "
-            f"max_model_len {max_model_len}; pass context_length={max_model_len} or less, or start "
-            "the engine with a larger max_model_len if the model allows it"
+            f"max_model_len {max_model_len}; pass context_length={max_model_len} or less (and a "
+            "stride of at most that), or start the engine with a larger max_model_len if the "
+            "model allows it"
         )
     for request in job.conventions:
         if request.context_length > max_model_len:

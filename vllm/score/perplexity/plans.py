@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.tokenize import automatic_prefix
 from vllm.score.perplexity.windows import WindowPlan
+from vllm.score.tokens import automatic_prefix
 
 BOS_RULES = {
     "auto": "what tokenizer(text) itself puts in front of the text",
@@ -29,6 +29,8 @@ class ScoringPlan:
     prefix: tokens in front of each text, context only.
     every_window: tokens in front of each window, context only.
     replace_first: token in the place of each window's first one.
+    prefix_once: a text that begins with the prefix itself gets none (`vllm.score.tokens`).
+        Conventions double it as their tools do.
     """
 
     windows: WindowPlan
@@ -36,6 +38,7 @@ class ScoringPlan:
     prefix: tuple[int, ...] = ()
     every_window: tuple[int, ...] = ()
     replace_first: int | None = None
+    prefix_once: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -45,6 +48,7 @@ class ScoringPlan:
             "prefix": list(self.prefix),
             "every_window": list(self.every_window),
             "replace_first": self.replace_first,
+            **({"prefix_once": True} if self.prefix_once else {}),
         }
 
     def key(self) -> str:

@@ -17,7 +17,7 @@ from vllm.score.perplexity.identity import (
     describe_tokenizer,
     versions,
 )
-from vllm.score.perplexity.job import Job, check_fits, prepare
+from vllm.score.perplexity.job import Job, check_fits, check_windows, nothing_to_score, prepare
 from vllm.score.perplexity.plans import ScoringPlan, describe_bos
 from vllm.score.perplexity.progress import Progress
 from vllm.score.perplexity.result import RUN, Figure, PerplexityResult, Provenance
@@ -96,6 +96,7 @@ def perplexity(
         group_tokens=group_tokens,
     )
     check_fits(job, llm.llm_engine.model_config.max_model_len)
+    check_windows(job)
     model, engine = describe_model(llm), describe_engine(llm)
     identity = {"model": model, "engine": engine, "versions": versions()}
     return run_job(job, engine_scorer(llm), identity, store=store, resume=resume, use_tqdm=use_tqdm)
@@ -199,10 +200,7 @@ class _Runner:
                 report=progress.report,
             ).run(stream)
         if not totals.tokens:
-            raise ScoreModeError(
-                f"the text ({job.source.name}) has {stream.tokens} tokens, none with a token of "
-                "context: nothing can be scored; give a longer text, or bos='start'"
-            )
+            raise nothing_to_score(job)
         self._done[plan.key()] = totals, stream
         return totals, stream
 
@@ -243,7 +241,7 @@ class _Runner:
 
 def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[str]:
     notes = []
-    unscored = stream.tokens - totals.tokens
+    unscored = stream.tokens - totals.tokens - stream.own_prefix_tokens
     if unscored and not plan.windows.covers_everything:
         notes.append(
             f"{unscored} of {stream.tokens} tokens were not scored: stride equals context_length, "
@@ -253,6 +251,22 @@ def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[st
         notes.append(
             f"{unscored} of {stream.tokens} tokens were not scored: there is no BOS, so the first "
             "token of a text has no context; words and bytes are those of the scored tokens"
+        )
+    if stream.own_prefixes:
+        texts = (
+            "the text begins"
+            if stream.documents == 1
+            else (f"{stream.own_prefixes} of {stream.documents} texts begin")
+        )
+        notes.append(
+            f"{texts} with the token that stands in front of a text (often a BOS): it is context, "
+            "and none was put in front"
+        )
+    if stream.inner_prefixes:
+        notes.append(
+            "the token that stands in front of a text (often a BOS) is also inside, "
+            f"{stream.inner_prefixes} times, and scored there like any other; where documents "
+            "begin with it, score them apart (separator=None, --separate-documents)"
         )
     return notes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from vllm.score.perplexity.tokenize import TokenChunk
 from vllm.score.perplexity.windows import WindowPlan
+from vllm.score.tokens import own_prefix_length
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,18 @@ class TextStream:
 
     Attributes:
         documents, tokens, bytes: how much has passed (bytes: of UTF-8).
+        own_prefixes, own_prefix_tokens: documents that began with the prefix themselves, and the
+            tokens of it that they wrote: context, never scored.
+        inner_prefixes: how often the prefix's first token stood elsewhere in a text.
     """
 
     def __init__(self, chunks: Iterable[TokenChunk]) -> None:
         self.documents = 0
         self.tokens = 0
         self.bytes = 0
+        self.own_prefixes = 0
+        self.own_prefix_tokens = 0
+        self.inner_prefixes = 0
         self._hash = hashlib.sha256()
         self._chunks = iter(chunks)
 
@@ -69,6 +76,7 @@ class TextStream:
         prefix: Iterable[int] = (),
         every_window: Iterable[int] = (),
         replace_first: int | None = None,
+        prefix_once: bool = False,
     ) -> Iterator[Window]:
         """The windows of every document, in order; reads the stream to its end.
 
@@ -77,13 +85,28 @@ class TextStream:
             prefix: tokens put in front of each document, context only.
             every_window: tokens put in front of each window, context only.
             replace_first: token that takes the place of each window's first.
+            prefix_once: a document that begins with the prefix (or with `every_window`) itself
+                gets none in front; what it wrote of it is context only.
         """
         prefix, every_window = list(prefix), list(every_window)
+        once = (prefix or every_window) if prefix_once else []
         index = 0
         for document, chunks in groupby(self._pass(), key=lambda chunk: chunk.document):
-            base = self.tokens
-            tokens = _DocumentTokens(prefix, chain.from_iterable(self._count(c) for c in chunks))
-            for span in plan.spans(tokens.ensure, lead=len(prefix)):
+            base, front = self.tokens, prefix
+            counted = chain.from_iterable(self._count(c, once) for c in chunks)
+            tokens = _DocumentTokens(counted)
+            own = own_prefix_length(tokens.first(len(once)), once)
+            if own:
+                self.own_prefixes += 1
+                self.own_prefix_tokens += own
+                self.inner_prefixes -= 1
+                front = []
+            if own and every_window:  # which stands in front of the first window, too
+                tokens.remove(own)
+                base += own
+            lead = 0 if every_window else own or len(front)
+            tokens.put_in_front(front)
+            for span in plan.spans(tokens.ensure, lead=lead):
                 ids, texts = tokens.slice(span.begin, span.end)
                 skipped = span.first_target - span.begin
                 if replace_first is not None:
@@ -94,7 +117,7 @@ class TextStream:
                     document=document,
                     token_ids=every_window + ids,
                     num_targets=span.num_targets,
-                    position=base + span.first_target - len(prefix),
+                    position=base + span.first_target - len(front),
                     texts=_all_known(targets),
                 )
                 index += 1
@@ -117,21 +140,36 @@ class TextStream:
                 self.bytes += len(data)
             yield chunk
 
-    def _count(self, chunk: TokenChunk) -> Iterator[tuple[list[int], list[str] | None]]:
+    def _count(
+        self, chunk: TokenChunk, prefix: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[str] | None]]:
         self.tokens += len(chunk.ids)
+        if prefix:
+            self.inner_prefixes += chunk.ids.count(prefix[0])
         yield chunk.ids, chunk.texts
 
 
 class _DocumentTokens:
     """The stream of one document: prefix and tokens, read on demand, forgotten from the front."""
 
-    def __init__(
-        self, prefix: list[int], chunks: Iterator[tuple[list[int], list[str] | None]]
-    ) -> None:
-        self._ids = list(prefix)
-        self._texts: list[str | None] = [""] * len(prefix)
+    def __init__(self, chunks: Iterator[tuple[list[int], list[str] | None]]) -> None:
+        self._ids: list[int] = []
+        self._texts: list[str | None] = []
         self._begin = 0
         self._chunks = chunks
+
+    def first(self, count: int) -> list[int]:
+        """The first tokens, nothing forgotten yet."""
+        return self._ids[: self.ensure(count)]
+
+    def remove(self, count: int) -> None:
+        """Take the first tokens out of the stream."""
+        del self._ids[:count]
+        del self._texts[:count]
+
+    def put_in_front(self, prefix: list[int]) -> None:
+        self._ids[:0] = prefix
+        self._texts[:0] = [""] * len(prefix)
 
     def ensure(self, wanted: int) -> int:
         while self._begin + len(self._ids) < wanted and self._read():

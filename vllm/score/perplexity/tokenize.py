@@ -90,17 +90,6 @@ def limit_tokens(chunks: Iterable[TokenChunk], max_tokens: int | None) -> Iterat
         return
 
 
-def automatic_prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that tokenizer(text) puts in front of a text by itself (often a BOS)."""
-    probe = "a"
-    plain = list(tokenizer.encode(probe, add_special_tokens=False))
-    full = list(tokenizer.encode(probe, add_special_tokens=True))
-    for start in range(len(full) - len(plain) + 1):
-        if plain and full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []
-
-
 def _separators(tokenizer: Any) -> str | None:
     """Before which whitespace a text can be cut ("": any); None: nowhere.
 

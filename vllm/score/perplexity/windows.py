@@ -161,10 +161,11 @@ class RowWindows(WindowPlan):
         size = self.context_length
         needed = self.min_rows * size + self.drop_last_if_exact
         if (length := ensure(needed)) < needed:
+            fits = (length - self.drop_last_if_exact) // self.min_rows
+            smaller = f", or ask for windows of {fits} tokens or fewer (NAME:{fits})"
             raise ScoreModeError(
-                f"the text has only {length} tokens (BOS included); rows of context_length "
-                f"{self.context_length} need at least {needed}; give a longer text or a smaller "
-                "context_length"
+                f"the text has only {length} tokens (BOS included), and windows of {size} need at "
+                f"least {needed}; give a longer text{smaller if fits >= 3 else ''}"
             )
         row = 0
         while self.max_rows is None or row < self.max_rows:

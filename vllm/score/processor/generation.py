@@ -17,6 +17,7 @@ from vllm.score.processor.checks import positive
 from vllm.score.processor.head import causal_model, evaluating
 from vllm.score.processor.stop import StopAfterAnswer, response_length
 from vllm.score.processor.types import GenerationConfig
+from vllm.score.tokens import encode_texts
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -86,7 +87,7 @@ def generate(
 
 
 def prompt_ids(prompts: Prompts, tokenizer: Any) -> list[list[int]]:
-    """The token ids of prompts, special tokens added to texts as the tokenizer does.
+    """The token ids of prompts; texts get the tokenizer's special tokens, once.
 
     Raises:
         ScoreModeError: no prompts, one without a token, or neither texts nor ids.
@@ -97,8 +98,9 @@ def prompt_ids(prompts: Prompts, tokenizer: Any) -> list[list[int]]:
             f"{prompts!r:.80}."
         )
     found = []
+    encoded = iter(encode_texts(tokenizer, [p for p in prompts if isinstance(p, str)]))
     for number, prompt in enumerate(prompts):
-        ids: Any = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        ids: Any = next(encoded).ids if isinstance(prompt, str) else prompt
         if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
             raise ScoreModeError(
                 f"prompts[{number}] is {prompt!r:.80}: give a text or a list of token ids."

@@ -120,7 +120,7 @@ class SequenceProcessor(TeacherForcing):
         """Sample G responses a prompt, each up to an end of sequence or ``</answer>``.
 
         Args:
-            prompts: [B] texts; special tokens are added as the tokenizer does.
+            prompts: [B] texts; they get the tokenizer's special tokens, once.
             G: responses a prompt; by default `config.num_return_sequences`.
             gen_batch_size: sequences at once (Hugging Face); by default the configuration's.
             seed: makes the call repeatable; by default the generators' states decide.

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.tokenize import automatic_prefix
 from vllm.score.sequence.joint import Joint, JointEncoder
 from vllm.score.sequence.offsets import Cut, find_cut
+from vllm.score.tokens import automatic_prefix, begins_with_prefix
 
 RULES = ("spanning", "strict", "separate")
 # Texts are tokenised together as long as their offsets take little memory.
@@ -172,9 +172,8 @@ class BoundaryTokenizer:
                 "continuation), or use boundary='spanning' or 'separate'."
             )
         prefix = [] if pair.templated else self._prefix
-        size = len(prefix)
-        if start >= size and ids[:size] == prefix:
-            prefix = []  # written out in the context
+        if start and begins_with_prefix(ids, prefix):
+            prefix = []  # the context brings its own
         if not prefix and start == 0:
             prefix = [self._start_token(pair)]
         return SplitTokens([*prefix, *ids], start + len(prefix), spanned is not None, spanned or "")

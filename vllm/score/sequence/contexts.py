@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import encode_texts
 
 Messages = Sequence[Mapping[str, Any]]
 ContextLike = str | Messages
@@ -55,6 +56,19 @@ def read_context(given: Any, tokenizer: Any, name: str) -> Context:
                 '{"role": "user", "content": "..."}.'
             )
     return Context(given, _render(list(given), tokenizer, name), True)
+
+
+def context_token_ids(given: Any, tokenizer: Any, name: str) -> list[int]:
+    """The tokens of a text, with the tokenizer's special tokens in front once, or of messages.
+
+    Raises:
+        ScoreModeError: as `read_context`.
+    """
+    context = read_context(given, tokenizer, name)
+    if context.templated:
+        return list(tokenizer.encode(context.text, add_special_tokens=False))
+    ((ids, _),) = encode_texts(tokenizer, [context.text])
+    return ids
 
 
 def _render(messages: list[Mapping[str, Any]], tokenizer: Any, name: str) -> str:

@@ -32,7 +32,7 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
     Raises:
         InvalidScoreRequest: naming the field.
     """
-    from vllm.score.engine.request import ModelFacts, plan_request
+    from vllm.score.engine.request import ModelFacts, plan_tokenised
     from vllm.score.engine.support import check_configuration, check_prompt
 
     check_configuration(serving.engine_client.vllm_config)
@@ -40,8 +40,9 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
     params = request.to_sampling_params(0, serving.default_sampling_params)
     model = serving.model_config
     facts = ModelFacts(model.get_vocab_size(), model.max_model_len, model.max_logprobs)
+    tokenizer = serving.engine_client.renderer.tokenizer
     for engine_input, target in zip(engine_inputs, targets, strict=True):
         check_prompt(engine_input, resumable=False)
-        plan_request(engine_input["prompt_token_ids"], target, params, facts)
+        plan_tokenised(engine_input, target, params, facts, tokenizer)
         if target is not None:
             engine_input[KEY] = target

@@ -84,7 +84,8 @@ def scores_object(scores: TokenScores, statistics: Sequence[str]) -> dict[str, A
     Returns:
         ``start`` (prompt position of the first score), ``token_ids`` [m] or [m][k] (null for the
         whole vocabulary), ``logprobs`` [m], [m][k] or [m][V], ``statistics`` by name [m];
-        ``top_token_ids`` and ``top_logprobs`` [m][N] when `prompt_logprobs` asked for N.
+        ``top_token_ids`` and ``top_logprobs`` [m][N] when `prompt_logprobs` asked for N;
+        ``notes`` where there are any.
     """
     found: dict[str, Any] = {
         "start": scores.start,
@@ -95,6 +96,8 @@ def scores_object(scores: TokenScores, statistics: Sequence[str]) -> dict[str, A
     if scores.top_token_ids is not None and scores.top_logprobs is not None:
         found["top_token_ids"] = scores.top_token_ids.tolist()
         found["top_logprobs"] = _finite(scores.top_logprobs)
+    if scores.notes:
+        found["notes"] = list(scores.notes)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import wrapt
 
+from vllm.score.engine.request import AS_TOKENISED
 from vllm.score.server.answer import scores_of, stock_prompt_logprobs
 from vllm.score.server.params import MARK, Echo, Explicit
 
@@ -75,6 +76,7 @@ async def _echo(
             score_statistics=["rank"],
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        setattr(scoring, AS_TOKENISED, True)
         own_id = f"{request_id}-prompt" if mark.generate else request_id
         scored = await _last(engine, prompt, scoring, own_id, options)
     except ScoreModeUnavailable as error:
