@@ -101,6 +101,7 @@ OTHERS = {
     "a Parquet file": _parquet(),
     "an Arrow file": _arrow(stream=False),
     "an Arrow  file": _arrow(stream=True),
+    "a GGUF model": b"GGUF\3\0\0\0" + bytes(8),
     "a PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
     "compressed by lzma": lzma.compress(b"text", lzma.FORMAT_ALONE),
     "compressed twice": gzip.compress(COMPRESSIONS[".zst"](b"text")),
@@ -123,6 +124,13 @@ def test_what_is_no_text_is_named(tmp_path: Path, kind: str, ending: str) -> Non
     path.write_bytes(gzip.compress(OTHERS[kind]))
     with pytest.raises(ScoreModeError, match=r"decompressed by gzip|compressed twice"):
         read(path)
+
+
+@pytest.mark.parametrize("begin", ["GGUF is", "PAR1\n", "BZh9", "PK", "Rar!", "LZIP", "]"])
+def test_texts_that_begin_like_something_else(tmp_path: Path, begin: str) -> None:
+    content = f"{begin} a text".ljust(257) + "ustar is a format"
+    (tmp_path / "a.txt").write_text(content)
+    assert read(tmp_path / "a.txt") == content
 
 
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="needs iconv")

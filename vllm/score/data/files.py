@@ -59,8 +59,8 @@ def file_source(
     for field, value in (("text_column", text_column), ("skip_empty", skip_empty or None)):
         if value is not None:
             raise ScoreModeError(
-                f"{field} is {value!r}, but {str(listed[0])!r} is a plain text file and has no "
-                "columns; leave it out"
+                f"{field} (--{field.replace('_', '-')}) is {value!r}, but {str(listed[0])!r} is a "
+                "plain text file and has no columns; leave it out"
             )
     return TextFileSource(listed)
 

@@ -34,7 +34,7 @@ _CODECS = (
 # What is no text in UTF-8: first bytes, name, what to do.
 _KINDS = (
     (re.compile(rb"PK\x03\x04"), "a zip archive (as .docx and .xlsx are)", _UNPACK),
-    (re.compile(rb".{257}ustar", re.S), "a tar archive", _UNPACK),
+    (re.compile(rb".{257}ustar(\0|  \0)", re.S), "a tar archive", _UNPACK),
     (re.compile(rb"7z\xbc\xaf\x27\x1c"), "a 7z archive", _UNPACK),
     (re.compile(rb"Rar!\x1a\x07"), "a rar archive", _UNPACK),
     (re.compile(rb"\x1f[\x9d\xa0]"), "compressed by compress (.Z)", "unpack it with gzip -dc"),
@@ -43,13 +43,13 @@ _KINDS = (
     (re.compile(rb"\xff\x06\0\0sNaPpY"), "compressed by snappy", _UNPACK),
     (re.compile(rb"%PDF-"), "a PDF", "export its text, e.g. with pdftotext"),
     (re.compile(rb"\xd0\xcf\x11\xe0"), "an old Office document", "save it as text or CSV in UTF-8"),
-    (re.compile(rb"PAR1[\0-\x1f]"), "a Parquet file", "give it a name that ends in .parquet"),
+    (re.compile(rb"PAR1\x15"), "a Parquet file", "give it a name that ends in .parquet"),
     (
-        re.compile(rb"ARROW1\0\0|\xff\xff\xff\xff"),
+        re.compile(rb"ARROW1\0\0|\xff{4}..\0\0", re.S),
         "an Arrow file",
         "pass the folder that Dataset.save_to_disk made (--dataset), or write it as Parquet",
     ),
-    (re.compile(rb"GGUF"), "a GGUF model", "name a text"),
+    (re.compile(rb"GGUF.\0\0\0"), "a GGUF model", "name a text"),
     (re.compile(rb"SQLite format 3\0"), "an SQLite database", "export the table as CSV"),
     (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"), "text in UTF-32", _ICONV.format("UTF-32")),
     (re.compile(rb"\xff\xfe|\xfe\xff"), "text in UTF-16", _ICONV.format("UTF-16")),
