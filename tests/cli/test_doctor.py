@@ -52,7 +52,8 @@ def test_every_process_reports_and_the_scores_are_right():
 def test_refused_scores_are_exit_code_one():
     done = doctor("--quick", VLLM_PLUGINS="other")
     assert done.returncode == 1
-    assert "switched off by VLLM_PLUGINS" in " ".join(done.stdout.split())
+    assert "VLLM_PLUGINS is 'other', which leaves out" in " ".join(done.stdout.split())
+    assert "vllm-score doctor" not in done.stdout + done.stderr
 
 
 def test_a_kernel_that_is_not_built_is_a_problem(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -283,3 +284,32 @@ def test_without_a_model_it_adds_up(
     assert re.search(r"questions +32 ", out) and re.search(r"correct .* of 32, 95 %", out)
     assert "information gain" in out and "continue rate" in out and "candidates" in out
     assert KEPT[-1].llm_engine.model_config.max_model_len <= 9 + 2 + 2 + 64
+
+
+@pytest.mark.engine
+def test_a_run_without_answers_ends_with_what_to_change(
+    llm: Any,
+    model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    caplog: Any,
+) -> None:
+    from vllm.score.cli import engine
+    from vllm.score.eig import core, expected_information_gain_reasoning
+
+    monkeypatch.setattr(engine, "open_llm", lambda *_, **__: llm)
+    # As on a machine where all 30 seconds have passed.
+    monkeypatch.setattr(core, "_deadline", lambda seconds: time.monotonic() - seconds)
+    with pytest.raises(SystemExit) as exit_:
+        main(["eig", str(model_dir("llama")), "--question", "7+4=", "--json", "--quiet"])
+    assert exit_.value.code == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["questions"][0]["answer"] is None
+    assert re.search(
+        "vllm-score: 1 of 1 questions have no answer; 1 stopped at the time limit.*"
+        "raise --max-computation-time, or lower --concurrency",
+        err.strip().splitlines()[-1],
+    )
+    expected_information_gain_reasoning(llm, ["7+4=", "1+1="], use_tqdm=False)
+    assert "2 of 2 questions have no answer" in caplog.text
+    assert "raise max_computation_time, or lower concurrency" in caplog.text

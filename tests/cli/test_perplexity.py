@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +199,6 @@ def test_several_files_after_one_option(refusal, model_dir, tmp_path, monkeypatc
         assert "column 'text' is not in file 'c.jsonl'; it has no columns" in line
 
 
-@pytest.mark.engine
-def test_what_the_engine_refuses_is_one_line(model_dir, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["perplexity", str(model_dir("llama")), "--text", "a b c", "--quantization", "awk"])
-    assert exit_.value.code == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert re.search(
-        "vLLM does not start .*/llama-\\d+' .*: Unknown quantization method: awk", line
-    )
-
-
 def test_help_is_short_of_nothing(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["perplexity", "-h"])
@@ -217,6 +206,15 @@ def test_help_is_short_of_nothing(capsys):
     text = capsys.readouterr().out
     for option in ("--dataset", "--file", "--convention", "--store", "--json", "--plot"):
         assert option in text
+
+
+def check_log(text: str, scoring: str, wrote: Sequence[Path]) -> None:
+    """Where standard error is no terminal: each long step in two lines; no bar, nothing of vLLM."""
+    begins, ready, *lines = text.splitlines()
+    assert begins.startswith("Starting vLLM with '")
+    assert re.fullmatch(r"vLLM is ready \(\d+\.\d s\)", ready)
+    assert lines[0] == scoring and re.fullmatch(r"Scored \(\d+\.\d s\)", lines[1])
+    assert lines[2:] == [f"wrote {path}" for path in wrote]
 
 
 def run_program(*command: object, timeout: int = 280, **variables: str) -> Any:
@@ -253,7 +251,7 @@ def test_a_run_gives_hugging_faces_perplexity(model_dir, reference, tmp_path, te
     assert report["baselines"] == {}
     assert pq.read_table(tokens)["logprob"].to_numpy() == pytest.approx(-losses, abs=5e-5)
     assert page.read_text().startswith("<!doctype html>")
-    assert "Scoring" in done.stderr
+    check_log(done.stderr, f"Scoring {text_file}", wrote=(tokens, page))
 
 
 @pytest.mark.engine

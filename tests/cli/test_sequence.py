@@ -153,4 +153,10 @@ def test_a_run_gives_hugging_faces_probabilities(model_dir, reference, tmp_path)
         assert shown == pytest.approx(logprobs.sum(), abs=1e-3)
     assert [row["spans_boundary"] for row in table] == [False, False, True, False]
     assert "1 of 4 scored from the start of a token" in " ".join(printed[5:])
-    assert "Scoring" in done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.partition(" (")[0] for line in lines[1:]] == [
+        "vLLM is ready",
+        "Scoring 4 pair(s)",
+        "Scored",
+        f"wrote {output}",
+    ]

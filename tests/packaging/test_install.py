@@ -19,8 +19,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SITE = Path(sysconfig.get_path("purelib"))
 SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE")
-# The one module beside `vllm`: it is imported while torch is.
-TOP_LEVEL = "vllm_score_lm_eval.py"
+# Beside `vllm`: one is imported while torch is, the other where vLLM may be missing.
+TOP_LEVEL = ("vllm_score_command.py", "vllm_score_lm_eval.py")
 FOLDERS = ("vllm", "csrc")
 
 REPORT = """
@@ -36,7 +36,7 @@ print(json.dumps({
 }))
 """
 ENTRY_POINTS = {
-    "console_scripts": {"vllm-score": "vllm.score.cli:main"},
+    "console_scripts": {"vllm-score": "vllm_score_command:main"},
     "vllm.platform_plugins": {"vllm_score": "vllm.score.patches:arm"},
     "torch.backends": {"vllm_score_lm_eval": "vllm_score_lm_eval:register"},
     "vllm.general_plugins": {"vllm_score_check": "vllm.score.patches:verify"},
@@ -99,7 +99,7 @@ def quick_build() -> Iterator[None]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source: builds leave files beside what they build."""
     copy = tmp_path_factory.mktemp("source")
-    for name in (*SOURCES, TOP_LEVEL):
+    for name in (*SOURCES, *TOP_LEVEL):
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, copy)
     for name in FOLDERS:
@@ -130,7 +130,7 @@ def test_the_wheel_holds_every_module_of_ours_and_nothing_else(wheel: Path, sour
     assert modules <= names
     others = {name for name in names if not name.startswith("vllm/score/")}
     assert {name.split("/")[0] for name in others} == {
-        TOP_LEVEL,
+        *TOP_LEVEL,
         f"vllm_score-{metadata.version('vllm-score')}.dist-info",
     }
 

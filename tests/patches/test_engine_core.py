@@ -42,7 +42,7 @@ def test_an_engine_core_without_us_refuses_scores(found: Callable[[str], Any]) -
     assert len(attempts) == 3  # the first refusal must not be remembered as a check that passed
     for kind, message in attempts:
         assert kind == "ScoreModeUnavailable"
-        assert "engine core" in message and "`vllm-score doctor`" in message
+        assert "engine core" in message and "set VLLM_PLUGINS there as here" in message
         assert is_one_sentence(message)
 
 
@@ -105,7 +105,12 @@ def test_a_changed_engine_core_is_a_problem_of_that_process_only(
     problems = found("broken")["problems"]
     assert problems["front end"] is None and problems["worker"] is None
     assert is_one_sentence(problems["engine core"])
-    for word in ("engine core", "vllm.v1.core.kv_cache_manager", "0.32.", "`vllm-score doctor`"):
+    for word in (
+        "engine core",
+        "vllm.v1.core.kv_cache_manager",
+        "0.32.",
+        "VLLM_PLUGINS=vllm_score",
+    ):
         assert word in problems["engine core"]
 
 

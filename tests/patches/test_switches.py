@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,10 @@ pytestmark = pytest.mark.timeout(600)
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "off": ((), {"VLLM_PLUGINS": ""}),
     "others only": ((), {"VLLM_PLUGINS": "some_other"}),
-    "ours only": ((), {"VLLM_PLUGINS": "vllm_score"}),
+    # What the refusals of "off" and "others only" advise.
+    "ours only": ((), {"VLLM_PLUGINS": "vllm_score,vllm_score_check"}),
+    "ours, too": ((), {"VLLM_PLUGINS": "some_other,vllm_score,vllm_score_check"}),
+    "CPU target": ((), {"VLLM_TARGET_DEVICE": "cpu"}),
     "later vLLM": (("0.33.0",), {}),
 }
 
@@ -29,7 +34,7 @@ def found(pool: ThreadPoolExecutor) -> dict[str, Any]:
     return {name: future.result() for name, future in running.items()}
 
 
-@pytest.mark.parametrize("run", ["off", "others only"])
+@pytest.mark.parametrize("run", ["off", "others only", "CPU target"])
 def test_without_the_plug_in_vllm_is_stock(run: str, found: dict[str, Any]) -> None:
     assert not found[run]["armed"]
     for attempt in ("constructor", "from_optional"):
@@ -38,16 +43,43 @@ def test_without_the_plug_in_vllm_is_stock(run: str, found: dict[str, Any]) -> N
         assert "score_mode" in message
 
 
-@pytest.mark.parametrize("run", ["off", "others only"])
-def test_without_the_plug_in_score_names_the_switch(run: str, found: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("run", "cause", "cure"),
+    [
+        ("off", "VLLM_PLUGINS is '', which leaves out", "unset it, or set it to {ours only}"),
+        ("others only", "VLLM_PLUGINS is 'some_other'", "unset it, or set it to {ours, too}"),
+        ("CPU target", "VLLM_TARGET_DEVICE is 'cpu'", "unset it"),
+    ],
+)
+def test_without_the_plug_in_score_names_cause_and_cure(
+    run: str, cause: str, cure: str, found: dict[str, Any]
+) -> None:
+    values = {name: repr(variables.get("VLLM_PLUGINS")) for name, (_, variables) in RUNS.items()}
     kind, message = found[run]["score"]
-    assert kind == "ScoreModeUnavailable"
-    for word in ("'vllm_score'", "VLLM_PLUGINS", "0.32.", "`vllm-score doctor`"):
-        assert word in message
+    assert kind == "ScoreModeUnavailable" and message == found[run]["problem"]
+    assert cause in message and cure.format_map(values) in message
+    assert message.endswith(".") and "\n" not in message and "doctor" not in message
 
 
-def test_naming_the_plug_in_switches_it_on(found: dict[str, Any]) -> None:
-    ours = found["ours only"]
+def test_an_installation_without_plug_in_or_with_a_broken_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vllm.score.patches.causes import why_not_armed
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert "name no plugin 'vllm_score'" in why_not_armed()
+    folder = tmp_path / "vllm_score-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: vllm-score\nVersion: 0.1.0\n")
+    (folder / "entry_points.txt").write_text("[vllm.platform_plugins]\nvllm_score = nowhere:arm\n")
+    assert "'nowhere:arm' cannot be loaded (ModuleNotFoundError" in why_not_armed()
+
+
+@pytest.mark.parametrize("run", ["ours only", "ours, too"])
+def test_naming_the_plug_in_switches_it_on(run: str, found: dict[str, Any]) -> None:
+    ours = found[run]
     assert ours["states"] == {patch.target: ["applied", ""] for patch in REGISTER}
     assert ours["problem"] is None
     assert ours["constructor"] == ["SamplingParams"]
@@ -75,6 +107,6 @@ def test_another_vllm_is_not_amended(found: dict[str, Any]) -> None:
 def test_another_vllm_refuses_scores_in_one_sentence(attempt: str, found: dict[str, Any]) -> None:
     kind, message = found["later vLLM"][attempt]
     assert kind == "ScoreModeUnavailable"
-    for word in ("vllm.sampling_params", "vLLM 0.33.0", "0.32.*", "`vllm-score doctor`"):
+    for word in ("vllm.sampling_params", "vLLM 0.33.0", "0.32.*", "`pip install vllm==0.32.0`"):
         assert word in message
     assert message.endswith(".") and "\n" not in message

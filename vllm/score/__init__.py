@@ -8,6 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import vllm
+
+if getattr(vllm, "__file__", None) is None:  # there is only our part of the package
+    from vllm.score.errors import HOW_TO_INSTALL_VLLM
+
+    raise ModuleNotFoundError(
+        f"vllm-score is installed, but vLLM is not; {HOW_TO_INSTALL_VLLM}", name="vllm"
+    )
+
 if TYPE_CHECKING:
     from vllm.score.api import score
     from vllm.score.errors import ScoreModeError, ScoreModeUnavailable

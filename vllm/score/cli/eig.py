@@ -72,6 +72,7 @@ def eig(
     output: own.Output = None,
     plot: own.Plot = None,
     quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Let a model reason about questions as long as one more step is expected to tell more
     about the answer than it costs.
@@ -86,9 +87,11 @@ def eig(
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.questions import QuestionOptions
-    from vllm.score.cli.streams import engine_refusals, results_stream
+    from vllm.score.cli.streams import results_stream
     from vllm.score.eig.metrics import EIGMetrics
     from vllm.score.eig.plots import FORMATS
+    from vllm.score.launch.steps import long_step, shows_bars
+    from vllm.score.patches.register import require_score_mode
 
     model = checks.one_model(model, model_option)
     checks.check_positive(
@@ -140,6 +143,7 @@ def eig(
 
     with results_stream() as results:
         quieten()
+        require_score_mode()
         questions = _additions(seed) if model is None and not given.given else given.read()
         rule = make_rule(
             scaler,
@@ -170,38 +174,47 @@ def eig(
         if loaded is not None:
             rule.check_choices(questions, loaded)
             problems = rule.problems(loaded, prompts, length)
-        with engine_refusals(model):
-            llm = open_llm(
-                model,
-                context_length=length,
-                dtype=dtype,
-                quantization=quantization,
-                tensor_parallel_size=tensor_parallel_size,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                gpu_memory_utilization=gpu_memory_utilization,
-                enforce_eager=enforce_eager or None,
-                low_memory=low_memory,
-                tokenizer=tokenizer,
-                seed=seed,
-                **_block_size(),
-                **loading,
-            )
+        llm = open_llm(
+            model,
+            context_length=length,
+            dtype=dtype,
+            quantization=quantization,
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager or None,
+            low_memory=low_memory,
+            tokenizer=tokenizer,
+            progress=not quiet,
+            seed=seed,
+            **_block_size(),
+            **loading,
+        )
         if loaded is None:
             loaded = llm.get_tokenizer()
             rule.check_choices(questions, loaded)
             problems = rule.problems(loaded, questions.token_ids(loaded), length)
 
-        from vllm.score.eig.scalers import run
+        from vllm.score.eig.scalers import run, unanswered_note
+        from vllm.score.errors import ScoreModeError
 
         finished: dict[int, Trace] = {}
+        bars = shows_bars(not quiet)
+        step = f"Reasoning about {len(problems)} question(s)"
         try:
-            traces = run(llm, problems, concurrency, None, not quiet, False, finished)
+            with long_step(step, "Reasoned", not quiet and not bars):
+                traces = run(llm, problems, concurrency, None, bars, False, finished)
         except BaseException:
             keep_finished(finished, questions, output)
             raise
         _report(model, rule, questions, traces, metrics, results, as_json=as_json)
         _write_files(rule, questions, traces, output, plot, quiet=quiet)
+        note = unanswered_note(traces, "--max-computation-time", "--concurrency")
+        if note is not None:
+            if all(trace.answer is None for trace in traces):
+                raise ScoreModeError(note)
+            print(f"Note: {note}", file=sys.stderr)
 
 
 def _embedded_defaults(parameters: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -7,11 +7,24 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.launch.start import DEBUG, start_llm
+
 if TYPE_CHECKING:
     from vllm import LLM
 
 CPU_WINDOWS_IN_CACHE = 16
 CPU_CACHE_BYTES = (256 << 20, 16 << 30)
+# How commands spell arguments of `vllm.LLM`; those of lists and numbers that they have.
+OPTIONS = {
+    name: "--" + name.replace("_", "-")
+    for name in (
+        "dtype",
+        "gpu_memory_utilization",
+        "quantization",
+        "tensor_parallel_size",
+        "trust_remote_code",
+    )
+} | {"max_model_len": "the texts or windows"}
 
 
 def open_llm(
@@ -22,6 +35,7 @@ def open_llm(
     in_process: bool = True,
     low_memory: bool = False,
     enforce_eager: bool | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> LLM:
     """A running `vllm.LLM` for windows of `context_length` tokens.
@@ -34,10 +48,11 @@ def open_llm(
             it in a fixed order, so a repeated run has the same batches and the same last bits.
         low_memory: few sequences at a time and a small KV cache.
         enforce_eager: None: eager on a CPU, where compiling costs more than it brings.
+        progress: whether to say on standard error that it starts, and when it runs.
         options: further arguments of `vllm.LLM`; None means vLLM's default.
 
     Raises:
-        ScoreModeError: the model cannot be loaded as asked.
+        ScoreModeError: the model cannot be loaded as asked; see `vllm.score.launch.start`.
     """
     quieten()
     settings = {name: value for name, value in options.items() if value is not None}
@@ -45,10 +60,11 @@ def open_llm(
     if in_process and parallel == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-    from vllm import LLM
     from vllm.platforms import current_platform
 
     settings.setdefault("use_tqdm_on_load", False)
+    # A model that only pools would start as one, and be refused at the first request.
+    settings.setdefault("runner", "generate")
     settings.update(model=model, dtype=dtype, max_model_len=context_length)
     if low_memory:
         settings.setdefault("max_num_seqs", 4)
@@ -66,15 +82,22 @@ def open_llm(
             settings.setdefault("distributed_executor_backend", "uni")
     elif enforce_eager is not None:
         settings["enforce_eager"] = enforce_eager
-    return LLM(**settings)
+    return start_llm(settings, progress=progress, options=OPTIONS)
 
 
 def quieten() -> None:
     """Errors only from vLLM and its libraries, here and in child processes.
 
-    The user's own VLLM_LOGGING_LEVEL counts more.
+    The user's own VLLM_LOGGING_LEVEL counts more, and `--debug`.
     """
     if "VLLM_LOGGING_LEVEL" in os.environ:
+        return
+    if DEBUG.get():
+        os.environ["VLLM_LOGGING_LEVEL"] = "DEBUG"
+        logger = logging.getLogger("vllm")
+        logger.setLevel(logging.DEBUG)
+        for handler in logger.handlers:  # made when vLLM was imported
+            handler.setLevel(logging.DEBUG)
         return
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -108,6 +131,7 @@ def bytes_a_token(model: str, settings: dict[str, Any]) -> int:
     from transformers import AutoConfig
 
     from vllm.score.errors import ScoreModeError
+    from vllm.score.launch.reasons import one_line
 
     try:
         config = AutoConfig.from_pretrained(
@@ -115,11 +139,10 @@ def bytes_a_token(model: str, settings: dict[str, Any]) -> int:
             trust_remote_code=bool(settings.get("trust_remote_code")),
             revision=settings.get("revision"),
         ).get_text_config()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of transformers, and of the model's own code
         raise ScoreModeError(
-            f"model {model!r} cannot be loaded: {reason}; give a folder with a config.json, or a "
-            "name that the hub knows while it can be reached."
+            f"model {model!r} cannot be loaded: {one_line(error)}; give a folder with a "
+            "config.json, or a name that the hub knows while it can be reached."
         ) from error
     layers = getattr(config, "num_hidden_layers", 32)
     heads = getattr(config, "num_attention_heads", 32)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm.score.data.tables import hub_reachable
 from vllm.score.errors import ScoreModeError
+from vllm.score.launch.reasons import one_line
+from vllm.score.launch.start import DEBUG
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "tekken*", "*.tiktoken", "spiece*")
 
 
 def gooffline_if_unreachable() -> bool:
@@ -31,14 +38,15 @@ def gooffline_if_unreachable() -> bool:
 def model_config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
     """The configuration of the part of a model that reads text, as vLLM reads it.
 
-    None where the model is a single file, which only the engine opens.
-
     Raises:
-        ScoreModeError: there is no such model, or it cannot be had.
+        ScoreModeError: there is no such model, it cannot be had, or it is a single file (GGUF).
     """
     path = Path(model)
     if path.is_file():
-        return None
+        raise ScoreModeError(
+            f"model {model!r} is a single file, and this vLLM reads none (no GGUF); name the "
+            "folder of the model in the format of Hugging Face that it was made from"
+        )
     offline = False
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "params.json")):
@@ -61,7 +69,8 @@ def model_config(model: str, *, revision: str | None, trust_remote_code: bool) -
     from vllm.transformers_utils.config import get_config
 
     try:
-        config = get_config(model, trust_remote_code=trust_remote_code, revision=revision)
+        with _unlogged():
+            config = get_config(model, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:  # of transformers, the hub and vLLM, and of the model's own code
         if offline:
             raise ScoreModeError(
@@ -70,8 +79,7 @@ def model_config(model: str, *, revision: str | None, trust_remote_code: bool) -
                 "set HF_ENDPOINT to a mirror"
             ) from error
         raise ScoreModeError(
-            f"model {model!r} cannot be loaded: {_first_line(error)}; give a folder with a "
-            "config.json, or the name of a model of the hub"
+            f"model {model!r} cannot be loaded: {one_line(error)}; {_mend(path)}"
         ) from error
     return config.get_text_config()
 
@@ -105,11 +113,33 @@ def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) 
     try:
         return get_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
+        folder = Path(name)
+        if folder.is_dir() and not any(next(folder.glob(p), None) for p in _TOKENIZER_FILES):
+            raise ScoreModeError(
+                f"model {name!r} has no tokenizer in its folder (as tokenizer.json or "
+                "tokenizer.model); add its files, or name another with --tokenizer"
+            ) from error
         raise ScoreModeError(
-            f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}; name another with "
-            "--tokenizer"
+            f"the tokenizer of {name!r} cannot be loaded: {one_line(error)}; fetch its files "
+            "again, or name another with --tokenizer"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Within, vLLM does not log the errors that it raises, and how often it tried."""
+    logger = logging.getLogger("vllm.transformers_utils")
+    level = logger.level
+    if not DEBUG.get():
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _mend(folder: Path) -> str:
+    """What to do with a configuration that cannot be read."""
+    if folder.is_dir():
+        return "mend its config.json, or fetch it again"
+    return "give a folder with a config.json, or the name of a model of the hub"

@@ -313,3 +313,24 @@ Quiet = Annotated[
     bool,
     typer.Option("--quiet", help="No progress on standard error.", rich_help_panel=OUTPUT),
 ]
+
+
+def show_everything(wanted: bool) -> bool:
+    """For the rest of the program, errors come with their tracebacks and vLLM's log is shown."""
+    from vllm.score.launch.start import DEBUG
+
+    if wanted:
+        DEBUG.set(True)
+    return wanted
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help="Show vLLM's log, and the whole traceback of an error.",
+        callback=show_everything,
+        is_eager=True,
+        rich_help_panel=OUTPUT,
+    ),
+]

@@ -48,6 +48,7 @@ def perplexity(
     output: options.Output = None,
     plot: options.Plot = None,
     quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Perplexity of a model on a text, in sliding windows, from the exact log-probability of
     every token.
@@ -63,8 +64,10 @@ def perplexity(
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.sources import TextOptions
-    from vllm.score.cli.streams import engine_refusals, results_stream
+    from vllm.score.cli.streams import results_stream
     from vllm.score.data import file_source
+    from vllm.score.launch.steps import long_step, shows_bars
+    from vllm.score.patches.register import require_score_mode
 
     conventions = convention or []
     model = checks.one_model(model, model_option)
@@ -98,6 +101,7 @@ def perplexity(
 
     with results_stream() as results:
         quieten()
+        require_score_mode()
         embedded = None
         if texts.given or model is not None:
             source = texts.open()
@@ -122,22 +126,24 @@ def perplexity(
         from vllm.score.perplexity import longest_prompt
         from vllm.score.perplexity import perplexity as run
 
-        with engine_refusals(model):
-            llm = open_llm(
-                model,
-                context_length=longest_prompt(conventions, context_length),
-                dtype=dtype,
-                quantization=quantization,
-                tensor_parallel_size=tensor_parallel_size,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                gpu_memory_utilization=gpu_memory_utilization,
-                enforce_eager=enforce_eager or None,
-                low_memory=low_memory,
-                tokenizer=tokenizer,
-                **loading,
-            )
-        result = run(llm, source, store=store, resume=resume, use_tqdm=not quiet, **settings)
+        llm = open_llm(
+            model,
+            context_length=longest_prompt(conventions, context_length),
+            dtype=dtype,
+            quantization=quantization,
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager or None,
+            low_memory=low_memory,
+            tokenizer=tokenizer,
+            progress=not quiet,
+            **loading,
+        )
+        bars = shows_bars(not quiet)
+        with long_step(f"Scoring {source.name}", "Scored", not quiet and not bars):
+            result = run(llm, source, store=store, resume=resume, use_tqdm=bars, **settings)
         _report(result, _baselines(result, embedded), results, as_json=as_json)
         _write_files(result, output, plot, quiet=quiet)
 

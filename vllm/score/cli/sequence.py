@@ -129,6 +129,7 @@ def sequence(
     as_json: options.Json = False,
     output: Output = None,
     quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Log-probability of sequences after contexts, from the exact score of every token.
 
@@ -141,7 +142,9 @@ def sequence(
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.pairs import PairOptions
-    from vllm.score.cli.streams import engine_refusals, results_stream
+    from vllm.score.cli.streams import results_stream
+    from vllm.score.launch.steps import long_step, shows_bars
+    from vllm.score.patches.register import require_score_mode
     from vllm.score.sequence.files import WRITABLE
     from vllm.score.sequence.hook import score_prepared
 
@@ -169,6 +172,7 @@ def sequence(
 
     with results_stream() as results:
         quieten()
+        require_score_mode()
         pairs = given.read()
         if model is None:
             from vllm.score.tiny.embedded import embedded_model
@@ -188,24 +192,26 @@ def sequence(
                 prepared.check_length(longest, f"the most that {model!r} takes")
             needed = max(len(split.token_ids) for split in prepared.splits)
             length = max(needed, min(_LEAST_LENGTH, longest or _LEAST_LENGTH))
-        with engine_refusals(model):
-            llm = open_llm(
-                model,
-                context_length=length,
-                dtype=dtype,
-                quantization=quantization,
-                tensor_parallel_size=tensor_parallel_size,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                gpu_memory_utilization=gpu_memory_utilization,
-                enforce_eager=enforce_eager or None,
-                low_memory=low_memory,
-                tokenizer=tokenizer,
-                **loading,
-            )
+        llm = open_llm(
+            model,
+            context_length=length,
+            dtype=dtype,
+            quantization=quantization,
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager or None,
+            low_memory=low_memory,
+            tokenizer=tokenizer,
+            progress=not quiet,
+            **loading,
+        )
         if loaded is None:
             prepared = pairs.prepare(llm.get_tokenizer())
-        rows = score_prepared(llm, prepared, use_tqdm=not quiet)
+        bars = shows_bars(not quiet)
+        with long_step(f"Scoring {len(prepared.splits)} pair(s)", "Scored", not quiet and not bars):
+            rows = score_prepared(llm, prepared, use_tqdm=bars)
         _report(rows, pairs.notes, results, as_json=as_json)
         if output is not None:
             from vllm.score.sequence.files import write_results

@@ -41,32 +41,27 @@ def results_stream() -> Iterator[TextIO]:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Errors that a user can mend become one line on standard error and exit code 1."""
-    from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+    """Errors that a user can mend become one line on standard error and exit code 1.
 
+    So do errors that nobody has foreseen, as of an engine that ends; their traceback goes to a
+    file. With `--debug` all stay as they are.
+    """
+    from vllm.score.cli.engine import OPTIONS
+    from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+    from vllm.score.launch.start import DEBUG, later_failure
+
+    before = DEBUG.set(False)
     try:
         yield
-    except (ScoreModeError, ScoreModeUnavailable) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-@contextmanager
-def engine_refusals(model: str) -> Iterator[None]:
-    """What vLLM refuses while it starts becomes a ScoreModeError of one line."""
-    from vllm.score.errors import ScoreModeError
-
-    try:
-        yield
-    except ScoreModeError:
-        raise
-    except (ValueError, OSError) as error:
-        details = getattr(error, "errors", None)  # of pydantic: the message proper is inside
-        reason = details()[0]["msg"] if callable(details) else str(error) or type(error).__name__
-        reason = " ".join(reason.split()).removeprefix("Value error, ")
-        raise ScoreModeError(
-            f"vLLM does not start {model!r} with these options: {reason}"
-        ) from error
+    except Exception as error:
+        if DEBUG.get():
+            raise
+        known = isinstance(error, (ScoreModeError, ScoreModeUnavailable))
+        sentence = str(error) if known else later_failure(error, OPTIONS)
+        print(f"{program}: {sentence}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        DEBUG.reset(before)

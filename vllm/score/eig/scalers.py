@@ -15,7 +15,7 @@ from vllm.score.eig.problems import (
     entropy_threshold_problems,
     fixed_budget_problems,
 )
-from vllm.score.eig.types import Trace
+from vllm.score.eig.types import FAILURE, TIME, Trace
 from vllm.score.eig.work import Steps
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def expected_information_gain_reasoning(
         max_model_len=llm.llm_engine.model_config.max_model_len,
         options=options,
     )
-    return run(llm, problems, concurrency, lora_request, use_tqdm, debug)
+    return _told(run(llm, problems, concurrency, lora_request, use_tqdm, debug))
 
 
 def entropy_threshold_reasoning(
@@ -128,7 +128,7 @@ def entropy_threshold_reasoning(
         max_model_len=llm.llm_engine.model_config.max_model_len,
         options=options,
     )
-    return run(llm, problems, concurrency, lora_request, use_tqdm, debug)
+    return _told(run(llm, problems, concurrency, lora_request, use_tqdm, debug))
 
 
 def fixed_budget_reasoning(
@@ -162,7 +162,7 @@ def fixed_budget_reasoning(
         max_model_len=llm.llm_engine.model_config.max_model_len,
         options=options,
     )
-    return run(llm, problems, concurrency, lora_request, use_tqdm, debug)
+    return _told(run(llm, problems, concurrency, lora_request, use_tqdm, debug))
 
 
 def _rival(name: str, value: Any, strict: bool) -> float:
@@ -199,6 +199,40 @@ def run(
             traces[index] = trace
             bar.update()
     return [traces[i] for i in range(len(problems))]
+
+
+def unanswered_note(
+    traces: Sequence[Trace],
+    time_option: str = "max_computation_time",
+    concurrency_option: str = "concurrency",
+) -> str | None:
+    """What time limits and failures did to a run, in a sentence; None if they did nothing.
+
+    Args:
+        time_option, concurrency_option: how the caller's users spell them.
+    """
+    last = [trace.steps[-1].decision for trace in traces]
+    late = sum(decision.reason == TIME for decision in last)
+    failures = [d.failure for d in last if d.reason == FAILURE and d.failure is not None]
+    unanswered = sum(trace.answer is None for trace in traces)
+    if not late and not failures:
+        return None
+    parts = [f"{unanswered} of {len(traces)} questions have no answer"]
+    if late:
+        parts.append(
+            f"{late} stopped at the time limit of a decision (raise {time_option}, or lower "
+            f"{concurrency_option}: questions that are decided side by side share the engine)"
+        )
+    if failures:
+        parts.append(f"{len(failures)} failed, the first with {': '.join(failures[0])!r}")
+    return "; ".join(parts)
+
+
+def _told(traces: list[Trace]) -> list[Trace]:
+    note = unanswered_note(traces)
+    if note is not None:
+        logger.warning("%s.", note)
+    return traces
 
 
 @contextmanager

@@ -37,8 +37,8 @@ def not_patched(error: Exception) -> Exception:
     from vllm.score.errors import ScoreModeUnavailable
 
     return ScoreModeUnavailable(
-        "score mode is not armed in the engine core or one of its workers (vllm-score must be "
-        f"installed wherever they run): {error}; run `vllm-score doctor`."
+        f"score mode is not armed in the engine core or one of its workers: {error}; install the "
+        "same vllm-score wherever they run, and set VLLM_PLUGINS there as here."
     )
 
 
@@ -79,7 +79,14 @@ def apply(module: ModuleType) -> None:
     """Wrap construction, admission and the calls into the workers."""
 
     def init(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> None:
-        wrapped(*args, **kwargs)
+        try:
+            wrapped(*args, **kwargs)
+        except RuntimeError as error:
+            from vllm.score.launch.guard import unguarded_script_note
+
+            if note := unguarded_script_note(error):
+                error.add_note(note)
+            raise
         setattr(engine.input_processor, NO_CLIENT_LIMIT, True)
 
     def add_request(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
@@ -122,7 +129,8 @@ PATCH = Patch(
     "max_logprobs, which protects servers from their clients. A function run in the workers may "
     "hook or change the model: scores must not rest on prefixes cached before.",
     how="One status call before the first score request of an engine. After collective_rpc the "
-    "next score request resets the prefix cache or, beside running requests, does not read it.",
+    "next score request resets the prefix cache or, beside running requests, does not read it. "
+    "Where an engine process died of importing an unguarded script, the error gets a note.",
     risk="Workers replaced later (elastic scaling) are not asked again.",
     upstream="Not needed in a merged fork, but for the limit.",
     remove_when="Score mode is part of vLLM.",

@@ -24,6 +24,7 @@ from vllm.score.patches import (
     sampling_params,
     scheduler,
 )
+from vllm.score.patches.causes import why_failed, why_not_armed
 from vllm.score.patches.imports import settle, when_imported
 from vllm.score.patches.patch import Application, Patch, Role
 
@@ -88,17 +89,14 @@ def problem(role: Role) -> str | None:
 
     A module that nobody imported cannot answer a request, so only failures count.
     """
-    remedy = "run `vllm-score doctor`"
     if not armed():
-        return (
-            f"score mode is not armed in the {role}: vLLM {upstream_version()} did not load the "
-            f"plugin 'vllm_score' (installed? switched off by VLLM_PLUGINS?); {remedy}."
-        )
+        return f"score mode is off in the {role}: {why_not_armed()}."
     for application in applications(role):
         if application.state == "failed":
+            target, reason = application.patch.target, application.reason
             return (
-                f"score mode is off in the {role}: the patch of {application.patch.target} does "
-                f"not fit vLLM {upstream_version()} ({application.reason}); {remedy}."
+                f"score mode is off in the {role}: "
+                f"{why_failed(target, reason, upstream_version())}."
             )
     return None
 
@@ -106,3 +104,17 @@ def problem(role: Role) -> str | None:
 def front_end_problem() -> str | None:
     """`problem` of the front end."""
     return problem("front end")
+
+
+def require_score_mode() -> None:
+    """Asked before models are made, engines started and texts read.
+
+    Raises:
+        ScoreModeUnavailable: score mode is off in this process.
+    """
+    from vllm import SamplingParams  # noqa: F401 - has vLLM load its plugins
+    from vllm.score.errors import ScoreModeUnavailable
+
+    found = front_end_problem()
+    if found is not None:
+        raise ScoreModeUnavailable(found)

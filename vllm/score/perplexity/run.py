@@ -82,7 +82,11 @@ def perplexity(
     Raises:
         ScoreModeError: for arguments that do not fit together or the model, a text with nothing to
             score, a store that does not belong to this run, or scores that are not finite.
+        ScoreModeUnavailable: score mode is off in this installation.
     """
+    from vllm.score.patches.register import require_score_mode
+
+    require_score_mode()
     tokenizer = llm.get_tokenizer() if llm.llm_engine.renderer.tokenizer is not None else None
     job = prepare(
         as_source(source, text_column=text_column, skip_empty=skip_empty),

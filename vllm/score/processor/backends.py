@@ -146,8 +146,10 @@ class EngineBackend:
     """A vLLM engine, in this process or in others."""
 
     def __init__(self, llm: LLM, tokenizer: Any, lora_request: LoRARequest | None) -> None:
+        from vllm.score.patches.register import require_score_mode
         from vllm.score.processor.engine_generation import engine_eos_token_ids
 
+        require_score_mode()
         self.llm = llm
         self.tokenizer = tokenizer
         self.lora_request = lora_request

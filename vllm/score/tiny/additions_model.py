@@ -21,7 +21,7 @@ from vllm.score.tiny.additions import (
     random_problems,
     tokenizer,
 )
-from vllm.score.tiny.cached import MODEL_FILES, default_cache_dir, make_once, say
+from vllm.score.tiny.cached import MODEL_FILES, default_cache_dir, make_once
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -76,6 +76,7 @@ def additions_model(
         _NAME,
         files=(*(f"{_MODEL}/{file}" for file in MODEL_FILES), _FACTS),
         build=partial(_build, recipe=recipe, progress=progress),
+        begins="Making the model for additions (once; under a minute on one core)",
         progress=progress,
     )
     return AdditionsModel(target / _MODEL, json.loads((target / _FACTS).read_text()))
@@ -134,7 +135,6 @@ def _log_softmax(model: LlamaForCausalLM, token_ids: list[list[int]]) -> np.ndar
 
 def _build(folder: Path, recipe: AdditionsRecipe, progress: bool) -> None:
     started = time.perf_counter()
-    say("Making the model for additions (once; under a minute on one core)", progress)
     import torch
     import transformers
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.launch.steps import long_step, say
 
 CACHE_VARIABLE = "VLLM_SCORE_CACHE"
 # What a model's folder must hold to be loaded.
@@ -36,6 +36,7 @@ def make_once(
     *,
     files: Sequence[str],
     build: Callable[[Path], None],
+    begins: str,
     progress: bool = True,
 ) -> None:
     """Make a folder unless it is there already.
@@ -50,7 +51,9 @@ def make_once(
         files: relative paths of files without which the folder is made anew: all of them come at
             once, but a user may have deleted some since.
         build: fills the empty folder that it is given.
-        progress: whether to say on standard error that another process is waited for.
+        begins: what is said on standard error before, with how long it takes.
+        progress: whether to say that, the time that it took, and that another process is waited
+            for.
 
     Raises:
         ScoreModeError: where the folder cannot be written.
@@ -64,18 +67,13 @@ def make_once(
     try:
         with _locked(target, name, progress):
             if not complete():
-                _make(target, build)
+                with long_step(begins, f"Made {name}", progress):
+                    _make(target, build)
     except OSError as error:
         raise ScoreModeError(
             f"{name} cannot be made in {target.parent} ({error}); set {CACHE_VARIABLE} "
             "to a folder that can be written"
         ) from error
-
-
-def say(line: str, progress: bool) -> None:
-    """Print a line on standard error, if progress is wanted."""
-    if progress:
-        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

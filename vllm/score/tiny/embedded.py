@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vllm.score.tiny.baselines import count_tokens, uniform_perplexity, unigram_perplexity
-from vllm.score.tiny.cached import MODEL_FILES, default_cache_dir, make_once, say
+from vllm.score.tiny.cached import MODEL_FILES, default_cache_dir, make_once
 from vllm.score.tiny.corpus import Corpus, standard_library_corpus
 from vllm.score.tiny.recipe import Recipe
 
@@ -80,6 +80,8 @@ def embedded_model(
         "the embedded model",
         files=(*(f"{_MODEL}/{file}" for file in MODEL_FILES), _HELD_OUT, _COUNTS, _FACTS),
         build=partial(_build, recipe=recipe, progress=progress),
+        begins="Making the embedded model from the docstrings of Python's standard library "
+        "(once; about a minute on 2 cores)",
         progress=progress,
     )
     return EmbeddedModel(
@@ -92,11 +94,6 @@ def embedded_model(
 
 def _build(folder: Path, recipe: Recipe, progress: bool) -> None:
     started = time.perf_counter()
-    say(
-        "Making the embedded model from the docstrings of Python's standard library "
-        "(once; about a minute on 2 cores)",
-        progress,
-    )
     import torch
     import transformers
 

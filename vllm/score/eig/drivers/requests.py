@@ -15,7 +15,7 @@ import numpy as np
 from vllm.score.eig.drivers.checks import check_room, number, token_ids, whole
 from vllm.score.eig.work import Continuation, Next, Sample, Score, Work
 from vllm.score.engine.request import PLAN, ModelFacts, plan_request
-from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
 from vllm.score.shared_prefixes import shared_prefix_order
 
@@ -94,11 +94,9 @@ def facts_of(engine: Any) -> ModelFacts:
     """
     from vllm.score.engine.support import check_configuration
     from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
-    from vllm.score.patches.register import front_end_problem
+    from vllm.score.patches.register import require_score_mode
 
-    problem = front_end_problem()
-    if problem is not None:
-        raise ScoreModeUnavailable(problem)
+    require_score_mode()
     check_configuration(engine.vllm_config)
     model = engine.model_config
     unlimited = getattr(engine.input_processor, NO_CLIENT_LIMIT, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -21,16 +21,11 @@ def start_engine(options: dict[str, Any]) -> LLM:
         options: of `vllm.LLM`; None means vLLM's default.
 
     Raises:
-        ScoreModeError: the model cannot be found.
-        ScoreModeUnavailable: score mode is off in this installation.
+        ScoreModeError: it cannot be started; see `vllm.score.launch.start`.
     """
-    from vllm import LLM
     from vllm.platforms import current_platform
-    from vllm.score.patches.register import front_end_problem
+    from vllm.score.launch.start import start_llm
 
-    problem = front_end_problem()
-    if problem is not None:
-        raise ScoreModeUnavailable(problem)
     settings = {name: value for name, value in options.items() if value is not None}
     if int(settings.get("data_parallel_size", 1)) > 1:
         raise ScoreModeError(
@@ -40,7 +35,7 @@ def start_engine(options: dict[str, Any]) -> LLM:
         )
     if current_platform.is_cpu():
         settings = {**_for_cpu(settings), **settings}
-    return LLM(**settings)
+    return start_llm(settings)
 
 
 def _for_cpu(settings: dict[str, Any]) -> dict[str, Any]:

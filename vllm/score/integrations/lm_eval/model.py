@@ -53,10 +53,13 @@ class VLLMScoreLM(TemplateLM):
     def __init__(
         self, pretrained: str | None = None, *, llm: LLM | None = None, **options: Any
     ) -> None:
+        from vllm.score.patches.register import require_score_mode
+
         super().__init__()
         self._arguments: Arguments = read_arguments(
             pretrained, options, engine_runs=llm is not None
         )
+        require_score_mode()
         self.model = llm if llm is not None else start_engine(self._arguments.engine)
         self.tokenizer = load_tokenizer(self.model, self._arguments.add_bos_token)
         self._encoder = Encoder(
