@@ -18,6 +18,7 @@ from tests.perplexity.texts import (
     odd_texts,
     other_tokenizers,
 )
+from tests.sequence.tokenizers import WithoutOffsets, metaspace
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.tokenize import (
     TokenChunk,
@@ -121,6 +122,17 @@ def test_a_character_of_several_tokens_stands_with_the_first() -> None:
     assert len(chunk.ids) > 3
 
 
+def test_so_it_does_in_a_run_of_unknown_characters() -> None:
+    chunk = chunks_of(metaspace("Unigram", "first"), "x日本é the 語")[0]
+    assert chunk.texts is not None
+    shown = [(i, text) for i, text in enumerate(chunk.texts) if text in tuple("日本é語")]
+    assert [text for _, text in shown] == list("日本é語")
+    lengths = [len("日".encode()), len("本".encode()), len("é".encode())]
+    assert [b - a for (a, _), (b, _) in pairwise(shown)][:2] == lengths[:2]
+    assert chunk.texts[shown[2][0] + 1 : shown[2][0] + lengths[2]] == [""]
+    assert "".join(chunk.texts) == "x日本é the 語"
+
+
 def test_no_special_token_is_added() -> None:
     tokenizer = byte_level_with_bos()
     ids = [token for chunk in chunks_of(tokenizer, ODD) for token in chunk.ids]
@@ -159,6 +171,9 @@ def test_slow_tokenizers_get_the_whole_document() -> None:
         TokenChunk(2, [], None, ""),
     ]
     assert automatic_prefix(Slow()) == [1]
+    # vLLM's own tokenizers call themselves fast and tell no offsets.
+    (chunk,) = tokenize_documents(WithoutOffsets(byte_level()), [(0, "one two")])
+    assert chunk == TokenChunk(0, whole(byte_level(), "one two"), None, "one two")
 
 
 @given(odd_texts(300), st.integers(1, 500))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import partial
 from itertools import accumulate, takewhile
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.perplexity.texts import PIECES, byte_level, byte_level_with_bos, other_tokenizers
+from tests.perplexity.texts import PIECES, PROSE, byte_level, byte_level_with_bos, other_tokenizers
 from tests.sequence import tokenizers
 from vllm.score import ScoreModeError
-from vllm.score.sequence import BoundaryTokenizer, SplitTokens
+from vllm.score.sequence import BoundaryTokenizer, SplitTokens, apart
 from vllm.score.sequence.boundary import Pair
 
 MARKS = ["\u0323", "각", "\u11a8", "☃"]
@@ -157,6 +158,41 @@ def test_separate_encodes_the_two_apart():
         BoundaryTokenizer(tokenizer, "apart")
 
 
+@pytest.mark.parametrize("model", ["BPE", "Unigram"])
+@pytest.mark.parametrize("dummy", ["first", "always", "never", "legacy"])
+def test_the_tokenizers_own_space_is_no_part_of_a_continuation_apart(model, dummy):
+    tokenizer = tokenizers.metaspace(model, dummy)
+    behind = tokenizer.encode("xage", add_special_tokens=False)
+    own = tokenizer.encode("x", add_special_tokens=False)
+    assert split(tokenizer, "x", "age", "separate") == SplitTokens(behind, len(own))
+
+
+def test_a_tokenizer_whose_space_cannot_be_kept_away_is_refused_apart(monkeypatch):
+    tokenizer = tokenizers.slow_sentencepiece(True)
+    dots = split(tokenizer, "x", "...", "separate")
+    assert tokenizer.convert_ids_to_tokens(dots.token_ids[dots.start :])[0].startswith(".")
+    monkeypatch.setattr(apart, "_ANCHORS", (".",))  # merges with more of them
+    with pytest.raises(ScoreModeError, match=r"pair: boundary='separate' .* \(SentencePiece"):
+        split(tokenizer, "x", "...", "separate")
+
+
+def test_bytes_of_an_unknown_character_span_nothing():
+    tokenizer = tokenizers.metaspace("Unigram", "first")
+    result = split(tokenizer, "日本", "語", "strict")
+    assert tokenizer.convert_ids_to_tokens(result.token_ids[result.start :]) == [
+        f"<0x{byte:02X}>" for byte in "語".encode()
+    ]
+
+
+def test_indentation_behind_a_newline_is_found_in_mistrals_sentencepiece():
+    tokenizer = tokenizers.mistral()
+    result = split(tokenizer, "def f():\n    ", "return x")
+    pieces = tokenizer.convert_ids_to_tokens(result.token_ids)
+    assert "".join(pieces[result.start :]).lstrip("▁") == "return▁x"
+    held = len(pieces[result.start]) - len(pieces[result.start].lstrip("▁"))
+    assert (result.spans_boundary, result.spanned_context) == (held > 0, " " * held)
+
+
 def test_bos_stands_once_in_front():
     tokenizer = byte_level_with_bos()
     bos = tokenizer.bos_token_id
@@ -177,10 +213,10 @@ def test_an_empty_context_is_a_bos(make, templated):
     result = split(tokenizer, "", "the text", templated=templated)
     own = tokenizer.encode("the text", add_special_tokens=False)
     assert result == SplitTokens([tokenizer.bos_token_id, *own], 1)
-    # A BOS that is itself the continuation is scored, after another one.
-    doubled = split(tokenizer, "", "<|bos|>the text", templated=templated)
-    assert doubled.token_ids == [tokenizer.bos_token_id] * 2 + own
-    assert doubled.start == 1
+    # A BOS that the continuation begins with is its context.
+    assert split(tokenizer, "", "<|bos|>the text", templated=templated) == result
+    alone = split(tokenizer, "", "<|bos|>", templated=templated)
+    assert alone == SplitTokens([tokenizer.bos_token_id] * 2, 1)
 
 
 def test_what_a_tokenizer_puts_behind_a_text_is_left_out():
@@ -205,6 +241,29 @@ def test_an_unknown_token_over_the_cut_is_scored():
         assert not clean.spans_boundary
 
 
+def test_white_space_that_a_special_token_swallows_is_its_own():
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    for make in (partial(tokenizers.metaspace, "BPE", "always"), byte_level):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=type(make().backend_tokenizer).from_str(
+                make().backend_tokenizer.to_str()
+            ),
+            bos_token=make().bos_token,
+        )
+        left, right = (AddedToken("<|l|>", lstrip=True), AddedToken("<|r|>", rstrip=True))
+        tokenizer.add_special_tokens({"additional_special_tokens": [left, right]})
+        behind = split(tokenizer, "x <|r|>  ", "the")
+        assert not behind.spans_boundary
+        assert tokenizer.decode(behind.token_ids[behind.start :]).strip("▁ ") == "the"
+        within = split(tokenizer, "x <|r|> ", " the")
+        assert (within.spans_boundary, within.spanned_context) == (True, "<|r|> ")
+        before = split(tokenizer, "x ", " <|l|>é")
+        assert (before.spans_boundary, before.spanned_context) == (True, " ")
+        assert tokenizer.decode(before.token_ids[before.start]) == "<|l|>"
+
+
 def test_nothing_to_score_is_refused():
     tokenizer = byte_level()
     with pytest.raises(ScoreModeError, match="pair: the continuation is empty"):
@@ -222,6 +281,24 @@ def test_nothing_to_score_is_refused():
     without_start = other_tokenizers()["word pieces"]
     with pytest.raises(ScoreModeError, match="has no BOS or EOS token to put there; give a cont"):
         split(without_start, "", "a")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        byte_level_with_bos,
+        tokenizers.composing,
+        partial(tokenizers.leading_space, True),
+        partial(tokenizers.metaspace, "BPE", "legacy"),
+        partial(tokenizers.metaspace, "Unigram", "first"),
+    ],
+)
+def test_a_long_context_is_cut_for_many_continuations_as_for_one(make):
+    tokenizer = make()
+    texts = [" a word", "ing", "\n\n", "  x", "漢字", "\u0301e", "<s>a"]
+    pairs = [Pair(c, t) for c in (PROSE[:5000], PROSE[:4001] + "漢e") for t in texts]
+    apart = [next(BoundaryTokenizer(tokenizer).split([pair])) for pair in pairs]
+    assert list(BoundaryTokenizer(tokenizer).split(pairs)) == apart
 
 
 def test_pairs_come_back_in_order_whatever_the_batches(monkeypatch):

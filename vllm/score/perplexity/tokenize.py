@@ -17,6 +17,7 @@ from itertools import groupby
 from typing import Any
 
 from vllm.score.data.source import check_encodable
+from vllm.score.data.token_bytes import TokenBytes, own_offsets
 from vllm.score.perplexity import resync
 
 
@@ -60,7 +61,7 @@ def tokenize_documents(
     """
     for document, group in groupby(pieces, key=lambda piece: piece[0]):
         texts = (_encodable(text, document) for _, text in group)
-        if getattr(tokenizer, "is_fast", False):
+        if getattr(tokenizer, "backend_tokenizer", None) is not None:
             separators = _separators(tokenizer)
             size = block if separators is not None else sys.maxsize
             encode = _offset_encoder(tokenizer)
@@ -105,6 +106,9 @@ def _separators(tokenizer: Any) -> str | None:
 
 
 def _offset_encoder(tokenizer: Any) -> resync.Encode:
+    unigram = type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"
+    token_bytes = TokenBytes(tokenizer) if unigram else None
+
     def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = tokenizer(
             text,
@@ -113,7 +117,10 @@ def _offset_encoder(tokenizer: Any) -> resync.Encode:
             return_attention_mask=False,
             verbose=False,  # no warning that a text is longer than the model
         )
-        return encoding["input_ids"], encoding["offset_mapping"]
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        if token_bytes is not None and token_bytes.known:
+            offsets = own_offsets(token_bytes, text, ids, offsets)
+        return ids, offsets
 
     return encode
 

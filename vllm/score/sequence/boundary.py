@@ -8,18 +8,28 @@ then:
 ``strict``    refuse
 ``separate``  tokenise the two apart, so that no token can; the tokens need not be those that the
               tokenizer makes of the whole text
+
+What a token holds is told by its bytes where the vocabulary writes them out, else by offsets, else
+by comparison with the tokens of the context alone.
+
+A space that the tokenizer puts before a text of its own accord is no context: it belongs to what
+it stands before. So without a context all tokens of the text are the continuation's, behind BOS or
+EOS; and a continuation tokenised apart gets no such space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.score.data.token_bytes import TokenBytes
 from vllm.score.errors import ScoreModeError
+from vllm.score.sequence.alignment import Tokens, find_cut_by_bytes
+from vllm.score.sequence.apart import ApartEncoder
 from vllm.score.sequence.joint import Joint, JointEncoder
-from vllm.score.sequence.offsets import Cut, find_cut
-from vllm.score.tokens import automatic_prefix, begins_with_prefix
+from vllm.score.sequence.offsets import find_cut
+from vllm.score.tokens import automatic_prefix, begins_with_prefix, own_prefix_length
 
 RULES = ("spanning", "strict", "separate")
 # Texts are tokenised together as long as their offsets take little memory.
@@ -64,8 +74,7 @@ class BoundaryTokenizer:
     """Splits pairs.
 
     Args:
-        tokenizer: of Hugging Face or vLLM. Without offsets (a slow one), the cut is found by
-            comparing with the tokens of the context alone.
+        tokenizer: of Hugging Face or vLLM.
         rule: one of `RULES`.
 
     Raises:
@@ -78,7 +87,9 @@ class BoundaryTokenizer:
         self._tokenizer, self._rule = tokenizer, rule
         backend = getattr(tokenizer, "backend_tokenizer", None)
         fast = bool(getattr(tokenizer, "is_fast", False)) and backend is not None
+        self._bytes = TokenBytes(tokenizer)
         self._joint = JointEncoder(tokenizer) if fast and rule != "separate" else None
+        self._apart = ApartEncoder(tokenizer, self._bytes) if rule == "separate" else None
         normalizer = getattr(backend, "normalizer", None)
         self._normalize = None if normalizer is None else normalizer.normalize_str
         self._prefix = automatic_prefix(tokenizer)
@@ -90,65 +101,75 @@ class BoundaryTokenizer:
         The tokens are those of context + continuation, behind the special tokens that
         tokenizer(text) puts in front of any text (unless the context has them, or a chat template
         wrote it). If the continuation's tokens would still be the first, BOS comes before them,
-        or EOS where there is no BOS.
+        or EOS where there is no BOS. A continuation that begins with these special tokens itself
+        is scored from behind them, unless it has nothing else.
 
         Raises:
             ScoreModeError: an empty continuation, one without a token of its own, a text without
-                UTF-8 form, nothing to put before an empty context, or (rule "strict") a token
-                that spans the boundary. The message begins with the pair's name.
+                UTF-8 form, nothing to put before an empty context, (rule "strict") a token that
+                spans the boundary, or (rule "separate") a tokenizer whose own space cannot be kept
+                away. The message begins with the pair's name.
         """
         for batch in _batches(pairs):
             for pair in batch:
                 _check(pair)
             if self._joint is not None:
-                yield from self._by_offsets(batch, self._joint)
+                joints: Iterable[Joint] = self._joint.encode(
+                    [(pair.context, pair.continuation) for pair in batch]
+                )
+                yield from map(self._by_tokens, batch, joints)
+            elif self._apart is not None:
+                yield from (self._encode_apart(pair, self._apart) for pair in batch)
             else:
-                for pair in batch:
-                    ids, start, spanned = (
-                        self._apart(pair) if self._rule == "separate" else self._by_comparison(pair)
-                    )
-                    yield self._finish(pair, ids, start, spanned)
+                yield from map(self._without_offsets, batch)
 
-    def _by_offsets(self, batch: Sequence[Pair], encoder: JointEncoder) -> Iterator[SplitTokens]:
-        joints = encoder.encode([(pair.context, pair.continuation) for pair in batch])
-        for pair, joint in zip(batch, joints, strict=True):
-            found = self._find(pair, joint)
-            spanned = pair.context[found.start :] if found.start < len(pair.context) else None
-            yield self._finish(pair, joint.ids, found.index, spanned)
-
-    def _find(self, pair: Pair, joint: Joint) -> Cut:
-        def token(index: int) -> str:
-            return str(self._tokenizer.convert_ids_to_tokens(joint.ids[joint.first + index]))
-
-        text = pair.context[joint.begin :] + pair.continuation
-        length = len(pair.context) - joint.begin
-        found = find_cut(token, joint.offsets, text, length, self._normalize)
-        if found is None:
-            raise _vanished(pair)
-        return Cut(joint.first + found.index, joint.begin + found.start)
-
-    def _apart(self, pair: Pair) -> tuple[list[int], int, None]:
-        context, own = self._encode_context(pair.context), self._encode(pair.continuation)
+    def _encode_apart(self, pair: Pair, encoder: ApartEncoder) -> SplitTokens:
+        context = self._encode_context(pair.context)
+        own = encoder.encode(pair.continuation, pair.context, context, pair.name)
         if not own:
             raise _vanished(pair)
-        return context + own, len(context), None
+        return self._finish(pair, context + own, len(context), None)
 
-    def _by_comparison(self, pair: Pair) -> tuple[list[int], int, str | None]:
-        """Tokens that the context alone has, too, are the context's; so are further ones, as far
-        as they decode to its characters."""
+    def _by_tokens(self, pair: Pair, joint: Joint) -> SplitTokens:
+        text = pair.context[joint.begin :] + pair.continuation
+        length = len(pair.context) - joint.begin
+        own = Tokens(joint.ids[joint.first :], joint.first == 0, joint.offsets)
+        found = find_cut_by_bytes(self._bytes, own, text, length, self._normalize)
+        if found is None:
+            found = find_cut(joint.offsets, text, length, self._normalize)
+        if found is None:
+            raise _vanished(pair)
+        # Before the first character of all, only a space of the tokenizer's own can be left.
+        index = joint.first + found.index if pair.context else 0
+        start = joint.begin + found.start
+        return self._finish(pair, joint.ids, index, pair.context[start:] or None)
+
+    def _without_offsets(self, pair: Pair) -> SplitTokens:
         text = pair.context + pair.continuation
-        alone, ids = self._encode_context(pair.context), self._encode(text)
+        ids = self._encode(text)
+        found = find_cut_by_bytes(self._bytes, Tokens(ids), text, len(pair.context))
+        if found is None:
+            return self._finish(pair, ids, *self._by_comparison(pair, ids))
+        return self._finish(pair, ids, found.index, pair.context[found.start :] or None)
+
+    def _by_comparison(self, pair: Pair, ids: list[int]) -> tuple[int, str | None]:
+        """(first token of the continuation, what it holds of the context).
+
+        Tokens that the context alone has, too, are the context's; so are further ones, as far as
+        they decode to its characters.
+        """
+        alone = self._encode_context(pair.context)
         if not ids or ids == alone:
             raise _vanished(pair)
         differing = (i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b)
         start = min(next(differing, len(alone)), len(ids) - 1)
-        if self._decode(ids) == text:
-            return (ids, *self._by_decoding(pair.context, ids, start))
+        if self._decode(ids) == pair.context + pair.continuation:
+            return self._by_decoding(pair.context, ids, start)
         unknown = getattr(self._tokenizer, "unk_token_id", None)
         swallows = start and ids[start - 1] == unknown and not pair.continuation[0].isspace()
         if start == len(alone) and swallows:
             start -= 1  # may stand for characters from both sides
-        return ids, start, self._decode(alone[start:]) if start < len(alone) else None
+        return start, self._decode(alone[start:]) if start < len(alone) else None
 
     def _by_decoding(self, context: str, ids: list[int], start: int) -> tuple[int, str | None]:
         whole = start  # tokens that end between characters
@@ -164,7 +185,7 @@ class BoundaryTokenizer:
 
     def _finish(self, pair: Pair, ids: list[int], start: int, spanned: str | None) -> SplitTokens:
         if spanned is not None and self._rule == "strict":
-            token = self._decode(ids[start : start + 1])
+            token = self._text_of(ids[start])
             raise ScoreModeError(
                 f"{pair.name}: the token {token!r} holds both the end of the context, "
                 f"{spanned!r}, and the beginning of the continuation "
@@ -172,11 +193,19 @@ class BoundaryTokenizer:
                 "continuation), or use boundary='spanning' or 'separate'."
             )
         prefix = [] if pair.templated else self._prefix
-        if start and begins_with_prefix(ids, prefix):
-            prefix = []  # the context brings its own
-        if not prefix and start == 0:
+        if start == 0 and not prefix:
             prefix = [self._start_token(pair)]
-        return SplitTokens([*prefix, *ids], start + len(prefix), spanned is not None, spanned or "")
+        own = own_prefix_length(ids, prefix)
+        written = begins_with_prefix(ids, prefix) and self._writes(pair, prefix[:1])
+        if written and (start >= own or (not pair.context and len(ids) > own)):
+            prefix, start = [], max(start, own)
+        start += len(prefix)
+        return SplitTokens([*prefix, *ids], start, spanned is not None, spanned or "")
+
+    def _writes(self, pair: Pair, first: list[int]) -> bool:
+        """Whether the text begins with the token as it is written, and not only with its id."""
+        text = (pair.context or pair.continuation).lstrip()
+        return text.startswith(self._decode(first).strip())
 
     def _start_token(self, pair: Pair) -> int:
         for name in ("bos_token_id", "eos_token_id"):
@@ -187,6 +216,11 @@ class BoundaryTokenizer:
             f"{pair.name}: nothing stands before the first token of the continuation, and the "
             "tokenizer has no BOS or EOS token to put there; give a context."
         )
+
+    def _text_of(self, token: int) -> str:
+        if self._bytes.known:
+            return self._bytes(token).decode(errors="replace")
+        return self._decode([token])
 
     def _encode_context(self, context: str) -> list[int]:
         if context != self._last_context[0]:

@@ -53,7 +53,8 @@ class SequenceProbVLLMHook:
 
         Args:
             contexts: texts, or lists of messages ({"role": ..., "content": ...}) for the chat
-                template. After an empty one the sequence follows BOS (or EOS, without a BOS).
+                template. After an empty one the sequence follows BOS (or EOS, without a BOS),
+                which it may also begin with itself.
             target_sequences: texts, exactly as they go on: "Paris" and " Paris" are two.
             boundary: what becomes of a token that holds the end of the context and the beginning
                 of the sequence: "spanning" scores from its start and says so, "strict" refuses,

@@ -1,0 +1,115 @@
+"""The first token of a continuation, by the bytes of its tokens.
+
+The tokens of a text, put together, are its bytes, but for the spaces that a tokenizer adds before
+the text and behind a special token. So the tokens are followed back from the end of the text to
+the cut. Where their bytes are not the text's (an unknown token, a normaliser that changes the
+text), there is no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from vllm.score.data.token_bytes import TokenBytes
+from vllm.score.sequence.offsets import Cut, character_start
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of the end of a text.
+
+    Attributes:
+        ids: [n].
+        whole: they begin where the text begins.
+        offsets: [n], (start, end) of each in the text, where the tokenizer tells.
+    """
+
+    ids: Sequence[int]
+    whole: bool = True
+    offsets: Sequence[tuple[int, int]] | None = None
+
+
+def find_cut_by_bytes(
+    token_bytes: TokenBytes,
+    tokens: Tokens,
+    text: str,
+    cut: int,
+    normalize: Callable[[str], str] | None = None,
+) -> Cut | None:
+    """The first token that holds anything of text[cut:].
+
+    A space that the tokenizer adds counts to what follows it.
+
+    Args:
+        normalize: what the tokenizer does to a text beforehand. A character that it composes from
+            both sides of the cut is the continuation's, with all its marks. Only with offsets.
+
+    Returns:
+        None if the tokens' bytes do not tell.
+    """
+    if not token_bytes.known:
+        return None
+    found = _walk(token_bytes, tokens, text, cut)
+    if found is not None:
+        index, left = found
+        return Cut(index, cut - left)
+    if normalize is None or tokens.offsets is None:
+        return None
+    changed, begin = normalize(text), cut
+    if not changed.startswith(normalize(text[:cut])):  # composed over the cut
+        begin = character_start(text, cut)
+    context = normalize(text[:begin])
+    if not changed.startswith(context):
+        return None
+    found = _walk(token_bytes, Tokens(tokens.ids, tokens.whole), changed, len(context))
+    if found is None:
+        return None
+    index, left = found
+    return Cut(index, min(tokens.offsets[index][0], begin - 1) if left else begin)
+
+
+def _walk(token_bytes: TokenBytes, tokens: Tokens, text: str, cut: int) -> tuple[int, int] | None:
+    """(index of the token, characters left of the cut that it holds, whole or in part)."""
+    written = token_bytes.of_text(text)
+    end = len(token_bytes.of_text(text[:cut]))
+    index, position = len(tokens.ids), len(written)
+    for before, start in _backwards(token_bytes, tokens, text, written):
+        if position < end or start < position == end:
+            break
+        index, position = before, start
+    if position > end or index == len(tokens.ids):
+        return None
+    while written[position] & 0xC0 == 0x80:  # inside of a character
+        position -= 1
+    return index, len(written[position:end].decode())
+
+
+def _backwards(
+    token_bytes: TokenBytes, tokens: Tokens, text: str, written: bytes
+) -> Iterator[tuple[int, int]]:
+    """(index, where its bytes start in `written`) from the last token on, as far as they agree."""
+    ids, offsets, position = tokens.ids, tokens.offsets or (), len(written)
+
+    def place(character: int) -> int:
+        return len(token_bytes.of_text(text[:character]))
+
+    for index in range(len(ids) - 1, -1, -1):
+        before = ids[index - 1] if index else None
+        if not offsets and not token_bytes.greedy.isdisjoint((ids[index], before)):
+            return
+        if ids[index] in token_bytes.greedy:
+            position = place(offsets[index][0])
+            yield index, position
+            continue
+        low = place(offsets[index - 1][1]) if before in token_bytes.greedy else 0
+        piece = token_bytes(ids[index])
+        if not written.endswith(piece, low, position):
+            begins = tokens.whole if before is None else before in token_bytes.added
+            if not (
+                begins and piece.startswith(b" ") and written.endswith(piece[1:], low, position)
+            ):
+                return
+            piece = piece[1:]
+        position -= len(piece)
+        yield index, position
