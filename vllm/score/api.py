@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def score(
     llm: LLM,
-    requests: Sequence[Any],
+    requests: Iterable[Any],
     *,
     statistics: Sequence[str] = (),
     temperature: float = 1.0,
@@ -61,8 +62,10 @@ def score(
         ScoreModeUnavailable: score mode is off in this installation.
     """
     from vllm.score.engine.feed import run_requests
+    from vllm.score.engine.support import check_llm
 
-    skip_prefix_cache |= reproducible
+    check_llm(llm)
+    skip_prefix_cache = bool(skip_prefix_cache or reproducible)
     policy = {"score_temperature": temperature, "score_top_p": top_p}
     params = _sampling_params(statistics, policy, top, full_vocabulary, skip_prefix_cache)
     prompts = _prompts(llm, requests)
@@ -87,12 +90,13 @@ def score(
     return [r for r in results if r is not None]
 
 
-def _prompts(llm: LLM, requests: Sequence[Any]) -> list[dict[str, Any]]:
+def _prompts(llm: LLM, requests: Iterable[Any]) -> list[dict[str, Any]]:
     """Every request as a token prompt."""
-    if isinstance(requests, (str, bytes, Mapping)):
+    if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
         raise ScoreModeError(
             f"requests must be a list, got one {type(requests).__name__}; write [request]."
         )
+    requests = list(requests)
     texts = [i for i, r in enumerate(requests) if _text_of(r) is not None]
     prompts: list[dict[str, Any]] = [{} for _ in requests]
     if texts:
@@ -140,15 +144,16 @@ def _sampling_params(
     problem = front_end_problem()
     if problem is not None:
         raise ScoreModeUnavailable(problem)
-    if top < 0 or (top and full_vocabulary):
+    whole = isinstance(top, Integral) and not isinstance(top, bool) and top >= 0
+    if not whole or (top and full_vocabulary):
         raise ScoreModeError(
-            f"top={top}: give a number of tokens from 0 on, or full_vocabulary=True, not both."
+            f"top={top!r}: give a number of tokens from 0 on, or full_vocabulary=True, not both."
         )
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         score_mode=True,
-        score_statistics=list(statistics) or None,
+        score_statistics=statistics or None,
         **policy,
         prompt_logprobs=None if full_vocabulary else top,
         skip_reading_prefix_cache=skip,
@@ -187,10 +192,6 @@ def _check(
     for i, prompt in enumerate(prompts):
         try:
             ids = prompt["prompt_token_ids"]
-            if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__"):
-                raise ScoreModeError(
-                    f"prompt_token_ids must be a list of token ids, got {type(ids).__name__}."
-                )
             if full_vocabulary and prompt.get("target_token_ids") is not None:
                 raise ScoreModeError(
                     "full_vocabulary=True and target_token_ids exclude each other."

@@ -7,7 +7,6 @@ nothing is lost, a token of work is saved, and a prompt may be as long as the mo
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from vllm.score.engine.invalid import InvalidScoreRequest
 from vllm.score.engine.layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
+from vllm.score.engine.token_ids import as_sequence, read_token_id_rows, read_token_ids
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
 DEFAULT_FULL_VOCABULARY_BYTES = 4 << 30
@@ -134,56 +134,30 @@ def plan_request(
 
 def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> tuple[list[int], np.ndarray]:
     """The checked ids, as a list and as an array [n]."""
-    ids = list(prompt_token_ids)
-    if not ids:
-        raise InvalidScoreRequest("prompt_token_ids is empty.", parameter="prompt_token_ids")
-    if len(ids) > facts.max_model_len:
+    field = "prompt_token_ids"
+    given = as_sequence(prompt_token_ids, field, "a list of token ids")
+    if len(given) == 0:
+        raise InvalidScoreRequest(f"{field} is empty: give at least one id.", parameter=field)
+    if len(given) > facts.max_model_len:
         raise InvalidScoreRequest(
-            f"prompt_token_ids has {len(ids)} tokens, the engine's max_model_len is "
+            f"{field} has {len(given)} tokens, the engine's max_model_len is "
             f"{facts.max_model_len}: shorten the prompt or score it in windows "
             "(vllm.score.perplexity).",
-            parameter="prompt_token_ids",
-            value=len(ids),
+            parameter=field,
+            value=len(given),
         )
     if facts.vocab_size > MAX_EXACT_ID:
         raise InvalidScoreRequest(
             f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
         )
-    try:
-        # Three times as fast as NumPy on a list, and it refuses what is no integer.
-        checked = np.frombuffer(array("q", ids), dtype=np.int64)
-    except (TypeError, OverflowError):
-        checked = np.asarray(ids)
-    _check_ids(checked, facts.vocab_size, "prompt_token_ids")
-    return ids, checked
-
-
-def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:
-    if ids.dtype.kind not in "iu":
-        bad = next((x for x in ids.ravel().tolist() if type(x) is not int), ids.dtype.name)
-        raise InvalidScoreRequest(
-            f"{field} must be integers, got {bad!r}.", parameter=field, value=bad
-        )
-    wrong = (ids < 0) | (ids >= vocab_size)
-    if wrong.any():
-        where = tuple(int(i) for i in np.argwhere(wrong)[0])
-        bad = int(ids[where])
-        place = "".join(f"[{i}]" for i in where)
-        raise InvalidScoreRequest(
-            f"{field}{place} is {bad}, outside the vocabulary 0..{vocab_size - 1}.",
-            parameter=field,
-            value=bad,
-        )
+    checked = read_token_ids(given, facts.vocab_size, field)
+    return checked.tolist(), checked
 
 
 def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
     field = "target_token_ids"
-    if isinstance(given, (str, bytes)) or not isinstance(given, (Sequence, np.ndarray)):
-        raise InvalidScoreRequest(
-            f"{field} must be a list of token ids, or a list of lists for several candidates a "
-            f"position, got {type(given).__name__}.",
-            parameter=field,
-        )
+    what = "a list of token ids, or a list of lists for several candidates a position"
+    given = as_sequence(given, field, what)
     if len(given) == 0:
         raise InvalidScoreRequest(
             f"{field} is empty: leave it out to score the whole prompt.", parameter=field, value=[]
@@ -195,29 +169,9 @@ def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, 
             parameter=field,
             value=len(given),
         )
-    try:
-        array = np.asarray(given)
-    except (ValueError, OverflowError):
-        array = None
-    if array is None or array.dtype == object:
-        widths = sorted({len(r) if isinstance(r, (Sequence, np.ndarray)) else 1 for r in given})
-        if len(widths) > 1:
-            raise InvalidScoreRequest(
-                f"{field} must have the same number of candidates at every position, got "
-                f"rows of {widths} candidates.",
-                parameter=field,
-            )
-        raise InvalidScoreRequest(
-            f"{field} must be integers within the vocabulary 0..{vocab_size - 1}.", parameter=field
-        )
-    if array.ndim > 2 or (array.ndim == 2 and array.shape[1] == 0):
-        raise InvalidScoreRequest(
-            f"{field} must be [m] or [m, k] with k of at least 1, got the shape {array.shape}.",
-            parameter=field,
-        )
-    _check_ids(array, vocab_size, field)
-    flat = array.ndim == 1
-    return np.ascontiguousarray(array[:, None] if flat else array, dtype=np.int32), flat
+    rows = read_token_id_rows(given, vocab_size, field)
+    flat = rows.ndim == 1
+    return np.ascontiguousarray(rows[:, None] if flat else rows, dtype=np.int32), flat
 
 
 def _top(params: Any, target_token_ids: Any) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.data import TokenIdsSource, as_source
+from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import conventions as known_conventions
 from vllm.score.perplexity import figures
@@ -80,6 +81,9 @@ def perplexity(
         ScoreModeError: for arguments that do not fit together or the model, a text with nothing to
             score, a store that does not belong to this run, or scores that are not finite.
     """
+    check_llm(llm)
+    if store is not None and not isinstance(store, (str, Path)):
+        raise ScoreModeError(f"store is {store!r}; give the name of a directory")
     tokenizer = llm.get_tokenizer() if llm.llm_engine.renderer.tokenizer is not None else None
     job = prepare(
         as_source(source, text_column=text_column),
