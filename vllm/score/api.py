@@ -62,6 +62,7 @@ def score(
         ScoreModeUnavailable: score mode is off in this installation.
     """
     from vllm.score.engine.feed import run_requests
+    from vllm.score.engine.output import FailedScores
     from vllm.score.engine.support import check_llm
 
     check_llm(llm)
@@ -72,13 +73,19 @@ def score(
     adapters = _adapters(llm, lora_request, len(prompts))
     _check(llm, prompts, params, full_vocabulary)
     results: list[TokenScores | None] = [None] * len(prompts)
+    again = True
+    orders = _orders(prompts, params, adapters)
     with _progress(use_tqdm, prompts) as bar:
-        for order in _orders(prompts, params, adapters):
-            running = run_requests(llm, prompts, order, params, adapters, reproducible)
+        while orders:
+            running = run_requests(llm, prompts, orders[0], params, adapters, reproducible)
             # At an error the rest is aborted now, not when the traceback is let go.
             with closing(running):
                 for index, output in running:
                     result = output.scores
+                    if again and isinstance(result, FailedScores) and result.nan:
+                        # It may be the KV cache's, which the next request finds empty.
+                        again = False
+                        break
                     if result is None:
                         raise ScoreModeError(
                             f"requests[{index}] was aborted; score it again when the engine is "
@@ -87,6 +94,10 @@ def score(
                     len(result)  # failed scores raise their reason
                     results[index] = result
                     bar.update(len(prompts[index]["prompt_token_ids"]))
+                else:
+                    del orders[0]
+                    continue
+            orders[0] = [i for i in orders[0] if results[i] is None]
     return [r for r in results if r is not None]
 
 

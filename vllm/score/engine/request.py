@@ -49,6 +49,7 @@ class ScorePlan:
         flat: targets were given as a flat list, so results are [m] instead of [m, k].
         layout: the columns that come back.
         vocab_size: V.
+        view_ranks: the statistic `rank` was not asked for: it is the view's.
     """
 
     prompt_token_ids: list[int]
@@ -57,6 +58,7 @@ class ScorePlan:
     flat: bool
     layout: RowLayout
     vocab_size: int
+    view_ranks: bool = False
 
     @property
     def first_position(self) -> int:
@@ -99,6 +101,7 @@ def plan_request(
     params: Any,
     facts: ModelFacts,
     bytes_in_use: int = 0,
+    view: bool = False,
 ) -> ScorePlan:
     """Check one score request and say what the engine is to compute.
 
@@ -108,6 +111,7 @@ def plan_request(
         params: `SamplingParams` with `score_mode=True`.
         facts: of the model and front end.
         bytes_in_use: full-vocabulary results already admitted and not finished.
+        view: somebody may read the results as stock prompt log-probabilities, which have ranks.
 
     Raises:
         InvalidScoreRequest: (a ValueError) naming the field, the value and the remedy.
@@ -118,14 +122,17 @@ def plan_request(
         targets, flat = array[1:, None].astype(np.int32), True
     else:
         targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+    statistics = tuple(params.score_statistics or ())
+    # Of whole rows the view counts them itself.
+    view_ranks = view and top != FULL_VOCABULARY and "rank" not in statistics
     layout = RowLayout(
         num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
-        statistics=tuple(params.score_statistics or ()),
+        statistics=(*statistics, "rank") if view_ranks else statistics,
         top=top,
         temperature=params.score_temperature,
         top_p=params.score_top_p,
     )
-    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size)
+    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size, view_ranks)
     _check_values_a_position(plan, facts)
     if top == FULL_VOCABULARY:
         _check_bytes(plan, bytes_in_use)

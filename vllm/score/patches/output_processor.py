@@ -8,6 +8,7 @@ from typing import Any
 import wrapt
 
 from vllm.score.patches.patch import Patch
+from vllm.score.server.params import MARK
 
 
 def apply(module: ModuleType) -> None:
@@ -21,15 +22,22 @@ def apply(module: ModuleType) -> None:
             state.score_plan = params.score_plan
             state.score_lease = params.__dict__.pop("score_lease")
             state.score_tokenizer = tokenizer
+        elif params is not None and tokenizer is not None and hasattr(params, MARK):
+            from vllm.score.engine.token_texts import EveryId
+
+            state.logprobs_processor.tokenizer = EveryId(tokenizer)
         return state
 
     def new_request_output(wrapped: Any, state: Any, args: Any, kwargs: Any) -> Any:
         output = wrapped(*args, **kwargs)
         plan = getattr(state, "score_plan", None)
         if plan is not None:
-            from vllm.score.engine.output import attach_scores
+            from vllm.score.engine.output import FailedScores, attach_scores
+            from vllm.score.engine.token_texts import decoder
 
-            attach_scores(output, plan, _decoder(state.score_tokenizer))
+            attach_scores(output, plan, decoder(state.score_tokenizer))
+            if isinstance(output.scores, FailedScores) and output.scores.nan:
+                state.score_lease.found_nan()
         return output
 
     wrapt.wrap_function_wrapper(module, "RequestState.from_new_request", from_new_request)
@@ -38,18 +46,6 @@ def apply(module: ModuleType) -> None:
 
 def _tokenizer_and_request(tokenizer: Any, request: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
     return tokenizer, request
-
-
-def _decoder(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        return None
-
-    def decode(token_id: int) -> str:
-        from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
-
-        return convert_ids_list_to_tokens(tokenizer, [token_id])[0]
-
-    return decode
 
 
 PATCH = Patch(
@@ -62,7 +58,8 @@ PATCH = Patch(
     roles=("front end",),
     why="Users read arrays, or what looks like stock prompt_logprobs; no dict is built unread.",
     how="The state remembers the plan made at admission; the output gets the scores after the "
-    "stock function built it, and is checked for shape, NaN and stray tokens.",
+    "stock function built it, and is checked for shape, NaN and stray tokens. The token that "
+    "stock generates for an echo request gets empty texts for ids that the tokenizer lacks.",
     risk="An output path that bypasses _new_request_output returns the bare array.",
     upstream="Pull request: in LogprobsProcessor and RequestOutput.",
     remove_when="RequestOutput carries scores.",
