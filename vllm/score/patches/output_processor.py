@@ -8,7 +8,6 @@ from typing import Any
 import wrapt
 
 from vllm.score.patches.patch import Patch
-from vllm.score.server.params import MARK
 
 
 def apply(module: ModuleType) -> None:
@@ -22,10 +21,6 @@ def apply(module: ModuleType) -> None:
             state.score_plan = params.score_plan
             state.score_lease = params.__dict__.pop("score_lease")
             state.score_tokenizer = tokenizer
-        elif params is not None and tokenizer is not None and hasattr(params, MARK):
-            from vllm.score.engine.token_texts import EveryId
-
-            state.logprobs_processor.tokenizer = EveryId(tokenizer)
         return state
 
     def new_request_output(wrapped: Any, state: Any, args: Any, kwargs: Any) -> Any:
@@ -58,8 +53,7 @@ PATCH = Patch(
     roles=("front end",),
     why="Users read arrays, or what looks like stock prompt_logprobs; no dict is built unread.",
     how="The state remembers the plan made at admission; the output gets the scores after the "
-    "stock function built it, and is checked for shape, NaN and stray tokens. The token that "
-    "stock generates for an echo request gets empty texts for ids that the tokenizer lacks.",
+    "stock function built it, and is checked for shape, NaN and stray tokens.",
     risk="An output path that bypasses _new_request_output returns the bare array.",
     upstream="Pull request: in LogprobsProcessor and RequestOutput.",
     remove_when="RequestOutput carries scores.",
