@@ -13,6 +13,7 @@ import vllm.score.tiny.tokenizer as tiny
 from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
 from vllm.score.cli.questions import Questions
 from vllm.score.eig.problems import _token_ids
+from vllm.score.errors import ScoreModeError
 from vllm.score.processor.generation import prompt_ids
 from vllm.score.sequence.boundary import BoundaryTokenizer, Pair
 from vllm.score.tokens import automatic_prefix, encode_texts, prefix_once
@@ -42,8 +43,8 @@ def ways(tokenizer: Any, text: str) -> dict[str, list[int]]:
     return {
         "score": encoded,
         "LLM.generate": prefix_once(tokenizer, text, ids).ids,
-        "SequenceProcessor": prompt_ids([text], tokenizer)[0],
-        "EIG": _token_ids(text, tokenizer, "questions[0]"),
+        "SequenceProcessor": prompt_ids([text], tokenizer, len(tokenizer))[0],
+        "EIG": _token_ids(text, tokenizer, "questions[0]", len(tokenizer)),
         "vllm-score eig": Questions([text], ["question"], [None]).token_ids(tokenizer)[0],
     }
 
@@ -85,3 +86,17 @@ def test_the_context_of_a_sequence_brings_its_own() -> None:
     pairs = [Pair("hello", " there"), Pair(f"{BOS}hello", " there")]
     plain, own = BoundaryTokenizer(tokenizer).split(pairs)
     assert own == plain and own.token_ids.count(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "encode"),
+    [
+        ("texts[1]", lambda t: encode_texts(t, ["a", "a\ud800"])),
+        ("prompts[1]", lambda t: prompt_ids([[5], "a\ud800"], t, len(t))),
+        ("questions[0]", lambda t: _token_ids("a\ud800", t, "questions[0]", len(t))),
+    ],
+)
+def test_a_lone_surrogate_is_refused_by_name(name: str, encode: Any) -> None:
+    with pytest.raises(ScoreModeError, match="lone surrogate") as error:
+        encode(byte_level())
+    assert str(error.value).startswith(name)

@@ -40,7 +40,7 @@ def plan(ids, targets=None, facts=FACTS, **options):
         ([1, 2, 3], ["5"], "target_token_ids must be integers"),
         ([1, 2, 3], [True], "target_token_ids must be integers"),
         ([1, 2, 3], [None], "target_token_ids must be integers"),
-        ([1, 2, 3], [2**80], "target_token_ids must be integers within the vocabulary"),
+        ([1, 2, 3], [2**80], r"target_token_ids\[0\] is 1208925819614629174706176, outside"),
         ([1, 2, 3], [[1, 2], [3]], "the same number of candidates at every position"),
         ([1, 2, 3], [[], []], "k of at least 1"),
         ([1, 2, 3], "12", "target_token_ids must be a list of token ids"),

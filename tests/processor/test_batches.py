@@ -58,7 +58,7 @@ def mask(*places):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"sequences": torch.zeros(2, 4)}, r"sequences must be \[B, G, L\]"),
+        ({"sequences": torch.zeros(2, 4, dtype=torch.int64)}, r"sequences must be \[B, G, L\]"),
         ({"attention_masks": torch.ones(2, 2, 3)}, "attention_masks has the shape"),
         ({"prompt_lens": [2]}, "prompt_lens has 1 entries for 2 prompts"),
         ({"prompt_lens": [2, 1]}, "prompt_lens is ragged"),

@@ -36,12 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., Path]) -> Any:
-    """`serve(**environment)`: context manager of a server's address."""
+    """`serve(*options, **environment)`: context manager of a server's address."""
 
-    def start(**environment: str) -> Any:
-        options = OPTIONS
+    def start(*options: str, **environment: str) -> Any:
+        options = (*OPTIONS, *options)
         if not torch.cuda.is_available():
-            options, environment = (*OPTIONS, *CPU_OPTIONS), environment | CPU_ENVIRONMENT
+            options, environment = (*options, *CPU_OPTIONS), environment | CPU_ENVIRONMENT
         log = tmp_path_factory.mktemp("server") / "log"
         return running_server(model_dir("llama"), *options, log=log, **environment)
 

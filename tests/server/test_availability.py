@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.patches.processes import run_script
 
@@ -29,6 +30,30 @@ def test_an_engine_that_refuses(serve: Any) -> None:
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["completion_tokens"] == 1
         assert len(answer.json()["choices"][0]["logprobs"]["token_logprobs"]) == len(IDS)
+
+
+def test_an_engine_that_answers_with_logits(serve: Any, reference: Any) -> None:
+    """No list holds log-probabilities of the prompt and a logit of the token."""
+    want = reference("llama", IDS)[[0, 1, 2], IDS[1:]]
+    with (
+        serve("--logprobs-mode", "raw_logits") as address,
+        httpx.Client(base_url=address, timeout=120) as client,
+    ):
+
+        def post(**body: Any) -> Any:
+            body = {"model": "model", "prompt": IDS, "temperature": 0, **body}
+            answer = client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]
+
+        for max_tokens in (0, 1):
+            body = {"echo": True, "logprobs": 2, "max_tokens": max_tokens}
+            ours, stock = post(**body), post(**body, prompt_logprobs=2)
+            assert ours["logprobs"] == stock["logprobs"]
+            logits = ours["logprobs"]["token_logprobs"][1:4]
+            assert max(logits) > 0 and abs(logits[0] - want[0]) > 1
+        scores = post(score_mode=True)["scores"]
+        assert scores["logprobs"] == pytest.approx(want.tolist(), abs=2e-5)
 
 
 def test_a_vllm_that_the_patch_does_not_fit() -> None:

@@ -16,6 +16,7 @@ from tests.server.metrics import finished
 TEXT = "class Reader:\n    pass"
 SPLIT_CHARACTERS = "naïve 日本語 🙂 é"  # single tokens of these are no text
 IDS = [5, 6, 7, 300, 301, 302]
+IDS_TEXT = "def write(self, text):"
 PROMPTS = [
     pytest.param(TEXT, id="text"),
     pytest.param([TEXT, SPLIT_CHARACTERS], id="texts"),
@@ -77,6 +78,70 @@ def test_a_token_beside_the_prompt_is_generated_as_by_stock(
 ) -> None:
     body = {"prompt": prompt, "echo": True, "max_tokens": 1, "logprobs": 2, **options}
     assert_same(without_ids(complete(**body)), without_ids(complete(**body, prompt_logprobs=2)))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_tokens_as_token_ids": True},
+        {"return_token_ids": True},
+        {"add_special_tokens": False},
+        {"truncate_prompt_tokens": 4},
+        {"truncate_prompt_tokens": 4, "truncation_side": "left"},
+        {"n": 2},
+        {"best_of": 2},
+        {"suffix": "end"},
+        {"frequency_penalty": 1.5, "presence_penalty": 1.0, "repetition_penalty": 1.3},
+        {"logit_bias": {"40": 5}},
+        {"min_p": 0.5, "top_k": 3, "top_p": 0.5},
+        {"stop_token_ids": [40], "min_tokens": 1},
+        {"bad_words": ["a"]},
+        {"cache_salt": "salt"},
+        {"skip_special_tokens": False, "spaces_between_special_tokens": False},
+        {"stream_options": {"include_usage": True}},
+        {"prompt_embeds": "AAAA"},
+        {"priority": 1},
+        {"logprobs": 1024},
+    ],
+    ids=str,
+)
+def test_every_setting_as_with_stock(client: Any, options: dict[str, Any], max_tokens: int) -> None:
+    body = {"model": "model", "prompt": [TEXT, IDS_TEXT], "echo": True, "max_tokens": max_tokens}
+    body |= {"logprobs": 2, "temperature": 0, "seed": 1, **options}
+    ours = client.post("/v1/completions", json=body)
+    stock = client.post("/v1/completions", json={**body, "prompt_logprobs": body["logprobs"]})
+    assert ours.status_code == stock.status_code, ours.text
+    found, expected = without_ids(ours.json()), without_ids(stock.json())
+    if ours.status_code == 200:
+        assert len(found["choices"]) == 2 * options.get("n", 1)
+        for choice, other in zip(found["choices"], expected["choices"], strict=True):
+            # Stock gives the prompt's numbers twice where it is asked for them twice.
+            choice.pop("prompt_logprobs")
+            other.pop("prompt_logprobs")
+            if max_tokens == 0:  # stock speaks of the token that it drops
+                for field in ("token_ids", "finish_reason", "stop_reason"):
+                    choice.pop(field)
+                    other.pop(field)
+        if max_tokens == 0:
+            found.pop("usage")
+            expected.pop("usage")
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("asked", [{"max_tokens": 1}, {}, {"max_tokens": 7}], ids=str)
+def test_a_prompt_that_fills_the_context(
+    complete: Any, refused: Any, asked: dict[str, Any]
+) -> None:
+    ids = [4] * 2048
+    body = {"prompt": ids, "echo": True, "logprobs": 1}
+    for extra in ({}, {"echo": False, "logprobs": None}):
+        message = refused(**{**body, **asked, **extra})
+        assert "leaves no room for" in message and "send max_tokens=0 with echo=true" in message
+    assert len(complete(**body, max_tokens=0)["choices"][0]["logprobs"]["tokens"]) == 2048
+    if not asked:
+        return
+    assert "only allowed in score_mode" in refused(prompt=ids, max_tokens=0)
 
 
 def test_a_token_costs_the_engine_a_second_request(complete: Any, client: Any) -> None:

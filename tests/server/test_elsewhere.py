@@ -27,3 +27,14 @@ def test_score_fields_are_refused(make, fields):
         make(**fields).to_sampling_params(5, {})
     assert make(score_mode=False).to_sampling_params(5, {}).max_tokens == 5
     assert make().to_sampling_params(5, {}).max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "limit"),
+    [(chat, "max_tokens"), (chat, "max_completion_tokens"), (responses, "max_output_tokens")],
+)
+def test_a_prompt_that_fills_the_context(make, limit):
+    """The endpoints compute that 0 tokens are left, whatever was asked for."""
+    for fields in ({}, {limit: 7}):
+        with pytest.raises(ScoreModeError, match="leaves no room for"):
+            make(**fields).to_sampling_params(0, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
@@ -21,7 +22,7 @@ NOTES = "notes"  # of a prompt, for its result
 
 def score(
     llm: LLM,
-    requests: Sequence[Any],
+    requests: Iterable[Any],
     *,
     statistics: Sequence[str] = (),
     temperature: float = 1.0,
@@ -65,21 +66,30 @@ def score(
         ScoreModeUnavailable: score mode is off in this installation.
     """
     from vllm.score.engine.feed import run_requests
+    from vllm.score.engine.output import FailedScores
+    from vllm.score.engine.support import check_llm
 
-    skip_prefix_cache |= reproducible
+    check_llm(llm)
+    skip_prefix_cache = bool(skip_prefix_cache or reproducible)
     policy = {"score_temperature": temperature, "score_top_p": top_p}
     params = _sampling_params(statistics, policy, top, full_vocabulary, skip_prefix_cache)
     prompts = _prompts(llm, requests)
     adapters = _adapters(llm, lora_request, len(prompts))
     _check(llm, prompts, params, full_vocabulary)
     results: list[TokenScores | None] = [None] * len(prompts)
+    again = True
+    orders = _orders(prompts, params, adapters)
     with _progress(use_tqdm, prompts) as bar:
-        for order in _orders(prompts, params, adapters):
-            running = run_requests(llm, prompts, order, params, adapters, reproducible)
+        while orders:
+            running = run_requests(llm, prompts, orders[0], params, adapters, reproducible)
             # At an error the rest is aborted now, not when the traceback is let go.
             with closing(running):
                 for index, output in running:
                     result = output.scores
+                    if again and isinstance(result, FailedScores) and result.nan:
+                        # It may be the KV cache's, which the next request finds empty.
+                        again = False
+                        break
                     if result is None:
                         raise ScoreModeError(
                             f"requests[{index}] was aborted; score it again when the engine is "
@@ -88,20 +98,29 @@ def score(
                     len(result)  # failed scores raise their reason
                     results[index] = result
                     bar.update(len(prompts[index]["prompt_token_ids"]))
+                else:
+                    del orders[0]
+                    continue
+            orders[0] = [i for i in orders[0] if results[i] is None]
     return [r for r in results if r is not None]
 
 
-def _prompts(llm: LLM, requests: Sequence[Any]) -> list[dict[str, Any]]:
+def _prompts(llm: LLM, requests: Iterable[Any]) -> list[dict[str, Any]]:
     """Every request as a token prompt."""
-    if isinstance(requests, (str, bytes, Mapping)):
+    if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
         raise ScoreModeError(
             f"requests must be a list, got one {type(requests).__name__}; write [request]."
         )
+    requests = list(requests)
     texts = [i for i, r in enumerate(requests) if _text_of(r) is not None]
     prompts: list[dict[str, Any]] = [{} for _ in requests]
     if texts:
         tokenizer = llm.get_tokenizer()
-        encoded = encode_texts(tokenizer, [str(_text_of(requests[i])) for i in texts])
+        encoded = encode_texts(
+            tokenizer,
+            [str(_text_of(requests[i])) for i in texts],
+            [f"requests[{i}]" for i in texts],
+        )
         for i, tokens in zip(texts, encoded, strict=True):
             prompts[i] = {"prompt_token_ids": tokens.ids}
             if tokens.own_prefix:
@@ -143,15 +162,16 @@ def _sampling_params(
     from vllm.score.patches.register import require_score_mode
 
     require_score_mode()
-    if top < 0 or (top and full_vocabulary):
+    whole = isinstance(top, Integral) and not isinstance(top, bool) and top >= 0
+    if not whole or (top and full_vocabulary):
         raise ScoreModeError(
-            f"top={top}: give a number of tokens from 0 on, or full_vocabulary=True, not both."
+            f"top={top!r}: give a number of tokens from 0 on, or full_vocabulary=True, not both."
         )
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         score_mode=True,
-        score_statistics=list(statistics) or None,
+        score_statistics=statistics or None,
         **policy,
         prompt_logprobs=None if full_vocabulary else top,
         skip_reading_prefix_cache=skip,
@@ -190,10 +210,6 @@ def _check(
     for i, prompt in enumerate(prompts):
         try:
             ids = prompt["prompt_token_ids"]
-            if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__"):
-                raise ScoreModeError(
-                    f"prompt_token_ids must be a list of token ids, got {type(ids).__name__}."
-                )
             if full_vocabulary and prompt.get("target_token_ids") is not None:
                 raise ScoreModeError(
                     "full_vocabulary=True and target_token_ids exclude each other."

@@ -100,6 +100,11 @@ class PromptLogprobsView(Sequence[Any]):
         prompt_token_ids: [n], the whole prompt.
         decode: token id to text, for `Logprob.decoded_token`; None leaves it out. Each token is
             decoded by itself: one that is part of a character only reads U+FFFD.
+        ranks: int64 [m], of the (first) target of each position: 1 + the number of tokens with a
+            larger logit. (Stock vLLM also counts those whose logit is equal: of two that share the
+            largest, both have its rank 2, and here rank 1.) As with stock, tokens among the
+            likeliest have their place there. Further candidates have rank None: a position's
+            logits are compared with one token's.
     """
 
     def __init__(
@@ -107,8 +112,10 @@ class PromptLogprobsView(Sequence[Any]):
         scores: TokenScores,
         prompt_token_ids: Sequence[int],
         decode: Callable[[int], str] | None = None,
+        ranks: np.ndarray | None = None,
     ) -> None:
         self._scores, self._prompt, self._decode = scores, prompt_token_ids, decode
+        self._ranks = ranks
 
     def __len__(self) -> int:
         return len(self._prompt)
@@ -138,15 +145,16 @@ class PromptLogprobsView(Sequence[Any]):
         ids = np.atleast_1d(scores.token_ids[row]).tolist()
         values = np.atleast_1d(scores.logprobs[row]).tolist()
         ranks: list[int | None] = [None] * len(ids)
-        if "rank" in scores.statistics:
-            ranks[0] = int(scores.statistics["rank"][row])
+        if self._ranks is not None:
+            ranks[0] = int(self._ranks[row])
         if scores.top_token_ids is not None and scores.top_logprobs is not None:
             ids += scores.top_token_ids[row].tolist()
             values += scores.top_logprobs[row].tolist()
             ranks += range(1, scores.top_token_ids.shape[1] + 1)
         entries: dict[int, Logprob] = {}
         for token_id, value, rank in zip(ids, values, ranks, strict=True):
-            if token_id in entries and entries[token_id].rank is not None:
+            if token_id in entries:
+                entries[token_id].rank = rank or entries[token_id].rank
                 continue
             text = self._decode(token_id) if self._decode else None
             entries[token_id] = Logprob(value, rank, text)

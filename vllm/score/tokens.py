@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from vllm.score.errors import ScoreModeError
+
 
 class TextTokens(NamedTuple):
     """The tokens of a text.
@@ -54,10 +56,21 @@ def own_prefix_length(ids: Sequence[int], prefix: Sequence[int]) -> int:
     return length
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[TextTokens]:
-    """The tokens of each text, as tokenizer(text) has them but for a doubled prefix."""
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], names: Sequence[str] | None = None
+) -> list[TextTokens]:
+    """The tokens of each text, as tokenizer(text) has them but for a doubled prefix.
+
+    Args:
+        names: of the texts, for errors; by default texts[i].
+
+    Raises:
+        ScoreModeError: a text with a lone surrogate.
+    """
     if not texts:
         return []
+    for i, text in enumerate(texts):
+        check_encodable(text, f"texts[{i}]" if names is None else names[i])
     prefix = automatic_prefix(tokenizer)
     return [_once(ids, prefix) for ids in tokenizer(list(texts))["input_ids"]]
 
@@ -77,6 +90,24 @@ def own_prefix_note(tokenizer: Any) -> str:
     """What to say of a text that brings its own prefix."""
     token = tokenizer.decode(automatic_prefix(tokenizer)[:1])
     return f"the text begins with {token!r} itself: it is context, and none was put in front"
+
+
+def check_encodable(text: str, name: str) -> bytes:
+    """The text in UTF-8.
+
+    Args:
+        name: for the error.
+
+    Raises:
+        ScoreModeError: it has a lone surrogate.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ScoreModeError(
+            f"{name} has a lone surrogate ({text[error.start]!r}), which is no character and has "
+            "no UTF-8 form; remove or replace it"
+        ) from None
 
 
 def _once(ids: list[int], prefix: list[int]) -> TextTokens:

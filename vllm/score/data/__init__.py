@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+# Larger numbers have no int64.
+MAX_ID = 1 << 63
+
+
 def as_source(value: Any, *, text_column: str | None = None, skip_empty: bool = False) -> Source:
     """Make a source of what the caller has.
 
@@ -95,4 +99,5 @@ def _sequence_source(value: list[Any] | tuple[Any, ...]) -> Source:
 
 
 def _is_id(item: Any) -> bool:
-    return isinstance(item, Integral) and not isinstance(item, bool)
+    whole = isinstance(item, Integral) and not isinstance(item, bool)
+    return whole and -MAX_ID < int(item) < MAX_ID

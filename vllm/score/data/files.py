@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from vllm.score.data.columns import NAME_ANOTHER, TEXT_COLUMN
 from vllm.score.data.rows import Columns, Skipped, read_rows, table_suffix
-from vllm.score.data.source import Piece, Source, SpooledSource, check_encodable
+from vllm.score.data.source import Piece, Source, SpooledSource
 from vllm.score.data.streams import (
     check_file,
     decode_utf8,
@@ -19,6 +19,7 @@ from vllm.score.data.streams import (
     open_bytes,
 )
 from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import check_encodable
 
 _CONTENT = "a text"
 
@@ -88,7 +89,7 @@ class _FileSource(Source):
         state, size = self._state(), 0
         digests = [hashlib.sha256() for _ in self._paths]
         for document, text in self._pieces(digests):
-            size += len(check_encodable(text, document))
+            size += len(check_encodable(text, f"document {document}"))
         self._checked = state, _joint_hash(digests), size
 
     def content_sha256(self) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import check_encodable
 
 Piece = tuple[int, str]  # (number of the document, the next part of it)
 
@@ -36,7 +37,7 @@ class Source(ABC):
             ScoreModeError: it cannot be read, or is no text.
         """
         for document, text in self.pieces():
-            check_encodable(text, document)
+            check_encodable(text, f"document {document}")
 
     def notes(self) -> list[str]:
         """Sentences for whoever reads the results, after `pieces` has been read."""
@@ -153,21 +154,6 @@ class SpooledSource(Source):
 def _utf8(text: str) -> bytes:
     # A lone surrogate is refused where the text is tokenised, with the document's number.
     return text.encode("utf-8", errors="surrogatepass")
-
-
-def check_encodable(text: str, document: int) -> bytes:
-    """The text in UTF-8.
-
-    Raises:
-        ScoreModeError: it has a lone surrogate.
-    """
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ScoreModeError(
-            f"document {document} has a lone surrogate ({text[error.start]!r}), which is no "
-            "character and has no UTF-8 form; remove or replace it"
-        ) from None
 
 
 def documents_as_pieces(documents: Iterable[Any], what: str) -> Iterator[Piece]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from vllm.score.data.columns import NAME_ANOTHER, text_column
 from vllm.score.data.rows import FILL_IN, Skipped
-from vllm.score.data.source import Piece, Source, check_encodable
+from vllm.score.data.source import Piece, Source
 from vllm.score.data.streams import is_pattern
 from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import check_encodable
 
 _PROBE_SECONDS = 5.0
 
@@ -59,7 +60,7 @@ class DatasetSource(Source):
         if self._sha256 is None:
             digest = hashlib.sha256()
             for document, text in self.pieces():
-                data = check_encodable(text, document)
+                data = check_encodable(text, f"document {document}")
                 digest.update(len(data).to_bytes(8, "little"))
                 digest.update(data)
             self._sha256 = digest.hexdigest()

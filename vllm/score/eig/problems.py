@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -21,11 +21,14 @@ from vllm.score.eig.reasoning import ReasoningOptions, reason
 from vllm.score.eig.rules import EntropyThreshold, FixedBudget, StoppingRule
 from vllm.score.eig.types import Trace
 from vllm.score.eig.work import Steps
+from vllm.score.engine.token_ids import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.contexts import context_token_ids
 
 logger = logging.getLogger("vllm_score.eig")
 
+# Of the vocabulary, where nobody knows it.
+NO_LIMIT = 1 << 31
 # Tokens kept free behind the reasoning for the cue and an answer.
 ANSWER_ROOM = 64
 
@@ -70,6 +73,7 @@ def eig_problems(
     *,
     estimator: str = "entropy_difference",
     max_model_len: int | None = None,
+    vocab_size: int | None = None,
     options: Options | None = None,
 ) -> list[Steps[Trace]]:
     """Expected information gain reasoning about each question, ready for a driver.
@@ -80,6 +84,7 @@ def eig_problems(
         parameters: checked.
         estimator: of the gain, see `vllm.score.eig.entropy`.
         max_model_len: the engine's; bounds `max_tokens_thinking`.
+        vocab_size: the model's; token ids are checked against it.
         options: see `Options`.
 
     Raises:
@@ -94,7 +99,9 @@ def eig_problems(
             max_computation_time=parameters.max_computation_time,
         )
 
-    return make_problems(tokenizer, questions, parameters, rule, max_model_len, options or {})
+    return make_problems(
+        tokenizer, questions, parameters, rule, max_model_len, options or {}, vocab_size
+    )
 
 
 def entropy_threshold_problems(
@@ -104,6 +111,7 @@ def entropy_threshold_problems(
     threshold: float,
     *,
     max_model_len: int | None = None,
+    vocab_size: int | None = None,
     options: Options | None = None,
 ) -> list[Steps[Trace]]:
     """As `eig_problems`, but reasoning goes on as long as H_t is above `threshold` nats."""
@@ -111,7 +119,9 @@ def entropy_threshold_problems(
     def rule(estimator: AnswerPosteriorEstimator, _: MonteCarloForecaster) -> StoppingRule:
         return EntropyThreshold(estimator, threshold, parameters.max_computation_time)
 
-    return make_problems(tokenizer, questions, parameters, rule, max_model_len, options or {})
+    return make_problems(
+        tokenizer, questions, parameters, rule, max_model_len, options or {}, vocab_size
+    )
 
 
 def fixed_budget_problems(
@@ -121,6 +131,7 @@ def fixed_budget_problems(
     budget: int,
     *,
     max_model_len: int | None = None,
+    vocab_size: int | None = None,
     options: Options | None = None,
 ) -> list[Steps[Trace]]:
     """As `eig_problems`, but reasoning goes on for `budget` tokens."""
@@ -129,7 +140,7 @@ def fixed_budget_problems(
         return FixedBudget(estimator, parameters.max_computation_time)
 
     bounded: Options = {**(options or {}), "max_tokens_thinking": budget}
-    return make_problems(tokenizer, questions, parameters, rule, max_model_len, bounded)
+    return make_problems(tokenizer, questions, parameters, rule, max_model_len, bounded, vocab_size)
 
 
 def make_problems(
@@ -139,6 +150,7 @@ def make_problems(
     rule: MakeRule,
     max_model_len: int | None,
     options: Options,
+    vocab_size: int | None = None,
 ) -> list[Steps[Trace]]:
     """A generator for each question, under a rule.
 
@@ -149,6 +161,11 @@ def make_problems(
         raise ScoreModeError(
             f"questions must be a list, got one {type(questions).__name__}; write [question]."
         )
+    seed, metrics = options.get("seed", 0), options.get("metrics", METRICS)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ScoreModeError(f"seed is {seed!r}; it must be a whole number from 0 on.")
+    if not isinstance(metrics, EIGMetrics):
+        raise ScoreModeError(f"metrics is {metrics!r}; give an EIGMetrics, or leave it out.")
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise ScoreModeError(
@@ -156,7 +173,8 @@ def make_problems(
             f"{', '.join(Options.__annotations__)}."
         )
     reasoning = _reasoning_options(parameters, options)
-    prompts = [_token_ids(q, tokenizer, f"questions[{i}]") for i, q in enumerate(questions)]
+    size = NO_LIMIT if vocab_size is None else vocab_size
+    prompts = [_token_ids(q, tokenizer, f"questions[{i}]", size) for i, q in enumerate(questions)]
     bounds = [
         _bounded(reasoning, len(p), parameters, max_model_len, i) for i, p in enumerate(prompts)
     ]
@@ -186,8 +204,8 @@ def make_problems(
                 rule(estimator, forecaster),
                 forecaster,
                 bound,
-                seed=(options.get("seed", 0), i),
-                metrics=options.get("metrics", METRICS),
+                seed=(seed, i),
+                metrics=metrics,
             )
         )
     return problems
@@ -229,11 +247,12 @@ def _bounded(
     return reasoning
 
 
-def _token_ids(question: Any, tokenizer: Any, name: str) -> list[int]:
+def _token_ids(question: Any, tokenizer: Any, name: str, vocab_size: int) -> list[int]:
     """Token ids as given; a text with the tokenizer's special tokens; messages by the template."""
-    tokens = isinstance(question, Sequence) and not isinstance(question, str)
-    if tokens and question and all(type(token) is int for token in question):
-        return list(question)
+    question = question.tolist() if hasattr(question, "tolist") else question
+    tokens = isinstance(question, Sequence) and not isinstance(question, (str, bytes, bytearray))
+    if tokens and question and not isinstance(question[0], Mapping):
+        return read_token_ids(question, vocab_size, name).tolist()
     ids = context_token_ids(question, tokenizer, name)
     if not ids:
         raise ScoreModeError(f"{name} has no tokens; give at least one.")
@@ -275,4 +294,7 @@ def _answer_format(options: Options) -> AnswerFormat:
 
 
 def _stop_texts(given: str | Sequence[str]) -> Sequence[str]:
-    return [given] if isinstance(given, str) else list(given)
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ScoreModeError(f"think_end is {given!r}; give a text or a list of texts.")
+    return list(texts)

@@ -55,6 +55,8 @@ class ReasoningOptions:
     lambda_cost: float = 0.05
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompts, ContinuationPrompts):
+            raise ScoreModeError(f"prompts is {self.prompts!r}; give ContinuationPrompts.")
         if self.decide_at not in DECIDE_AT:
             raise ScoreModeError(
                 f"decide_at is {self.decide_at!r}; it must be one of {', '.join(DECIDE_AT)}."

@@ -17,6 +17,7 @@ from vllm.score.eig.problems import (
 )
 from vllm.score.eig.types import FAILURE, TIME, Trace
 from vllm.score.eig.work import Steps
+from vllm.score.engine.support import check_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -75,6 +76,7 @@ def expected_information_gain_reasoning(
     Raises:
         ScoreModeError: a question, parameter or option cannot be used; before anything runs.
     """
+    check_llm(llm)
     parameters = EIGParameters.checked(
         strict,
         lambda_cost=lambda_cost,
@@ -91,6 +93,7 @@ def expected_information_gain_reasoning(
         parameters,
         estimator=estimator,
         max_model_len=llm.llm_engine.model_config.max_model_len,
+        vocab_size=llm.llm_engine.model_config.get_vocab_size(),
         options=options,
     )
     return _told(run(llm, problems, concurrency, lora_request, use_tqdm, debug))
@@ -118,6 +121,7 @@ def entropy_threshold_reasoning(
     Raises:
         ScoreModeError: as there.
     """
+    check_llm(llm)
     threshold = _rival("entropy_threshold", entropy_threshold, strict)
     parameters, options = _settings(settings, strict)
     problems = entropy_threshold_problems(
@@ -126,6 +130,7 @@ def entropy_threshold_reasoning(
         parameters,
         threshold,
         max_model_len=llm.llm_engine.model_config.max_model_len,
+        vocab_size=llm.llm_engine.model_config.get_vocab_size(),
         options=options,
     )
     return _told(run(llm, problems, concurrency, lora_request, use_tqdm, debug))
@@ -152,6 +157,7 @@ def fixed_budget_reasoning(
     Raises:
         ScoreModeError: as there.
     """
+    check_llm(llm)
     budget = int(_rival("fixed_budget", fixed_budget, strict))
     parameters, options = _settings(settings, strict)
     problems = fixed_budget_problems(
@@ -160,6 +166,7 @@ def fixed_budget_reasoning(
         parameters,
         budget,
         max_model_len=llm.llm_engine.model_config.max_model_len,
+        vocab_size=llm.llm_engine.model_config.get_vocab_size(),
         options=options,
     )
     return _told(run(llm, problems, concurrency, lora_request, use_tqdm, debug))

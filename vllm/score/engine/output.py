@@ -13,15 +13,20 @@ from vllm.score.engine.statistics import INTEGER_STATISTICS
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import PromptLogprobsView, TokenScores
 
+NAN = "is NaN; in the order in which to look"
+
 
 class FailedScores:
     """Stands where scores would be: every use of it raises the reason.
 
     A request fails alone: raising in the output loop would take its neighbours down.
+
+    Attributes:
+        nan: a score was NaN.
     """
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, reason: str, nan: bool = False) -> None:
+        self.reason, self.nan = reason, nan
 
     def _fail(self, *_: Any) -> Any:
         raise ScoreModeError(self.reason)
@@ -71,8 +76,12 @@ def problem_with(output: Any, plan: ScorePlan) -> str | None:
     if unsound.any():
         row = plan.first_position + int(unsound.argmax())
         return (
-            f"the score of prompt position {row} is NaN: the model's logits are NaN there "
-            "(look for overflow: try dtype='bfloat16' or 'float32'), or the row was not computed."
+            f"the score of prompt position {row} {NAN}: NaN that "
+            "another request left in the KV cache (score it again: the cache is emptied before the "
+            "next score request that finds the engine idle); NaN logits of the model itself (look "
+            "for overflow: try dtype='bfloat16' or 'float32'); on a CPU, requests with and without "
+            "a LoRA adapter in one step (send them apart, as score() does); a row that was not "
+            "computed (`vllm-score doctor`)."
         )
     return None
 
@@ -102,15 +111,18 @@ def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | N
         return
     problem = problem_with(output, plan)
     if problem is not None:
-        failed = FailedScores(f"request {output.request_id}: {problem}")
+        failed = FailedScores(f"request {output.request_id}: {problem}", nan=NAN in problem)
         output.scores = output.prompt_logprobs = failed
         output.prompt_token_id_logprobs = None
         output.outputs[0].finish_reason = "error"
         return
     rows = output.prompt_token_id_logprobs
     scores = split_columns(rows, plan)
+    ranks = scores.statistics.get("rank")
+    if plan.view_ranks:
+        del scores.statistics["rank"]  # computed for the view alone
     output.scores = scores
-    output.prompt_logprobs = PromptLogprobsView(scores, plan.prompt_token_ids, decode)
+    output.prompt_logprobs = PromptLogprobsView(scores, plan.prompt_token_ids, decode, ranks)
     # The stock field holds what its name says, the statistics' columns are ours. Not a view: on a
     # GPU the engine's array lies in pinned memory, which is to be given back.
     if plan.layout.top >= 0:

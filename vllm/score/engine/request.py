@@ -7,7 +7,6 @@ nothing is lost, a token of work is saved, and a prompt may be as long as the mo
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from vllm.score.engine.invalid import InvalidScoreRequest
 from vllm.score.engine.layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
+from vllm.score.engine.token_ids import as_sequence, read_token_id_rows, read_token_ids
 from vllm.score.tokens import own_prefix_note, prefix_once
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
@@ -55,6 +55,7 @@ class ScorePlan:
         layout: the columns that come back.
         vocab_size: V.
         notes: for whoever reads the result.
+        view_ranks: the statistic `rank` was not asked for: it is the view's.
     """
 
     prompt_token_ids: list[int]
@@ -64,6 +65,7 @@ class ScorePlan:
     layout: RowLayout
     vocab_size: int
     notes: tuple[str, ...] = ()
+    view_ranks: bool = False
 
     @property
     def first_position(self) -> int:
@@ -107,6 +109,7 @@ def plan_request(
     facts: ModelFacts,
     bytes_in_use: int = 0,
     notes: tuple[str, ...] = (),
+    view: bool = False,
 ) -> ScorePlan:
     """Check one score request and say what the engine is to compute.
 
@@ -117,6 +120,7 @@ def plan_request(
         facts: of the model and front end.
         bytes_in_use: full-vocabulary results already admitted and not finished.
         notes: what the result is to say of the prompt.
+        view: somebody may read the results as stock prompt log-probabilities, which have ranks.
 
     Raises:
         InvalidScoreRequest: (a ValueError) naming the field, the value and the remedy.
@@ -127,16 +131,19 @@ def plan_request(
         targets, flat = array[1:, None].astype(np.int32), True
     else:
         targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+    statistics = tuple(params.score_statistics or ())
+    # Of whole rows the view counts them itself.
+    view_ranks = view and top != FULL_VOCABULARY and "rank" not in statistics
     if not len(targets):
         notes += ("the prompt is one token, which has no context: nothing was scored",)
     layout = RowLayout(
         num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
-        statistics=tuple(params.score_statistics or ()),
+        statistics=(*statistics, "rank") if view_ranks else statistics,
         top=top,
         temperature=params.score_temperature,
         top_p=params.score_top_p,
     )
-    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size, notes)
+    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size, notes, view_ranks)
     _check_values_a_position(plan, facts)
     if top == FULL_VOCABULARY:
         _check_bytes(plan, bytes_in_use)
@@ -150,6 +157,7 @@ def plan_tokenised(
     facts: ModelFacts,
     tokenizer: Any,
     bytes_in_use: int = 0,
+    view: bool = False,
 ) -> ScorePlan:
     """`plan_request` for a prompt that vLLM has tokenised, with its special tokens in front once.
 
@@ -163,64 +171,38 @@ def plan_tokenised(
     if isinstance(text, str) and tokenizer is not None and not hasattr(params, AS_TOKENISED):
         ids, own = prefix_once(tokenizer, text, ids)
         notes = (own_prefix_note(tokenizer),) if own else ()
-    return plan_request(ids, target_token_ids, params, facts, bytes_in_use, notes)
+    return plan_request(ids, target_token_ids, params, facts, bytes_in_use, notes, view)
 
 
 def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> tuple[list[int], np.ndarray]:
     """The checked ids, as a list and as an array [n]."""
-    ids = list(prompt_token_ids)
-    if not ids:
+    field = "prompt_token_ids"
+    given = as_sequence(prompt_token_ids, field, "a list of token ids")
+    if len(given) == 0:
         raise InvalidScoreRequest(
             "the prompt has no token; give a text that is not empty, or at least one token id.",
-            parameter="prompt_token_ids",
+            parameter=field,
         )
-    if len(ids) > facts.max_model_len:
+    if len(given) > facts.max_model_len:
         raise InvalidScoreRequest(
-            f"prompt_token_ids has {len(ids)} tokens, the engine's max_model_len is "
+            f"{field} has {len(given)} tokens, the engine's max_model_len is "
             f"{facts.max_model_len}: shorten the prompt or score it in windows "
             "(vllm.score.perplexity).",
-            parameter="prompt_token_ids",
-            value=len(ids),
+            parameter=field,
+            value=len(given),
         )
     if facts.vocab_size > MAX_EXACT_ID:
         raise InvalidScoreRequest(
             f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
         )
-    try:
-        # Three times as fast as NumPy on a list, and it refuses what is no integer.
-        checked = np.frombuffer(array("q", ids), dtype=np.int64)
-    except (TypeError, OverflowError):
-        checked = np.asarray(ids)
-    _check_ids(checked, facts.vocab_size, "prompt_token_ids")
-    return ids, checked
-
-
-def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:
-    if ids.dtype.kind not in "iu":
-        bad = next((x for x in ids.ravel().tolist() if type(x) is not int), ids.dtype.name)
-        raise InvalidScoreRequest(
-            f"{field} must be integers, got {bad!r}.", parameter=field, value=bad
-        )
-    wrong = (ids < 0) | (ids >= vocab_size)
-    if wrong.any():
-        where = tuple(int(i) for i in np.argwhere(wrong)[0])
-        bad = int(ids[where])
-        place = "".join(f"[{i}]" for i in where)
-        raise InvalidScoreRequest(
-            f"{field}{place} is {bad}, outside the vocabulary 0..{vocab_size - 1}.",
-            parameter=field,
-            value=bad,
-        )
+    checked = read_token_ids(given, facts.vocab_size, field)
+    return checked.tolist(), checked
 
 
 def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
     field = "target_token_ids"
-    if isinstance(given, (str, bytes)) or not isinstance(given, (Sequence, np.ndarray)):
-        raise InvalidScoreRequest(
-            f"{field} must be a list of token ids, or a list of lists for several candidates a "
-            f"position, got {type(given).__name__}.",
-            parameter=field,
-        )
+    what = "a list of token ids, or a list of lists for several candidates a position"
+    given = as_sequence(given, field, what)
     if len(given) == 0:
         raise InvalidScoreRequest(
             f"{field} is empty: leave it out to score the whole prompt.", parameter=field, value=[]
@@ -232,29 +214,9 @@ def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, 
             parameter=field,
             value=len(given),
         )
-    try:
-        array = np.asarray(given)
-    except (ValueError, OverflowError):
-        array = None
-    if array is None or array.dtype == object:
-        widths = sorted({len(r) if isinstance(r, (Sequence, np.ndarray)) else 1 for r in given})
-        if len(widths) > 1:
-            raise InvalidScoreRequest(
-                f"{field} must have the same number of candidates at every position, got "
-                f"rows of {widths} candidates.",
-                parameter=field,
-            )
-        raise InvalidScoreRequest(
-            f"{field} must be integers within the vocabulary 0..{vocab_size - 1}.", parameter=field
-        )
-    if array.ndim > 2 or (array.ndim == 2 and array.shape[1] == 0):
-        raise InvalidScoreRequest(
-            f"{field} must be [m] or [m, k] with k of at least 1, got the shape {array.shape}.",
-            parameter=field,
-        )
-    _check_ids(array, vocab_size, field)
-    flat = array.ndim == 1
-    return np.ascontiguousarray(array[:, None] if flat else array, dtype=np.int32), flat
+    rows = read_token_id_rows(given, vocab_size, field)
+    flat = rows.ndim == 1
+    return np.ascontiguousarray(rows[:, None] if flat else rows, dtype=np.int32), flat
 
 
 def _top(params: Any, target_token_ids: Any) -> int:

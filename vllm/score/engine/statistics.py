@@ -57,6 +57,8 @@ def check_statistics(names: Iterable[str]) -> tuple[str, ...]:
             f"score_statistics must be a list of names, got the string {names!r}; "
             f"write [{names!r}]."
         )
+    if not isinstance(names, Iterable):
+        raise ValueError(f"score_statistics must be a list of names, got {names!r}.")
     checked = tuple(names)
     for name in checked:
         if name not in STATISTICS:

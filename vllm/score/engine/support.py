@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.score.engine.invalid import InvalidScoreRequest
+from vllm.score.errors import ScoreModeError
 
 # Options that mean nothing without sampling: (field, value that is accepted, what to do).
 REFUSED_OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -94,6 +95,15 @@ def check_configuration(config: Any) -> None:
     sentence = unsupported_configuration(config)
     if sentence is not None:
         raise InvalidScoreRequest(sentence, parameter="score_mode")
+
+
+def check_llm(llm: Any) -> None:
+    """Raise ScoreModeError for what is no `LLM`."""
+    if not hasattr(llm, "llm_engine"):
+        raise ScoreModeError(
+            f"llm is a {type(llm).__name__}; give a vllm.LLM, which scores in this process or "
+            "another, e.g. LLM(model=...)."
+        )
 
 
 def check_prompt(engine_input: Any, resumable: bool) -> None:

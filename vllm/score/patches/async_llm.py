@@ -9,6 +9,7 @@ from typing import Any
 
 import wrapt
 
+from vllm.score.patches.input_processor import NAN_SEEN
 from vllm.score.patches.llm_engine import (
     CHECKED,
     TOUCHED,
@@ -43,8 +44,13 @@ def apply(module: ModuleType) -> None:
             check_configuration(engine.vllm_config)
             raise_if_refused(await ask_engine(engine))
             setattr(engine, CHECKED, True)
+        idle = not engine.output_processor.has_unfinished_requests()
+        if getattr(engine.input_processor, NAN_SEEN, False) and wants_scores(args, kwargs):
+            if idle and await engine.engine_core.call_utility_async("score_empty_cache"):
+                setattr(engine.input_processor, NAN_SEEN, False)
+            else:
+                args, kwargs = without_cache(args, kwargs)
         if getattr(engine, TOUCHED, False) and wants_scores(args, kwargs):
-            idle = not engine.output_processor.has_unfinished_requests()
             if idle and await engine.reset_prefix_cache():
                 setattr(engine, TOUCHED, False)
             else:

@@ -14,7 +14,9 @@ PATCH = Patch(
             "default_sampling_params",
         ),
     },
-    apply=lambda module: refuse_score_fields(module, "ChatCompletionRequest"),
+    apply=lambda module: refuse_score_fields(
+        module, "ChatCompletionRequest", ("max_completion_tokens", "max_tokens")
+    ),
     roles=("front end",),
     why="A request that says score_mode must not be answered by ordinary generation.",
     how="The place where fields become sampling parameters raises, which is a 400.",

@@ -9,15 +9,21 @@ import wrapt
 
 from vllm.score.patches.patch import Patch
 
+ECHO_ALONE = (
+    "; for the log-probabilities of the prompt alone send max_tokens=0 with echo=true and logprobs"
+)
+
 
 def to_sampling_params(wrapped: Any, request: Any, args: Any, kwargs: Any) -> Any:
     """Wrapper of `CompletionRequest.to_sampling_params`."""
     from vllm.score.server.body import score_fields
+    from vllm.score.server.elsewhere import check_room
     from vllm.score.server.params import MARK, echo_mark, score_params
 
     fields = score_fields(request)
     if fields is not None:
         return score_params(request, fields, wrapped(*_one_token(*args, **kwargs)))
+    check_room(request.max_tokens, ECHO_ALONE, args, kwargs)
     params = wrapped(*args, **kwargs)
     mark = echo_mark(request, params)
     if mark is not None:

@@ -14,9 +14,12 @@ from vllm.score.engine.layout import FULL_VOCABULARY
 from vllm.score.engine.request import PLAN, ModelFacts, ScorePlan, plan_tokenised
 from vllm.score.patches.patch import Patch
 from vllm.score.patches.renderers_base import KEY
+from vllm.score.server.params import MARK, Explicit
 
 # Set on the input processor by the patch of LLMEngine: an offline user asks for what he likes.
 NO_CLIENT_LIMIT = "score_mode_no_client_limit"
+# Set on it when a score was NaN: so may be a part of the KV cache.
+NAN_SEEN = "score_mode_nan_seen"
 
 
 def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
@@ -75,8 +78,10 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
         max_logprobs=None if unlimited else model.max_logprobs,
     )
     in_use = getattr(processor, "score_mode_bytes_in_use", 0)
+    mark = getattr(params, MARK, None)
+    view = not isinstance(mark, Explicit) or mark.stock_form
     tokenizer = processor.renderer.tokenizer
-    return plan_tokenised(prompt, prompt.get(KEY), params, facts, tokenizer, in_use)
+    return plan_tokenised(prompt, prompt.get(KEY), params, facts, tokenizer, in_use, view)
 
 
 class BytesLease:
@@ -95,6 +100,11 @@ class BytesLease:
             processor.score_mode_bytes_in_use -= size
 
         weakref.finalize(self, release)
+        self._processor = processor
+
+    def found_nan(self) -> None:
+        """Have the KV cache emptied before another score request."""
+        setattr(self._processor, NAN_SEEN, True)
 
 
 def _cache_may_be_spoiled(

@@ -10,7 +10,7 @@ from typing import Any
 
 import wrapt
 
-from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
+from vllm.score.patches.input_processor import NAN_SEEN, NO_CLIENT_LIMIT
 from vllm.score.patches.patch import Patch
 
 CHECKED = "score_mode_checked"
@@ -24,12 +24,18 @@ def ask_engine(engine: Any) -> list[dict[str, Any]]:
     Raises:
         ScoreModeUnavailable: the engine core does not know the question.
     """
-    client = engine.engine_core
-    core = getattr(client, "engine_core", None)  # the in-process client holds the core itself
     try:
-        return core.score_status() if core is not None else client.call_utility("score_status")
+        found: list[dict[str, Any]] = ask(engine, "score_status")
     except Exception as error:
         raise not_patched(error) from error
+    return found
+
+
+def ask(engine: Any, method: str) -> Any:
+    """What a method that we added to the engine core of an `LLMEngine` says."""
+    client = engine.engine_core
+    core = getattr(client, "engine_core", None)  # the in-process client holds the core itself
+    return client.call_utility(method) if core is None else getattr(core, method)()
 
 
 def not_patched(error: Exception) -> Exception:
@@ -96,6 +102,11 @@ def apply(module: ModuleType) -> None:
             check_configuration(engine.vllm_config)
             raise_if_refused(ask_engine(engine))
             setattr(engine, CHECKED, True)
+        if getattr(engine.input_processor, NAN_SEEN, False) and wants_scores(args, kwargs):
+            if not engine.has_unfinished_requests() and ask(engine, "score_empty_cache"):
+                setattr(engine.input_processor, NAN_SEEN, False)
+            else:
+                args, kwargs = without_cache(args, kwargs)
         if getattr(engine, TOUCHED, False) and wants_scores(args, kwargs):
             if not engine.has_unfinished_requests() and engine.reset_prefix_cache():
                 setattr(engine, TOUCHED, False)
@@ -130,7 +141,8 @@ PATCH = Patch(
     "hook or change the model: scores must not rest on prefixes cached before.",
     how="One status call before the first score request of an engine. After collective_rpc the "
     "next score request resets the prefix cache or, beside running requests, does not read it. "
-    "Where an engine process died of importing an unguarded script, the error gets a note.",
+    "After a NaN it has the KV cache emptied, or does not read it. Where an engine process died of "
+    "importing an unguarded script, the error gets a note.",
     risk="Workers replaced later (elastic scaling) are not asked again.",
     upstream="Not needed in a merged fork, but for the limit.",
     remove_when="Score mode is part of vLLM.",

@@ -27,9 +27,12 @@ def apply(module: ModuleType) -> None:
         output = wrapped(*args, **kwargs)
         plan = getattr(state, "score_plan", None)
         if plan is not None:
-            from vllm.score.engine.output import attach_scores
+            from vllm.score.engine.output import FailedScores, attach_scores
+            from vllm.score.engine.token_texts import decoder
 
-            attach_scores(output, plan, _decoder(state.score_tokenizer))
+            attach_scores(output, plan, decoder(state.score_tokenizer))
+            if isinstance(output.scores, FailedScores) and output.scores.nan:
+                state.score_lease.found_nan()
         return output
 
     wrapt.wrap_function_wrapper(module, "RequestState.from_new_request", from_new_request)
@@ -38,18 +41,6 @@ def apply(module: ModuleType) -> None:
 
 def _tokenizer_and_request(tokenizer: Any, request: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
     return tokenizer, request
-
-
-def _decoder(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        return None
-
-    def decode(token_id: int) -> str:
-        from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
-
-        return convert_ids_list_to_tokens(tokenizer, [token_id])[0]
-
-    return decode
 
 
 PATCH = Patch(

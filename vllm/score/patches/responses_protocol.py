@@ -10,7 +10,7 @@ PATCH = Patch(
     contract={
         "ResponsesRequest.to_sampling_params": ("self", "default_max_tokens"),
     },
-    apply=lambda module: refuse_score_fields(module, "ResponsesRequest"),
+    apply=lambda module: refuse_score_fields(module, "ResponsesRequest", ("max_output_tokens",)),
     roles=("front end",),
     why="A request that says score_mode must not be answered by ordinary generation.",
     how="The place where fields become sampling parameters raises, which is a 400.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,10 @@ def refuse_when(problem: Callable[[], str | None]) -> None:
     """Have `SamplingParams(score_mode=True)` raise whatever sentence `problem()` returns."""
     global _problem
     _problem = problem
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def apply(module: ModuleType) -> None:
@@ -88,14 +92,27 @@ def apply(module: ModuleType) -> None:
                     self.score_statistics = list(check_statistics(self.score_statistics))
                 except ValueError as error:
                     raise invalid(str(error), parameter="score_statistics") from None
-            temperature = self.score_temperature
-            if not (isinstance(temperature, Real) and 0 < temperature < math.inf):
+            if not isinstance(self.score_mode, bool):
                 raise invalid(
-                    f"score_temperature must be a finite number above 0, got {temperature}.",
+                    f"score_mode must be True or False, got {self.score_mode!r}.",
+                    parameter="score_mode",
+                    value=self.score_mode,
+                )
+            asked = self.prompt_logprobs
+            if asked is not None and not isinstance(asked, Integral):
+                raise invalid(
+                    f"prompt_logprobs must be a whole number, got {asked!r}.",
+                    parameter="prompt_logprobs",
+                    value=asked,
+                )
+            temperature = self.score_temperature
+            if not (_is_number(temperature) and 0 < temperature < math.inf):
+                raise invalid(
+                    f"score_temperature must be a finite number above 0, got {temperature!r}.",
                     parameter="score_temperature",
                     value=temperature,
                 )
-            if not (isinstance(self.score_top_p, Real) and 0 < self.score_top_p <= 1):
+            if not (_is_number(self.score_top_p) and 0 < self.score_top_p <= 1):
                 raise invalid(
                     f"score_top_p must be in (0, 1], got {self.score_top_p!r}.",
                     parameter="score_top_p",

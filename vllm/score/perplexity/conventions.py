@@ -218,7 +218,10 @@ def longest_prompt(names: str | Iterable[str], context_length: int) -> int:
 
 
 def _names(names: str | Iterable[str]) -> list[str]:
-    listed = [names] if isinstance(names, str) else list(names)
+    given = [names] if isinstance(names, str) else names
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(text, str) for text in listed):
+        raise ScoreModeError(f"conventions is {names!r}; give a name or a list of names")
     return [name for text in listed for name in (CONVENTIONS if text == "all" else (text,))]
 
 

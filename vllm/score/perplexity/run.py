@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.data import TokenIdsSource, as_source
+from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import conventions as known_conventions
 from vllm.score.perplexity import figures
@@ -87,6 +88,9 @@ def perplexity(
     from vllm.score.patches.register import require_score_mode
 
     require_score_mode()
+    check_llm(llm)
+    if store is not None and not isinstance(store, (str, Path)):
+        raise ScoreModeError(f"store is {store!r}; give the name of a directory")
     tokenizer = llm.get_tokenizer() if llm.llm_engine.renderer.tokenizer is not None else None
     job = prepare(
         as_source(source, text_column=text_column, skip_empty=skip_empty),

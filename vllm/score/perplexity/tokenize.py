@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from vllm.score.data.source import check_encodable
 from vllm.score.data.token_bytes import TokenBytes, own_offsets
 from vllm.score.perplexity import resync
+from vllm.score.tokens import check_encodable
 
 
 @dataclass(frozen=True)
@@ -126,5 +126,5 @@ def _offset_encoder(tokenizer: Any) -> resync.Encode:
 
 
 def _encodable(text: str, document: int) -> str:
-    check_encodable(text, document)
+    check_encodable(text, f"document {document}")
     return text

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor import generation
 from vllm.score.processor.batches import Response
@@ -40,6 +41,8 @@ def check_backend(
             f"model must be a Hugging Face model, got {type(model).__name__}; give an engine as "
             "llm=..."
         )
+    if llm is not None:
+        check_llm(llm)
     chosen = backend or ("hf" if llm is None else "vllm")
     if chosen not in BACKENDS:
         raise ScoreModeError(f"backend={backend!r} is unknown: choose from {', '.join(BACKENDS)}.")
@@ -65,6 +68,10 @@ class HuggingFaceBackend:
         self.precision = precision
         self.eos_token_ids = generation.eos_token_ids(self.target, tokenizer)
         self._params_zero = ZeroMapping(self.target)
+
+    @property
+    def vocab_size(self) -> int:
+        return generation.vocabulary_size(self.target)
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +162,10 @@ class EngineBackend:
         self.lora_request = lora_request
         ids = [*generation.eos_token_ids(None, tokenizer), *engine_eos_token_ids(llm)]
         self.eos_token_ids = sorted(set(ids))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.llm.llm_engine.model_config.get_vocab_size())
 
     def generate(
         self,

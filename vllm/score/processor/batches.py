@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +74,7 @@ def responses_of(batch: BatchedSequences) -> list[Response]:
     Raises:
         ScoreModeError: the fields contradict each other, or a prompt has no token.
     """
+    _check_types(batch)
     _check_shapes(batch)
     sequences, masks = batch.sequences.cpu(), batch.attention_masks.cpu().bool()
     found = []
@@ -83,6 +86,35 @@ def responses_of(batch: BatchedSequences) -> list[Response]:
             _check_row(masks[b, g], first, begin, length, f"[{b}, {g}]")
             found.append(Response(b, g, sequences[b, g, first : begin + length], length))
     return found
+
+
+def _check_types(batch: BatchedSequences) -> None:
+    if not isinstance(batch, BatchedSequences):
+        raise ScoreModeError(
+            f"sequences must be BatchedSequences, as generate_batched makes them, got "
+            f"{type(batch).__name__}."
+        )
+    ids = batch.sequences
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ScoreModeError(f"sequences must be a tensor of int64 token ids, got {kind}.")
+    if not isinstance(batch.attention_masks, Tensor):
+        kind = type(batch.attention_masks).__name__
+        raise ScoreModeError(f"attention_masks must be a tensor of 0 and 1, got {kind}.")
+    _check_lengths("prompt_lens", batch.prompt_lens, 1)
+    _check_lengths("gen_lens", batch.gen_lens, 2)
+
+
+def _check_lengths(field: str, given: Any, depth: int) -> None:
+    if depth:
+        if not isinstance(given, (Sequence, Tensor)) or isinstance(given, str):
+            raise ScoreModeError(f"{field} must be a list of numbers of tokens, got {given!r:.60}.")
+        for i, item in enumerate(given):
+            _check_lengths(f"{field}[{i}]", item, depth - 1)
+        return
+    number = given.item() if isinstance(given, Tensor) else given
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise ScoreModeError(f"{field} must be a number of tokens, got {given!r:.60}.")
 
 
 def _check_shapes(batch: BatchedSequences) -> None:

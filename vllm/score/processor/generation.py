@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from vllm.score.engine.token_ids import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.checks import positive
 from vllm.score.processor.head import causal_model, evaluating
@@ -58,7 +59,7 @@ def generate(
     positive("G", G)
     positive("batch_size", batch_size)
     model = unwrap_ddp(model)
-    ids = prompt_ids(prompts, tokenizer)
+    ids = prompt_ids(prompts, tokenizer, vocabulary_size(model))
     _check_lengths(ids, model, config.max_new_tokens)
     ends = eos_token_ids(model, tokenizer)
     if not ends:
@@ -86,32 +87,40 @@ def generate(
     return [cut[first : first + G] for first in range(0, len(cut), G)]
 
 
-def prompt_ids(prompts: Prompts, tokenizer: Any) -> list[list[int]]:
+def prompt_ids(prompts: Prompts, tokenizer: Any, vocab_size: int) -> list[list[int]]:
     """The token ids of prompts; texts get the tokenizer's special tokens, once.
+
+    Args:
+        vocab_size: of the model.
 
     Raises:
         ScoreModeError: no prompts, one without a token, or neither texts nor ids.
     """
-    if isinstance(prompts, str) or not len(prompts):
+    whole = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
+    listed: list[Any] = [] if whole else list(prompts)
+    if not listed:
         raise ScoreModeError(
             "prompts must be a list of at least one text, or list of token ids, got "
             f"{prompts!r:.80}."
         )
     found = []
-    encoded = iter(encode_texts(tokenizer, [p for p in prompts if isinstance(p, str)]))
-    for number, prompt in enumerate(prompts):
+    texts = {f"prompts[{i}]": p for i, p in enumerate(listed) if isinstance(p, str)}
+    encoded = iter(encode_texts(tokenizer, list(texts.values()), list(texts)))
+    for number, prompt in enumerate(listed):
         ids: Any = next(encoded).ids if isinstance(prompt, str) else prompt
-        if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
-            raise ScoreModeError(
-                f"prompts[{number}] is {prompt!r:.80}: give a text or a list of token ids."
-            )
-        if not len(ids):
+        found.append(read_token_ids(ids, vocab_size, f"prompts[{number}]").tolist())
+        if not found[-1]:
             raise ScoreModeError(
                 f"prompts[{number}] has no token: the first generated token would have no context; "
                 "give at least one, such as the beginning-of-sequence token."
             )
-        found.append([int(token) for token in ids])
     return found
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the model's embedding; no limit where it has none."""
+    weight = getattr(unwrap_ddp(model).get_input_embeddings(), "weight", None)
+    return 1 << 31 if weight is None else len(weight)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

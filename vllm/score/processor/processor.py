@@ -11,7 +11,7 @@ from vllm.score.errors import ScoreModeError
 from vllm.score.processor import examples, rewards
 from vllm.score.processor.backends import EngineBackend, HuggingFaceBackend, check_backend
 from vllm.score.processor.batches import pad_batch
-from vllm.score.processor.checks import positive
+from vllm.score.processor.checks import check_seed, positive
 from vllm.score.processor.generation import prompt_ids
 from vllm.score.processor.precision import apply_global_precision
 from vllm.score.processor.settings import read_config
@@ -63,6 +63,10 @@ class SequenceProcessor(TeacherForcing):
         self.backend = check_backend(backend, model, llm, precision, lora_request)
         if tokenizer is None and llm is None:
             raise ScoreModeError("tokenizer is missing: give the model's.")
+        if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
+            raise ScoreModeError(
+                f"tokenizer must be a Hugging Face tokenizer, got {type(tokenizer).__name__}."
+            )
         self.tokenizer = llm.get_tokenizer() if tokenizer is None and llm else tokenizer
         self.logger = logger or logging.getLogger(__name__)
         self.model = model
@@ -129,11 +133,12 @@ class SequenceProcessor(TeacherForcing):
             ScoreModeError: there is no prompt, an empty one, or one too long.
         """
         count = self.config.num_return_sequences if G is None else positive("G", G)
-        ids = prompt_ids(prompts, self.tokenizer)
+        check_seed(seed)
         size = self.config.gen_batch_size if gen_batch_size is None else gen_batch_size
         batch_size = positive("gen_batch_size", size)
         backend = self._engine if self.backend == "vllm" else self._hf
         assert backend is not None
+        ids = prompt_ids(prompts, self.tokenizer, backend.vocab_size)
         responses = backend.generate(ids, count, self.config, batch_size=batch_size, seed=seed)
         return pad_batch(
             ids,
@@ -172,7 +177,7 @@ class SequenceProcessor(TeacherForcing):
         if prompts is None:
             if dataset_name is None:
                 raise ScoreModeError("prompts and dataset_name are both missing: give one of them.")
-            options = dict(dataset_options or {})
+            options = _options(dataset_options)
             prompts, examples = self.sample_prompts(
                 dataset_name, split, num_prompts, seed, **options
             )
@@ -207,7 +212,7 @@ class SequenceProcessor(TeacherForcing):
         positive("total_sequences", total_sequences)
         if kwargs.pop("G", 1) != 1:
             self.logger.warning("G is 1 here: responses to one drawn prompt are not independent.")
-        _, pool = self.sample_prompts(dataset_name, split, **dict(dataset_options or {}))
+        _, pool = self.sample_prompts(dataset_name, split, **_options(dataset_options))
         if max_prompts_pool is not None:
             pool = pool[: positive("max_prompts_pool", max_prompts_pool)]
         drawn = random.Random(seed).choices(pool, k=total_sequences)
@@ -221,6 +226,8 @@ class SequenceProcessor(TeacherForcing):
         examples: Sequence[Any] | None = None,
     ) -> list[list[float]]:
         """The `tag_pref` reward [B][G]; 0 where an example or its answer is missing."""
+        if examples is not None and not isinstance(examples, Sequence):
+            raise ScoreModeError(f"examples must be a list, got {type(examples).__name__}.")
         if examples is not None and len(examples) != len(prompts):
             raise ScoreModeError(
                 f"examples has {len(examples)} entries for {len(prompts)} prompts."
@@ -233,3 +240,9 @@ class SequenceProcessor(TeacherForcing):
         pad = self.tokenizer.pad_token_id
         eos = self.tokenizer.eos_token_id
         return int(pad if pad is not None else eos if eos is not None else 0)
+
+
+def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise ScoreModeError(f"dataset_options must be a dict, got {given!r:.80}.")
+    return dict(given or {})

@@ -178,4 +178,7 @@ class TeacherForcing(Functional):
 def _merged(
     params: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor] | None:
+    for name, given in (("params_override", params), ("buffers_override", buffers)):
+        if given is not None and not isinstance(given, Mapping):
+            raise ScoreModeError(f"{name} must be a dict of tensors by name, got {given!r:.80}.")
     return None if params is None and buffers is None else {**(params or {}), **(buffers or {})}

@@ -67,7 +67,7 @@ def context_token_ids(given: Any, tokenizer: Any, name: str) -> list[int]:
     context = read_context(given, tokenizer, name)
     if context.templated:
         return list(tokenizer.encode(context.text, add_special_tokens=False))
-    ((ids, _),) = encode_texts(tokenizer, [context.text])
+    ((ids, _),) = encode_texts(tokenizer, [context.text], [name])
     return ids
 
 

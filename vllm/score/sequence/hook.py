@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm.score.engine.support import check_llm
 from vllm.score.sequence.contexts import ContextLike
 from vllm.score.sequence.prepare import Prepared, prepare_pairs, prepare_product
 from vllm.score.sequence.requests import plan_requests
@@ -36,6 +37,7 @@ class SequenceProbVLLMHook:
     """
 
     def __init__(self, llm: LLM, tokenizer: Any = None) -> None:
+        check_llm(llm)
         self.llm = llm
         self.tokenizer = llm.get_tokenizer() if tokenizer is None else tokenizer
 

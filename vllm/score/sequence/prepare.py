@@ -85,6 +85,11 @@ def prepare_pairs(
         ScoreModeError: a pair cannot be used; it is named.
     """
 
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise ScoreModeError(
+            f"pairs is {type(pairs).__name__}; give a list of (context, sequence) pairs."
+        )
+
     def named() -> Iterable[tuple[str, Context, str]]:
         previous: Context | None = None
         for i, pair in enumerate(pairs):

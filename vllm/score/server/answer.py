@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm.score.engine.token_texts import EveryId
 from vllm.score.results import TokenScores
 
 # What the stock server sends for minus infinity, which JSON does not know.
@@ -55,7 +56,7 @@ def stock_prompt_logprobs(scores: TokenScores, tokenizer: Any) -> list[Any]:
         ids = np.hstack([ids, scores.top_token_ids])
         values = np.hstack([values, scores.top_logprobs])
     processor = LogprobsProcessor(
-        tokenizer=tokenizer,
+        tokenizer=None if tokenizer is None else EveryId(tokenizer),
         logprobs=None,
         prompt_logprobs=create_prompt_logprobs(False),
         cumulative_logprob=None,

@@ -129,10 +129,13 @@ def _can_score(engine: Any, prompt: Any, mark: Echo) -> bool:
     from vllm.score.patches.register import front_end_problem
 
     config, model = engine.vllm_config, engine.model_config
+    limit = model.max_logprobs
     return (
         not getattr(engine, OFF, False)
         and prompt.get("type") == "token"
-        and (model.max_logprobs == -1 or mark.top <= model.max_logprobs)
+        # Stock gives logits in the other modes; what it refuses, it refuses itself.
+        and model.logprobs_mode in ("raw_logprobs", "processed_logprobs")
+        and mark.top <= (model.get_vocab_size() if limit == -1 else limit)
         and not config.aux_output_config.enabled
         # Without the cache, the generated token would cost the prompt a second time.
         and (not mark.generate or config.cache_config.enable_prefix_caching)

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import math
-from array import array
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from vllm.score.engine.request import ModelFacts
+from vllm.score.engine.token_ids import read_token_ids
 from vllm.score.errors import ScoreModeError
 
 
 def token_ids(field: str, given: Any, facts: ModelFacts) -> np.ndarray:
     """Checked token ids, int64 [n]."""
-    if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
+    if isinstance(given, str):
         raise ScoreModeError(
-            f"{field} must be a list of token ids, got {type(given).__name__}; encode texts with "
-            "the driver's tokenizer."
+            f"{field} must be a list of token ids, got str; encode texts with the driver's "
+            "tokenizer."
         )
-    if not len(given):
+    ids = read_token_ids(given, facts.vocab_size, field)
+    if not len(ids):
         raise ScoreModeError(f"{field} is empty: give at least one token id.")
-    try:
-        ids = np.frombuffer(array("q", given), dtype=np.int64)
-    except (TypeError, OverflowError) as error:
-        raise ScoreModeError(f"{field} must be integers: {error}.") from None
-    wrong = (ids < 0) | (ids >= facts.vocab_size)
-    if wrong.any():
-        at = int(wrong.argmax())
-        raise ScoreModeError(
-            f"{field}[{at}] is {ids[at]}, outside the vocabulary 0..{facts.vocab_size - 1}."
-        )
     return ids
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from vllm.score.eig.drivers.checks import whole
 from vllm.score.eig.drivers.requests import BatchRequests, facts_of
 from vllm.score.eig.work import Batch, DeadlineExceeded, Steps, ends_everything
+from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class EngineDriver:
     def __init__(
         self, llm: LLM, *, concurrency: int = 32, lora_request: LoRARequest | None = None
     ) -> None:
+        check_llm(llm)
         check_adapter(llm.llm_engine, lora_request)
         self.tokenizer: Any = llm.get_tokenizer()
         self._llm = llm

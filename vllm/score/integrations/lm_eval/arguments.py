@@ -70,7 +70,7 @@ class Arguments:
         from vllm.lora.request import LoRARequest
 
         # The engine knows adapters by number: one that runs already may have others.
-        number = 1 + zlib.crc32(self.lora_local_path.encode()) % (1 << 30)
+        number = 1 + zlib.crc32(str(self.lora_local_path).encode()) % (1 << 30)
         return LoRARequest(f"adapter-{number}", number, self.lora_local_path)
 
 
@@ -104,6 +104,9 @@ def read_arguments(
         )
         if name in options
     }
+    for name in ("prefix_token_id", "max_gen_toks"):
+        if name in own:
+            own[name] = _whole(name, own[name])
     length = _max_length(options)
     max_batch_size = options.pop("max_batch_size", None)
     template = _chat_template_args(options)
@@ -136,6 +139,13 @@ def read_arguments(
     return Arguments(engine, max_length=length, chat_template_args=template, **own)
 
 
+def _whole(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ScoreModeError(f"{name} is {value!r}; give a whole number.") from None
+
+
 def _max_length(options: dict[str, Any]) -> int | None:
     names = [name for name in ("max_model_len", "max_length") if name in options]
     if len(names) == 2:
@@ -145,7 +155,7 @@ def _max_length(options: dict[str, Any]) -> int | None:
         )
     if not names:
         return None
-    length = int(options.pop(names[0]))
+    length = _whole(names[0], options.pop(names[0]))
     if length < 2:
         raise ScoreModeError(
             f"{names[0]} is {length}; a token of context and a scored one need at least 2."

@@ -48,7 +48,13 @@ class Encoder:
     def encode(
         self, texts: Sequence[str], add_special_tokens: bool | None = None
     ) -> list[list[int]]:
-        """Token ids of each text."""
+        """Token ids of each text.
+
+        Raises:
+            ScoreModeError: something is no text.
+        """
+        for text in texts:
+            _check_text(text)
         asked = self._add_bos_token if add_special_tokens is None else add_special_tokens
         special: dict[str, bool] = {} if asked is None else {"add_special_tokens": asked}
         begun = [bool(self._prefix_text) and t.startswith(self._prefix_text) for t in texts]
@@ -71,6 +77,11 @@ class Encoder:
         continuation (it has merged with the end of the context), it is scored from the token that
         spans the boundary on. A continuation without any token (an empty text) stays empty.
         """
+        for pair in pairs:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ScoreModeError(f"{pair!r:.60} is no (context, continuation).")
+            _check_text(pair[0])
+            _check_text(pair[1])
         kept = [context.rstrip() for context, _ in pairs]
         with tqdm(desc="Tokenizing inputs", unit=" texts", disable=disable_tqdm) as bar:
             alone = self._encode_once((t for c, t in pairs if not c), False, bar)
@@ -113,3 +124,15 @@ class Encoder:
         if len(ids) > 1 and ids[0] == self._prefix:
             return ids[:1], ids[1:]
         return [self.prefix_token_id], ids
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise ScoreModeError(f"a text is {text!r:.60}, a {type(text).__name__}; give a str.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ScoreModeError(
+            f"a text has a lone surrogate ({text[error.start]!r}), which is no character and has "
+            "no UTF-8 form; remove or replace it."
+        ) from None

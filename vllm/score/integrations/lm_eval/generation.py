@@ -66,6 +66,8 @@ def split_settings(
     found: dict[str, tuple[ScalerCall | None, dict[str, Any]]] = {}
     keys = []
     for given in settings:
+        if not isinstance(given, Mapping):
+            raise ScoreModeError(f"gen_kwargs is {given!r:.60}; give a dict, e.g. {{}}.")
         key = repr(sorted(given.items()))
         keys.append(key)
         if key in found:
@@ -105,7 +107,7 @@ def read_generation_kwargs(
 
     options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), max_gen_toks))
     stop = options.pop("stop", None) or []
-    until = [*options.pop("until"), *([stop] if isinstance(stop, str) else stop)]
+    until = [*_texts("until", options.pop("until")), *_texts("stop", stop)]
     until = [text for text in handle_stop_sequences(until, eos) if text]
     length = int(options.pop("max_gen_toks"))
     if not options.pop("do_sample"):
@@ -117,6 +119,13 @@ def read_generation_kwargs(
     found = Generation(options, stops, until, length)
     _ = found.params  # vLLM refuses values out of range, before anything runs
     return found
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    listed = [given] if isinstance(given, str) else given
+    if not isinstance(listed, Sequence) or not all(isinstance(text, str) for text in listed):
+        raise ScoreModeError(f"{name} is {given!r:.60}; give a text or a list of texts.")
+    return list(listed)
 
 
 def _refuse_unknown(options: Mapping[str, Any], task: str | None) -> None:

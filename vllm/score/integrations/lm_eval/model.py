@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 
+from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.arguments import Arguments, read_arguments
 from vllm.score.integrations.lm_eval.encoding import Encoder
@@ -56,6 +57,8 @@ class VLLMScoreLM(TemplateLM):
         from vllm.score.patches.register import require_score_mode
 
         super().__init__()
+        if llm is not None:
+            check_llm(llm)
         self._arguments: Arguments = read_arguments(
             pretrained, options, engine_runs=llm is not None
         )
@@ -160,7 +163,7 @@ class VLLMScoreLM(TemplateLM):
                 f"enable_thinking=True is for generation tasks, and {tasks} asks for "
                 "log-likelihoods: evaluate it in a run of its own."
             )
-        texts = [request.args for request in requests]
+        texts = _arguments_of(requests)
         pairs = self._encoder.encode_pairs(texts, disable_tqdm)
         return self._loglikelihood_tokens(
             [(text, *pair) for text, pair in zip(texts, pairs, strict=True)], disable_tqdm
@@ -172,7 +175,7 @@ class VLLMScoreLM(TemplateLM):
         """By request: log-probability of the whole text in nats, in lm-eval's rolling windows."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        texts = [request.args[0] for request in requests]
+        texts = [args[0] for args in _arguments_of(requests)]
         windows: list[KeyedPair] = []
         counts = []
         for ids in self._encoder.encode(texts):
@@ -224,7 +227,7 @@ class VLLMScoreLM(TemplateLM):
         Requests whose `gen_kwargs` name a scaler (`scale_func_name`) are generated as
         `vllm.score.integrations.lm_eval.scaled` says.
         """
-        contexts = self._encoder.encode([request.args[0] for request in requests])
+        contexts = self._encoder.encode([args[0] for args in _arguments_of(requests)])
         ordinary: dict[int, tuple[list[int], Generation]] = {}
         scaled: dict[int, ScaledRequest] = {}
         eos = self._end_of_text()
@@ -296,3 +299,12 @@ class VLLMScoreLM(TemplateLM):
         if self.tokenizer.eos_token_id is None:
             return None
         return self.tokenizer.decode([self.tokenizer.eos_token_id]) or self.tokenizer.eos_token
+
+
+def _arguments_of(requests: Sequence[Instance]) -> list[Any]:
+    if not isinstance(requests, Sequence) or not all(hasattr(r, "args") for r in requests):
+        raise ScoreModeError(
+            "requests must be a list of lm_eval.api.instance.Instance, as lm_eval makes them; for "
+            "texts of your own use vllm.score.score or SequenceProbVLLMHook."
+        )
+    return [request.args for request in requests]
