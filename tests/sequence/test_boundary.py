@@ -184,13 +184,17 @@ def test_bytes_of_an_unknown_character_span_nothing():
     ]
 
 
-def test_indentation_behind_a_newline_is_found_in_mistrals_sentencepiece():
-    tokenizer = tokenizers.mistral()
-    result = split(tokenizer, "def f():\n    ", "return x")
+@pytest.mark.parametrize(
+    "make", [tokenizers.mistral, partial(tokenizers.slow_sentencepiece, True)], ids=["vLLM", "slow"]
+)
+def test_indentation_over_the_cut_is_found_behind_a_newline_of_bytes(make):
+    tokenizer = make()
+    result = split(tokenizer, "def f():\n ", "   return x")
     pieces = tokenizer.convert_ids_to_tokens(result.token_ids)
-    assert "".join(pieces[result.start :]).lstrip("▁") == "return▁x"
-    held = len(pieces[result.start]) - len(pieces[result.start].lstrip("▁"))
-    assert (result.spans_boundary, result.spanned_context) == (held > 0, " " * held)
+    assert pieces[result.start - 1 : result.start + 1] == ["<0x0A>", "▁▁▁▁"]
+    assert (result.spans_boundary, result.spanned_context) == (True, " ")
+    with pytest.raises(ScoreModeError, match=r"the token '    ' holds both .* context, ' ', and"):
+        split(tokenizer, "def f():\n ", "   return x", "strict")
 
 
 def test_bos_stands_once_in_front():
