@@ -128,7 +128,7 @@ def check_fits_model(
         )
     listed = [*known.CONVENTIONS] if "all" in conventions else conventions
     for name in listed:
-        size = known.longest_prompt([name], context_length)
+        size = known.longest_window([name], context_length)
         if size > longest:
             bare = name.partition(":")[0]
             raise ScoreModeError(
@@ -179,6 +179,7 @@ def check_job(
             prefix=plan.prefix,
             every_window=plan.every_window,
             replace_first=plan.replace_first,
+            added=plan.added,
         )
         return next(windows, None) is not None
 

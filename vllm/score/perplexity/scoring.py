@@ -80,6 +80,7 @@ class PlanRun:
             prefix=self.plan.prefix,
             every_window=self.plan.every_window,
             replace_first=self.plan.replace_first,
+            added=self.plan.added,
         )
         number = -1
         for number, group in enumerate(group_windows(windows, self.group_tokens)):

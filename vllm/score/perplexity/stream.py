@@ -9,6 +9,7 @@ from itertools import chain, groupby
 
 import numpy as np
 
+from vllm.score.perplexity.plans import AddedTokens
 from vllm.score.perplexity.tokenize import TokenChunk
 from vllm.score.perplexity.windows import WindowPlan
 
@@ -19,8 +20,8 @@ class Window:
 
     index: number of the window in the run.
     document: number of the document.
-    position: number of the first target among the text's own tokens (a BOS does not count), over
-        all documents; the other targets follow it.
+    position: number of the first target among the text's own tokens (a BOS does not count, and
+        stands at -1 where it is scored), over all documents; the other targets follow it.
     texts: the characters of each target; None where they are not known.
     """
 
@@ -69,6 +70,7 @@ class TextStream:
         prefix: Iterable[int] = (),
         every_window: Iterable[int] = (),
         replace_first: int | None = None,
+        added: AddedTokens | None = None,
     ) -> Iterator[Window]:
         """The windows of every document, in order; reads the stream to its end.
 
@@ -77,12 +79,17 @@ class TextStream:
             prefix: tokens put in front of each document, context only.
             every_window: tokens put in front of each window, context only.
             replace_first: token that takes the place of each window's first.
+            added: tokens that each document gets besides its own, scored like them.
         """
         prefix, every_window = list(prefix), list(every_window)
+        added = added or AddedTokens()
         index = 0
-        for document, chunks in groupby(self._pass(), key=lambda chunk: chunk.document):
+        for document, group in groupby(self._pass(), key=lambda chunk: chunk.document):
             base = self.tokens
-            tokens = _DocumentTokens(prefix, chain.from_iterable(self._count(c) for c in chunks))
+            before, after, chunks = _added_to(group, added)
+            front = len(prefix) + len(before)
+            own = chain.from_iterable(self._count(chunk) for chunk in chunks)
+            tokens = _DocumentTokens(prefix + before, chain(own, after))
             for span in plan.spans(tokens.ensure, lead=len(prefix)):
                 ids, texts = tokens.slice(span.begin, span.end)
                 skipped = span.first_target - span.begin
@@ -94,7 +101,7 @@ class TextStream:
                     document=document,
                     token_ids=every_window + ids,
                     num_targets=span.num_targets,
-                    position=base + span.first_target - len(prefix),
+                    position=base + span.first_target - front,
                     texts=_all_known(targets),
                 )
                 index += 1
@@ -123,13 +130,14 @@ class TextStream:
 
 
 class _DocumentTokens:
-    """The stream of one document: prefix and tokens, read on demand, forgotten from the front."""
+    """The stream of one document, what is in front of it included: read on demand, forgotten from
+    the front."""
 
     def __init__(
-        self, prefix: list[int], chunks: Iterator[tuple[list[int], list[str] | None]]
+        self, front: list[int], chunks: Iterator[tuple[list[int], list[str] | None]]
     ) -> None:
-        self._ids = list(prefix)
-        self._texts: list[str | None] = [""] * len(prefix)
+        self._ids = list(front)
+        self._texts: list[str | None] = [""] * len(front)
         self._begin = 0
         self._chunks = chunks
 
@@ -161,6 +169,25 @@ class _DocumentTokens:
         self._ids += ids
         self._texts += texts if texts is not None else [None] * len(ids)
         return True
+
+
+def _added_to(
+    chunks: Iterable[TokenChunk], added: AddedTokens
+) -> tuple[list[int], list[tuple[list[int], list[str] | None]], Iterable[TokenChunk]]:
+    """What a document gets in front and (as a chunk or none) behind, and its chunks again."""
+    if not added:
+        return [], [], chunks
+    chunks, read, text = iter(chunks), [], ""
+    for chunk in chunks:  # up to the first with a text
+        read.append(chunk)
+        if text := chunk.text or "":
+            break
+    chunks = chain(read, chunks)
+    begun = added.unless_begun is not None and text.startswith(added.unless_begun)
+    if begun or not (text or added.if_empty):
+        return [], [], chunks
+    after = list(added.after)
+    return list(added.before), [(after, [""] * len(after))] if after else [], chunks
 
 
 def _all_known(texts: list[str | None]) -> list[str] | None:
