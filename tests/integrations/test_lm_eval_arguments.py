@@ -52,7 +52,7 @@ def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
 REFUSED: list[tuple[str | None, dict[str, Any], bool, str]] = [
     (None, {}, False, "no model is named: --model_args pretrained="),
     ("M", {"max_length": 4, "max_model_len": 8}, False, "max_model_len=8 and max_length=4"),
-    ("M", {"max_model_len": 1}, False, "max_model_len is 1; .*at least 2"),
+    ("M", {"max_model_len": 0}, False, "max_model_len is 0; .*at least 1"),
     ("M", {"truncation_side": "top"}, False, "truncation_side is 'top'; .*left, right, middle"),
     ("M", {"enable_thinking": True}, False, "without think_end_token"),
     ("M", {"chat_template_args": "{"}, False, "chat_template_args is '{', no JSON"),
@@ -106,10 +106,10 @@ def test_generation_parameters_that_vllm_lacks_are_refused(key: str) -> None:
 
 def test_truncation_keeps_the_end() -> None:
     pairs = [([1, 2, 3, 4], [5, 6]), ([1], [2])]
-    assert fit_pairs(pairs, 6) == pairs
-    assert fit_pairs(pairs, 3) == [([4], [5, 6]), ([1], [2])]
-    with pytest.raises(ScoreModeError, match="2 tokens, and max_model_len=2"):
-        fit_pairs(pairs, 2)
+    assert fit_pairs(pairs, 5) == pairs  # the last token is not read
+    assert fit_pairs(pairs, 2) == [([4], [5, 6]), ([1], [2])]
+    with pytest.raises(ScoreModeError, match=r"2 tokens, more than .* max_model_len=1"):
+        fit_pairs(pairs, 1)
     ids = list(range(7))
     assert fit_context(ids, 7, "left") == ids
     assert fit_context(ids, 3, "left") == [4, 5, 6]

@@ -291,7 +291,7 @@ def test_a_text_as_long_as_the_model_is_clipped(
     options |= {"lambda_cost": 10}
     contexts = ["The value of the list", "of the list " * 900]
     for model, length in (
-        (VLLMScoreLM.from_llm(llm), 2048),
+        (VLLMScoreLM.from_llm(llm), 2047),
         (VLLMScoreLM.from_llm(llm, max_length=200), 200),
     ):
         caplog.clear(), sent.clear()

@@ -17,7 +17,16 @@ from tests.perplexity.bigram import IDENTITY, Bigram
 from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
 from vllm.score.data import as_source
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.conventions import CONVENTIONS, longest_prompt, resolve
+from vllm.score.perplexity.conventions import (
+    ALIASES,
+    CONVENTIONS,
+    LM_EVAL_HF,
+    LM_EVAL_VLLM,
+    canonical,
+    longest_prompt,
+    longest_window,
+    resolve,
+)
 from vllm.score.perplexity.figures import EXACT, GUIDE_CURRENT, GUIDE_UNTIL_2024
 from vllm.score.perplexity.job import prepare
 from vllm.score.perplexity.result import PerplexityResult
@@ -163,32 +172,28 @@ def test_exllamav3(tokenizer: Any, model: Bigram, exact_end: bool) -> None:
     assert figure.provenance.bos == "none"
 
 
-def test_lm_eval_rolling(tokenizer: Any, model: Bigram) -> None:
-    size = CONTEXT - 1  # the vLLM model of lm-eval: max_length - 1
-    loglikelihood, words, num_bytes, tokens = [], 0, 0, 0
-    for document in DOCUMENTS:
-        ids = tokenizer(document, add_special_tokens=False)["input_ids"]
-        stream = [tokenizer.bos_token_id, *ids]
-        for begin in range(0, len(ids), size):
-            end = min(begin + size, len(ids))
-            # stream[i] is predicted, i from begin + 1 to end, after at least one token
-            seen = stream[max(0, end - size) : end + 1]
-            for i in range(len(seen) - (end - begin), len(seen)):
-                loglikelihood.append(model.logprob(seen[:i], seen[i]))
-        tokens += len(ids)
-        words += len(re.split(r"\s+", document))
-        num_bytes += len(document.encode("utf-8"))
-    total = math.fsum(loglikelihood)
-
-    result = run(tokenizer, model, "lm-eval-rolling")
-    name = "lm-eval-rolling"
-    assert result.figure("word_perplexity", name).value == close(math.exp(-total / words))
-    assert result.figure("byte_perplexity", name).value == close(math.exp(-total / num_bytes))
-    assert result.figure("bits_per_byte", name).value == close(-total / num_bytes / math.log(2))
-    provenance = result.figure("nll", name).provenance
-    assert (provenance.words, provenance.bytes) == (words, num_bytes)
-    assert provenance.scored_tokens == tokens == provenance.text_tokens
-    assert provenance.num_documents == len(DOCUMENTS)
+def test_a_document_that_begins_with_the_prefix_token_gets_no_other() -> None:
+    """lm-eval's rule; its own models are asked in tests/integrations/test_lm_eval_perplexity.py."""
+    tokenizer = byte_level_with_bos()
+    model = Bigram(len(tokenizer))
+    bos = tokenizer.bos_token_id
+    for name, empty in (("lm-eval-hf", [bos]), ("lm-eval-vllm", [])):
+        texts = ["", "x", "<|bos|>x", " <|bos|>x"]
+        result = run(tokenizer, model, name, source=texts, separator=None)
+        figure = result.figure("nll", name)
+        expected = [empty, [bos, *tokenizer("x", add_special_tokens=False)["input_ids"]]]
+        expected += [tokenizer("<|bos|>x", add_special_tokens=False)["input_ids"]]
+        expected += [tokenizer(" <|bos|>x")["input_ids"]]
+        losses = [
+            -model.logprob([bos, *ids][: i + 1], token)
+            for ids in expected
+            for i, token in enumerate(ids)
+        ]
+        assert figure.value == close(mean_loss(losses))
+        assert figure.provenance.scored_tokens == len(losses)
+        assert figure.provenance.bytes == len("".join(texts).encode())
+        bos_text = f"token {bos} in front of each document, token {bos} at its start, scored"
+        assert figure.provenance.bos == bos_text
 
 
 def test_the_run_itself(tokenizer: Any, model: Bigram) -> None:
@@ -210,7 +215,7 @@ def test_the_run_itself(tokenizer: Any, model: Bigram) -> None:
 
 
 def test_all_conventions_at_once_equal_each_alone(tokenizer: Any, model: Bigram) -> None:
-    names = ["hf-stride", "gptq:96", "llama.cpp:96", "exllamav3:96", "lm-eval-rolling"]
+    names = ["hf-stride", "gptq:96", "llama.cpp:96", "exllamav3:96", LM_EVAL_HF, LM_EVAL_VLLM]
     together = run(tokenizer, model, *names)
     for name in names:
         alone = run(tokenizer, Bigram(model.size), name)
@@ -304,11 +309,24 @@ def test_unknown_names_get_a_suggestion() -> None:
 def test_names_and_sizes() -> None:
     found = resolve("all", byte_level(), context_length=300, stride=4)
     assert [r.label for r in found] == list(CONVENTIONS)
-    assert [r.context_length for r in found] == [300, 2048, 512, 2048, 300]
+    assert [r.context_length for r in found] == [300, 2048, 512, 2048, 300, 300]
     twice = resolve(["gptq", "gptq:2048"], byte_level(), context_length=300, stride=4)
     assert [r.label for r in twice] == ["gptq"]
-    assert longest_prompt((), 300) == 300
+    sizes = resolve(["hf-stride", "hf-stride:96"], byte_level(), context_length=300, stride=4)
+    assert [r.label for r in sizes] == ["hf-stride", "hf-stride:96"]
+    assert longest_prompt((), 300) == longest_prompt("lm-eval-vllm", 300) == 300
     assert longest_prompt(["llama.cpp", "gptq:4096"], 300) == 4096
+    assert longest_prompt("lm-eval-hf", 300) == longest_window("lm-eval-hf", 300) + 1 == 301
+
+
+def test_short_names_stand_for_one_version_of_a_tool() -> None:
+    for alias, name in ALIASES.items():
+        assert name in CONVENTIONS and alias not in CONVENTIONS
+        (found,) = resolve([f"{alias}:64", f"{name}:64"], byte_level(), context_length=8, stride=4)
+        assert found.label == f"{name}:64" == canonical(f"{alias}:64")
+    model = Bigram(len(byte_level()))
+    result = run(byte_level(), model, "lm-eval-rolling")
+    assert result.figure("nll", "lm-eval-rolling") is result.figure("nll", LM_EVAL_HF)
 
 
 def test_a_tokenizer_without_special_tokens() -> None:
@@ -320,6 +338,8 @@ def test_a_tokenizer_without_special_tokens() -> None:
 
     with pytest.raises(ScoreModeError, match="has neither"):
         resolve("lm-eval-rolling", Bare(), context_length=8, stride=4)
+    with pytest.raises(ScoreModeError, match=r"context_length is 2, .* 'lm-eval-0\.4\.13-vllm:3'"):
+        resolve("lm-eval-vllm", byte_level(), context_length=2, stride=1)
 
 
 def test_every_convention_says_where_it_comes_from() -> None:

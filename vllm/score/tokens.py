@@ -32,13 +32,19 @@ class TextTokens(NamedTuple):
 
 def automatic_prefix(tokenizer: Any) -> list[int]:
     """The special tokens that tokenizer(text) puts in front of a text by itself (often a BOS)."""
+    return automatic_tokens(tokenizer)[0]
+
+
+def automatic_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that tokenizer(text) adds by itself, in front of a text and behind it."""
     probe = "a"
     plain = list(tokenizer.encode(probe, add_special_tokens=False))
     full = list(tokenizer.encode(probe, add_special_tokens=True))
     for start in range(len(full) - len(plain) + 1):
-        if plain and full[start : start + len(plain)] == plain:
-            return full[:start]
-    return []
+        end = start + len(plain)
+        if plain and full[start:end] == plain:
+            return full[:start], full[end:]
+    return [], []
 
 
 def begins_with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> bool:

@@ -136,7 +136,7 @@ def check_fits_model(
         )
     listed = [*known.CONVENTIONS] if "all" in conventions else conventions
     for name in listed:
-        size = known.longest_prompt([name], context_length)
+        size = known.longest_window([name], context_length)
         if size > longest:
             bare = name.partition(":")[0]
             raise ScoreModeError(

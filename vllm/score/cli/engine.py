@@ -7,6 +7,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.engine.length import with_room_for_one_more
 from vllm.score.launch.start import DEBUG, start_llm
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def open_llm(
     model: str,
     *,
     context_length: int,
+    read: int | None = None,
     dtype: str = "auto",
     in_process: bool = True,
     low_memory: bool = False,
@@ -43,6 +45,8 @@ def open_llm(
     Args:
         model: name or folder.
         context_length: tokens of the longest prompt; becomes max_model_len.
+        read: as many of them the model reads; one less where the last token is only predicted,
+            and the model may have no position for it.
         dtype: as vLLM's.
         in_process: run the engine in this process (only with one GPU or CPU). Requests then reach
             it in a fixed order, so a repeated run has the same batches and the same last bits.
@@ -82,6 +86,8 @@ def open_llm(
             settings.setdefault("distributed_executor_backend", "uni")
     elif enforce_eager is not None:
         settings["enforce_eager"] = enforce_eager
+    if read is not None and read < context_length:
+        settings = with_room_for_one_more({**settings, "max_model_len": read})
     return start_llm(settings, progress=progress, options=OPTIONS)
 
 

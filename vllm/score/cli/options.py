@@ -168,7 +168,8 @@ Conventions = Annotated[
         "--convention",
         metavar="NAME",
         help="Also compute the perplexity as another tool does: hf-stride, gptq, llama.cpp, "
-        "exllamav3, lm-eval-rolling, or all; gptq:4096 for other windows. May be repeated.",
+        "exllamav3, lm-eval-hf, lm-eval-vllm, or all; gptq:4096 for other windows. May be "
+        "repeated.",
         rich_help_panel=WINDOWS,
     ),
 ]

@@ -123,12 +123,13 @@ def perplexity(
             loaded = load_tokenizer(tokenizer, **{**loading, "revision": None})
         checks.check_job(source, loaded, **settings)
 
-        from vllm.score.perplexity import longest_prompt
         from vllm.score.perplexity import perplexity as run
+        from vllm.score.perplexity.conventions import longest_prompt, longest_window
 
         llm = open_llm(
             model,
             context_length=longest_prompt(conventions, context_length),
+            read=longest_window(conventions, context_length),
             dtype=dtype,
             quantization=quantization,
             tensor_parallel_size=tensor_parallel_size,

@@ -125,13 +125,7 @@ def nothing_to_score(job: Job) -> ScoreModeError:
 
 def _has_window(job: Job, plan: ScoringPlan) -> bool:
     stream = TextStream(job.chunks(plan))
-    windows = stream.windows(
-        plan.windows,
-        prefix=plan.prefix,
-        every_window=plan.every_window,
-        replace_first=plan.replace_first,
-        prefix_once=plan.prefix_once,
-    )
+    windows = stream.windows_of(plan)
     return next(windows, None) is not None
 
 
@@ -145,10 +139,12 @@ def check_fits(job: Job, max_model_len: int) -> None:
             "model allows it"
         )
     for request in job.conventions:
-        if request.context_length > max_model_len:
+        prompt = request.context_length + request.convention.predicted
+        if prompt > max_model_len:
             name = request.convention.name
+            fitting = max_model_len - request.convention.predicted
             raise ScoreModeError(
-                f"convention {name!r} has windows of {request.context_length} tokens, more than "
-                f"the engine's max_model_len {max_model_len}; ask for "
-                f"'{name}:{max_model_len}', or start the engine with a larger max_model_len"
+                f"convention {name!r} has windows of {prompt} tokens, more than the engine's "
+                f"max_model_len {max_model_len}; ask for '{name}:{fitting}', or start the engine "
+                "with a larger max_model_len"
             )

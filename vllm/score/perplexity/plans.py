@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm.score.errors import ScoreModeError
@@ -21,12 +21,31 @@ BOS_RULES = {
 
 
 @dataclass(frozen=True)
+class AddedTokens:
+    """Tokens that are added to each text and scored like its own.
+
+    before, after: token ids.
+    unless_begun: texts that begin with these characters get none.
+    if_empty: an empty text gets them, too.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    unless_begun: str | None = None
+    if_empty: bool = True
+
+    def __bool__(self) -> bool:
+        return bool(self.before or self.after)
+
+
+@dataclass(frozen=True)
 class ScoringPlan:
     """A complete description of the prompts of a run. Equal plans send equal prompts.
 
     windows: the window plan.
     separator: joins the documents into one text; None: each document stands alone.
     prefix: tokens in front of each text, context only.
+    added: tokens of each text that a tool's tokenizer adds and the tool scores.
     every_window: tokens in front of each window, context only.
     replace_first: token in the place of each window's first one.
     prefix_once: a text that begins with the prefix itself gets none (`vllm.score.tokens`).
@@ -39,9 +58,11 @@ class ScoringPlan:
     every_window: tuple[int, ...] = ()
     replace_first: int | None = None
     prefix_once: bool = False
+    added: AddedTokens = AddedTokens()
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values."""
+        added = {"added": asdict(self.added)} if self.added else {}
         return {
             **self.windows.describe(),
             "separator": self.separator,
@@ -49,6 +70,7 @@ class ScoringPlan:
             "every_window": list(self.every_window),
             "replace_first": self.replace_first,
             **({"prefix_once": True} if self.prefix_once else {}),
+            **added,
         }
 
     def key(self) -> str:
@@ -105,10 +127,13 @@ def describe_bos(plan: ScoringPlan) -> str:
         return f"token {plan.replace_first} in the place of each window's first"
     if plan.every_window:
         return f"{_tokens(plan.every_window)} in front of every window"
-    if plan.prefix:
-        what = "the text" if plan.separator is not None else "each document"
-        return f"{_tokens(plan.prefix)} in front of {what}"
-    return "none"
+    what = "the text" if plan.separator is not None else "each document"
+    found = [f"{_tokens(plan.prefix)} in front of {what}"] if plan.prefix else []
+    if plan.added.before:
+        found.append(f"{_tokens(plan.added.before)} at its start, scored")
+    if plan.added.after:
+        found.append(f"{_tokens(plan.added.after)} at its end, scored")
+    return ", ".join(found) or "none"
 
 
 def _tokens(ids: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.perplexity.conventions import canonical
 from vllm.score.perplexity.store import Store, part_schema
 
 if TYPE_CHECKING:
@@ -113,11 +114,12 @@ class PerplexityResult:
         """One figure by name.
 
         Args:
-            convention: with or without the window size ("gptq" or "gptq:4096").
+            convention: as it was asked for, e.g. "gptq:4096" or "lm-eval-hf".
 
         Raises:
             ScoreModeError: there is none.
         """
+        convention = canonical(convention)
         for figure in self.figures:
             if (figure.name, figure.convention, figure.variant) == (name, convention, variant):
                 return figure

@@ -75,13 +75,7 @@ class PlanRun:
     def run(self, stream: TextStream) -> PlanTotals:
         """Score what is not stored yet; add everything up."""
         key, totals = self.plan.key(), PlanTotals(self.plan)
-        windows = stream.windows(
-            self.plan.windows,
-            prefix=self.plan.prefix,
-            every_window=self.plan.every_window,
-            replace_first=self.plan.replace_first,
-            prefix_once=self.plan.prefix_once,
-        )
+        windows = stream.windows_of(self.plan)
         number = -1
         for number, group in enumerate(group_windows(windows, self.group_tokens)):
             digest = group_digest(group)

@@ -9,6 +9,7 @@ from itertools import chain, groupby
 
 import numpy as np
 
+from vllm.score.perplexity.plans import AddedTokens, ScoringPlan
 from vllm.score.perplexity.tokenize import TokenChunk
 from vllm.score.perplexity.windows import WindowPlan
 from vllm.score.tokens import own_prefix_length
@@ -20,8 +21,8 @@ class Window:
 
     index: number of the window in the run.
     document: number of the document.
-    position: number of the first target among the text's own tokens (a BOS does not count), over
-        all documents; the other targets follow it.
+    position: number of the first target among the text's own tokens (a BOS does not count, and
+        stands at -1 where it is scored), over all documents; the other targets follow it.
     texts: the characters of each target; None where they are not known.
     """
 
@@ -69,6 +70,17 @@ class TextStream:
         little-endian int64 where there is no text."""
         return self._hash.hexdigest()
 
+    def windows_of(self, plan: ScoringPlan) -> Iterator[Window]:
+        """The windows of every document under a complete plan."""
+        return self.windows(
+            plan.windows,
+            prefix=plan.prefix,
+            every_window=plan.every_window,
+            replace_first=plan.replace_first,
+            prefix_once=plan.prefix_once,
+            added=plan.added,
+        )
+
     def windows(
         self,
         plan: WindowPlan,
@@ -77,6 +89,7 @@ class TextStream:
         every_window: Iterable[int] = (),
         replace_first: int | None = None,
         prefix_once: bool = False,
+        added: AddedTokens | None = None,
     ) -> Iterator[Window]:
         """The windows of every document, in order; reads the stream to its end.
 
@@ -87,14 +100,17 @@ class TextStream:
             replace_first: token that takes the place of each window's first.
             prefix_once: a document that begins with the prefix (or with `every_window`) itself
                 gets none in front; what it wrote of it is context only.
+            added: tokens that each document gets besides its own, scored like them.
         """
         prefix, every_window = list(prefix), list(every_window)
         once = (prefix or every_window) if prefix_once else []
+        added = added or AddedTokens()
         index = 0
-        for document, chunks in groupby(self._pass(), key=lambda chunk: chunk.document):
+        for document, group in groupby(self._pass(), key=lambda chunk: chunk.document):
             base, front = self.tokens, prefix
+            before, after, chunks = _added_to(group, added)
             counted = chain.from_iterable(self._count(c, once) for c in chunks)
-            tokens = _DocumentTokens(counted)
+            tokens = _DocumentTokens(chain(counted, after))
             own = own_prefix_length(tokens.first(len(once)), once)
             if own:
                 self.own_prefixes += 1
@@ -105,6 +121,7 @@ class TextStream:
                 tokens.remove(own)
                 base += own
             lead = 0 if every_window else own or len(front)
+            front = front + before
             tokens.put_in_front(front)
             for span in plan.spans(tokens.ensure, lead=lead):
                 ids, texts = tokens.slice(span.begin, span.end)
@@ -150,7 +167,8 @@ class TextStream:
 
 
 class _DocumentTokens:
-    """The stream of one document: prefix and tokens, read on demand, forgotten from the front."""
+    """The stream of one document, what is in front of it included: read on demand, forgotten from
+    the front."""
 
     def __init__(self, chunks: Iterator[tuple[list[int], list[str] | None]]) -> None:
         self._ids: list[int] = []
@@ -199,6 +217,25 @@ class _DocumentTokens:
         self._ids += ids
         self._texts += texts if texts is not None else [None] * len(ids)
         return True
+
+
+def _added_to(
+    chunks: Iterable[TokenChunk], added: AddedTokens
+) -> tuple[list[int], list[tuple[list[int], list[str] | None]], Iterable[TokenChunk]]:
+    """What a document gets in front and (as a chunk or none) behind, and its chunks again."""
+    if not added:
+        return [], [], chunks
+    chunks, read, text = iter(chunks), [], ""
+    for chunk in chunks:  # up to the first with a text
+        read.append(chunk)
+        if text := chunk.text or "":
+            break
+    chunks = chain(read, chunks)
+    begun = added.unless_begun is not None and text.startswith(added.unless_begun)
+    if begun or not (text or added.if_empty):
+        return [], [], chunks
+    after = list(added.after)
+    return list(added.before), [(after, [""] * len(after))] if after else [], chunks
 
 
 def _all_known(texts: list[str | None]) -> list[str] | None:

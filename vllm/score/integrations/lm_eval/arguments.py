@@ -4,8 +4,8 @@ The names are those of lm-eval's `vllm` model. What is not listed here goes to `
 dtype, revision, trust_remote_code, tokenizer, tensor_parallel_size, quantization, block_size, ...
 
 ========================  ==================================================================
-``max_model_len``         tokens of a context and its continuation together; also
-                          ``max_length``
+``max_model_len``         tokens that the model reads at most, as `max_length` of lm-eval's
+                          `hf` model; also ``max_length``. By default as many as it can
 ``max_batch_size``        vLLM's ``max_num_seqs``
 ``batch_size``            accepted and not used: vLLM batches by itself
 ``add_bos_token``         True or False: with or without the tokenizer's special tokens
@@ -156,10 +156,8 @@ def _max_length(options: dict[str, Any]) -> int | None:
     if not names:
         return None
     length = _whole(names[0], options.pop(names[0]))
-    if length < 2:
-        raise ScoreModeError(
-            f"{names[0]} is {length}; a token of context and a scored one need at least 2."
-        )
+    if length < 1:
+        raise ScoreModeError(f"{names[0]} is {length}; the model must read at least 1 token.")
     return length
 
 

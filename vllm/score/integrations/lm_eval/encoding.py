@@ -21,7 +21,8 @@ class Encoder:
     Args:
         tokenizer: Hugging Face's, or vLLM's in its form.
         add_bos_token: True or False: with or without the special tokens; None leaves it to the
-            tokenizer. A text that already starts with the prefix token gets none.
+            tokenizer. A text that already starts with the prefix token gets none, unless the call
+            itself asks for them.
         prefix_token_id: the context of texts without one; by default BOS, else EOS.
     """
 
@@ -33,7 +34,7 @@ class Encoder:
         ids = (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._prefix = next((i for i in ids if i is not None), None)
         self._boundary = BoundaryTokenizer(tokenizer, "spanning")
-        self._prefix_text = "" if self._prefix is None else tokenizer.decode([self._prefix])
+        self._prefix_text = None if self._prefix is None else tokenizer.decode([self._prefix])
 
     @property
     def prefix_token_id(self) -> int:
@@ -57,7 +58,8 @@ class Encoder:
             _check_text(text)
         asked = self._add_bos_token if add_special_tokens is None else add_special_tokens
         special: dict[str, bool] = {} if asked is None else {"add_special_tokens": asked}
-        begun = [bool(self._prefix_text) and t.startswith(self._prefix_text) for t in texts]
+        prefix = self._prefix_text if add_special_tokens is None else None
+        begun = [prefix is not None and text.startswith(prefix) for text in texts]
         found: list[list[int]] = [[] for _ in texts]
         for group, options in ((False, special), (True, {"add_special_tokens": False})):
             chosen = [i for i, b in enumerate(begun) if b is group]

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.engine.length import with_room_for_one_more
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+logger = logging.getLogger("lm_eval.vllm_score")  # LMEVAL_LOG_LEVEL holds
 
 # vLLM's blocks of 128 tokens on a CPU leave up to 127 tokens of a common context unshared.
 CPU_BLOCK_SIZE = 32
 
 
 def start_engine(options: dict[str, Any]) -> LLM:
-    """A running `vllm.LLM`.
+    """A running `vllm.LLM` that reads as many tokens as `max_model_len` says.
 
     Args:
-        options: of `vllm.LLM`; None means vLLM's default.
+        options: of `vllm.LLM`; None means vLLM's default. `max_model_len` has the meaning of
+            `max_length` of lm-eval's `hf` model, which predicts a token after as many: the engine
+            is started with one more, where the model allows it.
 
     Raises:
         ScoreModeError: it cannot be started; see `vllm.score.launch.start`.
@@ -35,7 +41,38 @@ def start_engine(options: dict[str, Any]) -> LLM:
         )
     if current_platform.is_cpu():
         settings = {**_for_cpu(settings), **settings}
-    return start_llm(settings)
+    return start_llm(with_room_for_one_more(settings))
+
+
+def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:
+    """Tokens that the model reads at most: `asked`, or all that the engine allows.
+
+    vLLM never takes a prompt of max_model_len tokens, as one more is to be generated.
+
+    Args:
+        asked: by `max_length`.
+        given: whether the engine was running before.
+
+    Raises:
+        ScoreModeError: a given engine cannot read as many tokens as are asked for.
+    """
+    engine = int(llm.llm_engine.model_config.max_model_len)
+    if asked is None or asked < engine:
+        return engine - 1 if asked is None else asked
+    if given:
+        raise ScoreModeError(
+            f"max_length is {asked}, but the engine with max_model_len={engine} reads "
+            f"{engine - 1} tokens at most: start it with LLM(max_model_len={asked + 1}), or give "
+            f"max_length={engine - 1}."
+        )
+    logger.warning(
+        "max_model_len is %d, and vLLM reads %d tokens of this model at most: longer texts are cut "
+        "as lm-eval's hf model cuts them with max_length=%d.",
+        asked,
+        engine - 1,
+        engine - 1,
+    )
+    return engine - 1
 
 
 def _for_cpu(settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,11 @@ from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.arguments import Arguments, read_arguments
 from vllm.score.integrations.lm_eval.encoding import Encoder
-from vllm.score.integrations.lm_eval.engine import load_tokenizer, start_engine
+from vllm.score.integrations.lm_eval.engine import (
+    load_tokenizer,
+    longest_input,
+    start_engine,
+)
 from vllm.score.integrations.lm_eval.generation import (
     Generation,
     read_generation_kwargs,
@@ -64,6 +68,9 @@ class VLLMScoreLM(TemplateLM):
         )
         require_score_mode()
         self.model = llm if llm is not None else start_engine(self._arguments.engine)
+        self._max_length = longest_input(
+            self.model, self._arguments.max_length, given=llm is not None
+        )
         self.tokenizer = load_tokenizer(self.model, self._arguments.add_bos_token)
         self._encoder = Encoder(
             self.tokenizer, self._arguments.add_bos_token, self._arguments.prefix_token_id
@@ -97,9 +104,11 @@ class VLLMScoreLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a context and its continuation together."""
-        engine = int(self.model.llm_engine.model_config.max_model_len)
-        return min(engine, self._arguments.max_length or engine)
+        """Tokens that the model reads at most, as lm-eval's `hf` model counts them.
+
+        A context and its continuation may have one more together: the last is only predicted.
+        """
+        return self._max_length
 
     @property
     def max_gen_toks(self) -> int:
@@ -172,14 +181,15 @@ class VLLMScoreLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """By request: log-probability of the whole text in nats, in lm-eval's rolling windows."""
+        """By request: log-probability of the whole text in nats, in the rolling windows of
+        lm-eval's `hf` model: of max_length tokens, each with a token of context or more."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         texts = [args[0] for args in _arguments_of(requests)]
         windows: list[KeyedPair] = []
         counts = []
         for ids in self._encoder.encode(texts):
-            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             pairs = [make_disjoint_window(window) for window in rolling]
             windows += [(None, *pair) for pair in pairs]
             counts.append(len(pairs))

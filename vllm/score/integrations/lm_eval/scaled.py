@@ -154,7 +154,7 @@ class ScaledGeneration:
         if not clipped:
             return prompts, wanted
         # The scalers know the engine's length: they keep each question within it by themselves.
-        own = self._max_length == self._engine_length
+        own = self._max_length >= self._engine_length - 1
         lengths = [len(prompt) for prompt in prompts]
         length = self._max_length - (min(lengths) if own else max(lengths))
         logger.warning(

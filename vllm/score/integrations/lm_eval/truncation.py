@@ -18,27 +18,28 @@ def fit_pairs(pairs: Sequence[TokenPair], max_length: int) -> list[TokenPair]:
 
     Args:
         pairs: (context, continuation) token ids.
-        max_length: tokens that both may have together.
+        max_length: tokens that the model reads at most. The last token of a continuation is
+            predicted, not read: both may have max_length + 1 tokens together.
 
     Raises:
-        ScoreModeError: a continuation leaves no room for a token of context.
+        ScoreModeError: a continuation has more than max_length tokens.
     """
     fitting, longest, shortened = [], 0, 0
     for context, continuation in pairs:
-        total = len(context) + len(continuation)
-        if total > max_length:
-            if len(continuation) >= max_length:
+        read = len(context) + len(continuation) - 1
+        if read > max_length:
+            if len(continuation) > max_length:
                 raise ScoreModeError(
-                    f"a continuation has {len(continuation)} tokens, and max_model_len="
-                    f"{max_length} must hold it and a token of context: raise max_model_len, or "
-                    "make the task a loglikelihood_rolling one."
+                    f"a continuation has {len(continuation)} tokens, more than can be predicted "
+                    f"with max_model_len={max_length}: raise max_model_len, or make the task a "
+                    "loglikelihood_rolling one."
                 )
-            longest, shortened = max(longest, total), shortened + 1
-            context = context[total - max_length :]
+            longest, shortened = max(longest, read), shortened + 1
+            context = context[read - max_length :]
         fitting.append((context, continuation))
     if shortened:
         logger.warning(
-            "%d of %d requests are longer than max_model_len=%d (the longest has %d tokens): the "
+            "%d of %d requests are longer than max_model_len=%d (the longest reads %d tokens): the "
             "first tokens of their contexts are left out.",
             shortened,
             len(pairs),
