@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm.score.engine.token_texts import EveryId, decoder
+from vllm.score.engine.token_texts import ANY_ID, EveryId, decoder
 from vllm.score.results import PromptLogprobsView, TokenScores
 from vllm.score.server.answer import stock_prompt_logprobs
 
@@ -78,3 +78,21 @@ def test_known_ids_are_the_tokenizers(make: Any) -> None:
     assert every.convert_ids_to_tokens(ids) == tokenizer.convert_ids_to_tokens(ids)
     assert every.decode([*ids, len(tokenizer) + 5]) == tokenizer.decode(ids)
     assert decoder(None) is None
+
+
+@pytest.mark.engine
+def test_alternatives_of_a_token_generated_for_an_echo(engine: Any) -> None:
+    from vllm import SamplingParams, TokensPrompt
+
+    tokenizer = sentencepiece()
+    llm = engine("llama", model_options={"vocab_size": 256, "tokenizer": tokenizer})
+    # The token itself is one that the tokenizer has.
+    params = SamplingParams(max_tokens=1, logprobs=20, temperature=0.0, allowed_token_ids=[5])
+    setattr(params, ANY_ID, True)
+    llm.llm_engine.add_request("echo", TokensPrompt(prompt_token_ids=[3, 4, 5]), params)
+    (output,) = llm.llm_engine.step()
+    alternatives = output.outputs[0].logprobs[0]
+    beyond = [found for token, found in alternatives.items() if token >= len(tokenizer)]
+    assert len(alternatives) == 21 and beyond
+    assert {found.decoded_token for found in beyond} == {""}
+    assert alternatives[5].decoded_token == tokenizer.convert_ids_to_tokens(5).replace("▁", " ")

@@ -11,6 +11,10 @@ from typing import Any
 
 import wrapt
 
+# Attribute of sampling parameters whose generated tokens, too, may be any id of the model: the
+# stock code that decodes alternatives takes the whole server down at one without a text.
+ANY_ID = "score_any_id"
+
 # What tokenizers raise for an id that they lack.
 UNKNOWN_ID = (IndexError, KeyError, OverflowError, TypeError, ValueError)
 

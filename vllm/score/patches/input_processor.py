@@ -12,6 +12,7 @@ import wrapt
 
 from vllm.score.engine.layout import FULL_VOCABULARY
 from vllm.score.engine.request import PLAN, ModelFacts, ScorePlan, plan_tokenised
+from vllm.score.engine.token_texts import ANY_ID
 from vllm.score.patches.patch import Patch
 from vllm.score.patches.renderers_base import KEY
 from vllm.score.server.params import MARK, Explicit
@@ -35,7 +36,10 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
                     "SamplingParams(score_mode=True).",
                     parameter=KEY,
                 )
-            return wrapped(request_id, prompt, params, *rest, **named)
+            request = wrapped(request_id, prompt, params, *rest, **named)
+            if hasattr(params, ANY_ID):
+                setattr(request.sampling_params, ANY_ID, True)  # the stock function copies them
+            return request
         prompt = _rendered(processor, prompt, named.get("tokenization_kwargs"))
         plan = _plan(processor, prompt, params, named)
         lease = BytesLease(processor, plan)

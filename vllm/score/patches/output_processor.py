@@ -7,6 +7,7 @@ from typing import Any
 
 import wrapt
 
+from vllm.score.engine.token_texts import ANY_ID, EveryId
 from vllm.score.patches.patch import Patch
 
 
@@ -21,6 +22,8 @@ def apply(module: ModuleType) -> None:
             state.score_plan = params.score_plan
             state.score_lease = params.__dict__.pop("score_lease")
             state.score_tokenizer = tokenizer
+        elif tokenizer is not None and hasattr(params, ANY_ID):
+            state.logprobs_processor.tokenizer = EveryId(tokenizer)
         return state
 
     def new_request_output(wrapped: Any, state: Any, args: Any, kwargs: Any) -> Any:
@@ -53,7 +56,8 @@ PATCH = Patch(
     roles=("front end",),
     why="Users read arrays, or what looks like stock prompt_logprobs; no dict is built unread.",
     how="The state remembers the plan made at admission; the output gets the scores after the "
-    "stock function built it, and is checked for shape, NaN and stray tokens.",
+    "stock function built it, and is checked for shape, NaN and stray tokens. A token generated behind "
+    "an echo has a text for every id of the model.",
     risk="An output path that bypasses _new_request_output returns the bare array.",
     upstream="Pull request: in LogprobsProcessor and RequestOutput.",
     remove_when="RequestOutput carries scores.",

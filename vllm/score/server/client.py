@@ -10,6 +10,7 @@ from typing import Any
 import wrapt
 
 from vllm.score.engine.request import AS_TOKENISED
+from vllm.score.engine.token_texts import ANY_ID
 from vllm.score.server.answer import scores_of, stock_prompt_logprobs
 from vllm.score.server.params import MARK, Echo, Explicit
 
@@ -94,6 +95,7 @@ async def _echo(
     generation = params.clone()
     generation.prompt_logprobs = None
     generation.skip_reading_prefix_cache = False
+    setattr(generation, ANY_ID, True)
     async with aclosing(engine.generate(prompt, generation, request_id, **options)) as outputs:
         async for output in outputs:
             output.prompt_logprobs = logprobs
