@@ -56,8 +56,8 @@ PATCH = Patch(
     roles=("front end",),
     why="Users read arrays, or what looks like stock prompt_logprobs; no dict is built unread.",
     how="The state remembers the plan made at admission; the output gets the scores after the "
-    "stock function built it, and is checked for shape, NaN and stray tokens. A token generated behind "
-    "an echo has a text for every id of the model.",
+    "stock function built it, and is checked for shape, NaN and stray tokens. A token "
+    "generated behind an echo has a text for every id of the model.",
     risk="An output path that bypasses _new_request_output returns the bare array.",
     upstream="Pull request: in LogprobsProcessor and RequestOutput.",
     remove_when="RequestOutput carries scores.",
