@@ -25,7 +25,7 @@ PAGE = " ".join(SENTENCES * 3)
 PLAIN = " ".join(SENTENCES[:5] * 5)  # every character has a token
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(model_dir: Callable[..., Path]) -> Path:
     """With a tokenizer that writes a BOS by itself, unless add_bos_token says otherwise."""
     from transformers import AutoTokenizer
@@ -34,7 +34,7 @@ def folder(model_dir: Callable[..., Path]) -> Path:
     return model_dir("gpt2", max_position_embeddings=LENGTH, tokenizer=tokenizer)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # an engine that dies takes the others' groups along
 def running(folder: Path) -> Any:
     """Our model as the command starts it."""
     from vllm.score.integrations.lm_eval import VLLMScoreLM

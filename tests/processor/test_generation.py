@@ -333,11 +333,11 @@ def test_every_end_of_sequence_token_ends() -> None:
 def test_prompts() -> None:
     from tests.perplexity.texts import byte_level_with_bos
 
-    assert prompt_ids(["ab", "g"], letters()) == [[0, 1], [6]]
-    assert prompt_ids([[0, 1], np.array([6])], letters()) == [[0, 1], [6]]
-    assert prompt_ids([f"a{EOS}"], letters()) == [[0, END]]
+    assert prompt_ids(["ab", "g"], letters(), SIZE) == [[0, 1], [6]]
+    assert prompt_ids([[0, 1], np.array([6])], letters(), SIZE) == [[0, 1], [6]]
+    assert prompt_ids([f"a{EOS}"], letters(), SIZE) == [[0, END]]
     with_bos = byte_level_with_bos()
-    [ids] = prompt_ids(["hello"], with_bos)
+    [ids] = prompt_ids(["hello"], with_bos, len(with_bos))
     assert ids[0] == with_bos.bos_token_id and len(ids) > 1
 
 
@@ -348,10 +348,10 @@ def test_prompts() -> None:
         ({"prompts": "ab"}, "prompts must be a list .* got 'ab'"),
         ({"prompts": ["a", ""]}, r"prompts\[1\] has no token"),
         ({"prompts": [[1], []]}, r"prompts\[1\] has no token"),
-        ({"prompts": [["a"]]}, r"prompts\[0\] is \['a'\]: give a text or a list of token ids"),
-        ({"prompts": [[1], [0.5]]}, r"prompts\[1\] is \[0\.5\]"),
-        ({"prompts": [[0], [3, SIZE]]}, r"prompts\[1\] has ids from 3 to 8; .* has 0 to 7"),
-        ({"prompts": [[-1]]}, r"prompts\[0\] has ids from -1 to -1"),
+        ({"prompts": [["a"]]}, r"prompts\[0\] must be integers, got 'a' at \[0\]"),
+        ({"prompts": [[1], [0.5]]}, r"prompts\[1\] must be integers, got 0\.5 at \[0\]"),
+        ({"prompts": [[0], [3, SIZE]]}, r"prompts\[1\]\[1\] is 8, outside the vocabulary 0\.\.7"),
+        ({"prompts": [[-1]]}, r"prompts\[0\]\[0\] is -1, outside the vocabulary"),
         (
             {"prompts": [[0], [1] * 62]},
             r"prompts\[1\] has 62 tokens: with max_new_tokens 3 .* 64 positions",

@@ -68,7 +68,9 @@ def score(
     from vllm.score.engine.feed import run_requests
     from vllm.score.engine.output import FailedScores
     from vllm.score.engine.support import check_llm
+    from vllm.score.patches.register import require_score_mode
 
+    require_score_mode()
     check_llm(llm)
     skip_prefix_cache = bool(skip_prefix_cache or reproducible)
     policy = {"score_temperature": temperature, "score_top_p": top_p}
@@ -159,9 +161,7 @@ def _sampling_params(
     skip: bool,
 ) -> SamplingParams:
     from vllm import SamplingParams
-    from vllm.score.patches.register import require_score_mode
 
-    require_score_mode()
     whole = isinstance(top, Integral) and not isinstance(top, bool) and top >= 0
     if not whole or (top and full_vocabulary):
         raise ScoreModeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.engine.length import with_room_for_one_more
@@ -86,9 +87,11 @@ def open_llm(
             settings.setdefault("distributed_executor_backend", "uni")
     elif enforce_eager is not None:
         settings["enforce_eager"] = enforce_eager
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     if read is not None and read < context_length:
-        settings = with_room_for_one_more({**settings, "max_model_len": read})
-    return start_llm(settings, progress=progress, options=OPTIONS)
+        settings["max_model_len"] = read
+        prepare = with_room_for_one_more
+    return start_llm(settings, progress=progress, options=OPTIONS, prepare=prepare)
 
 
 def quieten() -> None:

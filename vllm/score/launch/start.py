@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,11 @@ _log: LogFile | None = None
 
 
 def start_llm(
-    settings: Mapping[str, Any], *, progress: bool = True, options: Mapping[str, str] | None = None
+    settings: Mapping[str, Any],
+    *,
+    progress: bool = True,
+    options: Mapping[str, str] | None = None,
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> LLM:
     """A running `vllm.LLM`. While it starts, what vLLM prints goes to a file.
 
@@ -35,6 +39,7 @@ def start_llm(
         settings: arguments of `vllm.LLM`; `model` among them.
         progress: whether to say on standard error that it starts, and when it runs.
         options: how the caller's users spell the arguments of `vllm.LLM`.
+        prepare: makes the final settings of these; what it raises counts to the start.
 
     Raises:
         ScoreModeError: it does not start: the cause, what helps, and where the log is.
@@ -46,7 +51,7 @@ def start_llm(
         long_step(f"Starting vLLM with {str(model)!r}", "vLLM is ready", progress),
         _one_sentence(f"vLLM does not start {str(model)!r}", dict(options or {})),
     ):
-        return LLM(**settings)
+        return LLM(**prepare(settings))
 
 
 @contextmanager

@@ -205,7 +205,9 @@ def _top_columns(
 
 def _gather_vocabulary(head: Head, x: torch.Tensor, out: torch.Tensor) -> None:
     assert head.gather is not None
-    counts = head.gather(torch.full((1,), x.shape[1], device=x.device))[:, 0].tolist()
+    # As floats: vLLM's exchange between CPU processes knows no integers.
+    own = torch.full((1,), x.shape[1], dtype=torch.float32, device=x.device)
+    counts = [int(count) for count in head.gather(own)[:, 0].tolist()]
     width = max(counts)
     parts = head.gather(torch.nn.functional.pad(x, (0, width - x.shape[1])))
     torch.cat([part[:, :n] for part, n in zip(parts, counts, strict=True)], dim=1, out=out)

@@ -41,7 +41,7 @@ def start_engine(options: dict[str, Any]) -> LLM:
         )
     if current_platform.is_cpu():
         settings = {**_for_cpu(settings), **settings}
-    return start_llm(with_room_for_one_more(settings))
+    return start_llm(settings, prepare=with_room_for_one_more)
 
 
 def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:
