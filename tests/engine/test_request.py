@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.score.engine.request import ModelFacts, plan_request
+from tests.perplexity.texts import byte_level_with_bos
+from vllm.score.engine.request import AS_TOKENISED, ModelFacts, plan_request, plan_tokenised
 from vllm.score.engine.worker import scored_rows
 
 FACTS = ModelFacts(vocab_size=100, max_model_len=32)
@@ -228,3 +229,23 @@ def test_single_token_has_nothing_to_score():
     assert plan([7]).result_shape == (0, 100)
     assert plan([7], prompt_logprobs=0).result_shape == (0, 1)
     assert plan([7]).engine_prompt == [7]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it(by_name):
+    from vllm.score.patches.llm_engine import without_cache
+
+    tokenizer = byte_level_with_bos()
+    text = "<|bos|>hello there"
+    prompt = {"prompt": text, "prompt_token_ids": tokenizer(text)["input_ids"]}
+    facts = ModelFacts(len(tokenizer), max_model_len=32)
+    echo, own = params(prompt_logprobs=0), params(prompt_logprobs=0)
+    setattr(echo, AS_TOKENISED, True)
+    planned = []
+    for asked in (echo, own):
+        arguments = ((), {"params": asked}) if by_name else (("0", prompt, asked), {})
+        args, kwargs = without_cache(*arguments)
+        sent = kwargs["params"] if by_name else args[2]
+        assert sent.skip_reading_prefix_cache and not asked.skip_reading_prefix_cache
+        planned.append(plan_tokenised(prompt, None, sent, facts, tokenizer).prompt_token_ids)
+    assert planned == [prompt["prompt_token_ids"], prompt["prompt_token_ids"][1:]]

@@ -74,7 +74,9 @@ def touched(engine: Any) -> None:
 
 def without_cache(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of `add_request` for a request that reads no cached prefix."""
-    params = (kwargs["params"] if "params" in kwargs else args[2]).clone()
+    given = kwargs["params"] if "params" in kwargs else args[2]
+    params = given.clone()
+    vars(params).update(vars(given))  # the marks of a server's request, which a copy lacks
     params.skip_reading_prefix_cache = True
     if "params" in kwargs:
         return args, {**kwargs, "params": params}
