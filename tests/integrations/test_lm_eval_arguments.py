@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.arguments import SEED, read_arguments
 from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
-from vllm.score.integrations.lm_eval.merging import MergedRequests
 from vllm.score.integrations.lm_eval.truncation import fit_context, fit_pairs
-from vllm.score.results import TokenScores
 
 
 def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
@@ -115,38 +110,3 @@ def test_truncation_keeps_the_end() -> None:
     assert fit_context(ids, 3, "left") == [4, 5, 6]
     assert fit_context(ids, 3, "right") == [0, 1, 2]
     assert fit_context(ids, 3, "middle") == [0, 5, 6]
-
-
-token = st.integers(0, 3)
-pair = st.tuples(st.lists(token, min_size=1, max_size=4), st.lists(token, min_size=1, max_size=3))
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(pair, max_size=12))
-def test_merged_requests_lead_back_to_every_pair(pairs: list[tuple[list[int], list[int]]]) -> None:
-    """Scores that tell prefix and token apart; the merged answers are sums of the right ones."""
-    merged = MergedRequests(pairs)
-    assert len(merged.requests) == len({tuple([*c, *t][:-1]) for c, t in pairs})
-
-    def score(prefix: list[int], target: int) -> float:
-        return -float(sum((i + 2) * (t + 1) for i, t in enumerate([*prefix, target])))
-
-    def likeliest(prefix: list[int]) -> int:
-        return max(range(4), key=lambda t: ((sum(prefix) + 3 * t) % 5, -t))
-
-    results = []
-    for request in merged.requests:
-        ids, targets = request["prompt_token_ids"], request["target_token_ids"]
-        starts = range(len(ids) - len(targets), len(ids))
-        rows = [[score(ids[:i], t) for t in row] for i, row in zip(starts, targets, strict=True)]
-        argmax = np.array([likeliest(ids[:i]) for i in starts])
-        results.append(
-            TokenScores(np.array(targets), np.array(rows, dtype=np.float32), {"argmax": argmax})
-        )
-    for (context, continuation), (logprob, greedy) in zip(
-        pairs, merged.answers(results), strict=True
-    ):
-        ids = [*context, *continuation]
-        places = range(len(context), len(ids))
-        assert logprob == sum(score(ids[:i], ids[i]) for i in places)
-        assert greedy == all(likeliest(ids[:i]) == ids[i] for i in places)

@@ -15,7 +15,7 @@ from vllm.score.sequence.boundary import RULES
 from vllm.score.sequence.files import read_pairs
 
 if TYPE_CHECKING:
-    from vllm.score.sequence.prepare import Prepared
+    from vllm.score.sequence.scorer import Prepared
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Pairs:
         Raises:
             ScoreModeError: a pair that cannot be scored.
         """
-        from vllm.score.sequence.prepare import prepare_pairs
+        from vllm.score.sequence.scorer import prepare_pairs
 
         return prepare_pairs(self.rows, tokenizer, self.boundary, self.names)
 

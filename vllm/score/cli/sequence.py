@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -146,7 +146,7 @@ def sequence(
     from vllm.score.launch.steps import long_step, shows_bars
     from vllm.score.patches.register import require_score_mode
     from vllm.score.sequence.files import WRITABLE
-    from vllm.score.sequence.hook import score_prepared
+    from vllm.score.sequence.scorer import score_prepared
 
     model = checks.one_model(model, model_option)
     checks.check_positive(
@@ -222,7 +222,7 @@ def sequence(
 
 
 def _report(
-    rows: list[dict[str, Any]], notes: Sequence[str], stream: TextIO, *, as_json: bool
+    rows: Sequence[Mapping[str, Any]], notes: Sequence[str], stream: TextIO, *, as_json: bool
 ) -> None:
     if as_json:
         from vllm.score.sequence import files

@@ -20,9 +20,9 @@ EOS; and a continuation tokenised apart gets no such space.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from vllm.score.checks import check_name
 from vllm.score.data.token_bytes import TokenBytes
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.alignment import Tokens, find_cut_by_bytes
@@ -36,8 +36,7 @@ RULES = ("spanning", "strict", "separate")
 _BATCH_CHARACTERS = 1 << 20
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One continuation of one context.
 
     Attributes:
@@ -53,8 +52,7 @@ class Pair:
     name: str = "pair"
 
 
-@dataclass(frozen=True)
-class SplitTokens:
+class SplitTokens(NamedTuple):
     """Tokens of context and continuation.
 
     Attributes:
@@ -82,8 +80,7 @@ class BoundaryTokenizer:
     """
 
     def __init__(self, tokenizer: Any, rule: str = "spanning") -> None:
-        if rule not in RULES:
-            raise ScoreModeError(f"boundary is {rule!r}; it must be one of {', '.join(RULES)}.")
+        check_name("boundary", rule, RULES)
         self._tokenizer, self._rule = tokenizer, rule
         backend = getattr(tokenizer, "backend_tokenizer", None)
         fast = bool(getattr(tokenizer, "is_fast", False)) and backend is not None

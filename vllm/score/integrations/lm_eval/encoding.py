@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.merging import TokenPair
+from vllm.score.integrations.lm_eval.truncation import TokenPair
 from vllm.score.sequence.boundary import BoundaryTokenizer, Pair
 
 # Texts that the tokenizer is given at a time; between them the progress bar moves.

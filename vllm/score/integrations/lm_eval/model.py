@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 
+from vllm.score.api import score
+from vllm.score.continuations import MergedContinuations
 from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.arguments import Arguments, read_arguments
@@ -22,9 +24,8 @@ from vllm.score.integrations.lm_eval.generation import (
     read_generation_kwargs,
     split_settings,
 )
-from vllm.score.integrations.lm_eval.merging import MergedRequests, TokenPair
 from vllm.score.integrations.lm_eval.scaled import ScaledGeneration, ScaledRequest
-from vllm.score.integrations.lm_eval.truncation import fit_context, fit_pairs
+from vllm.score.integrations.lm_eval.truncation import TokenPair, fit_context, fit_pairs
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -219,9 +220,7 @@ class VLLMScoreLM(TemplateLM):
         return found
 
     def _score(self, pairs: Sequence[TokenPair], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        from vllm.score import score
-
-        merged = MergedRequests(pairs)
+        merged = MergedContinuations(pairs)
         scores = score(
             self.model,
             merged.requests,
@@ -229,7 +228,7 @@ class VLLMScoreLM(TemplateLM):
             use_tqdm=not disable_tqdm,
             lora_request=self._lora_request,
         )
-        return merged.answers(scores)
+        return [(found.sum(), found.is_greedy) for found in merged.scores(scores)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """By request: the generated text up to the first stop sequence.

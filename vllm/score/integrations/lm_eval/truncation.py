@@ -6,9 +6,11 @@ import logging
 from collections.abc import Sequence
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.merging import TokenPair
 
 logger = logging.getLogger("lm_eval.vllm_score")  # LMEVAL_LOG_LEVEL holds
+
+# Token ids of a context and its continuation.
+TokenPair = tuple[list[int], list[int]]
 
 SIDES = ("left", "right", "middle")
 
