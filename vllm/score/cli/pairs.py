@@ -12,7 +12,7 @@ from vllm.score.cli.checks import check_no_file
 from vllm.score.data.rows import Skipped
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.boundary import RULES
-from vllm.score.sequence.files import read_pairs
+from vllm.score.sequence.table import read_pairs
 
 if TYPE_CHECKING:
     from vllm.score.sequence.scorer import Prepared
