@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import TemplateLM
 
 from vllm.score.api import score
+from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, Whole, check, check_name
 from vllm.score.continuations import MergedContinuations
 from vllm.score.engine.support import check_llm
@@ -31,7 +32,6 @@ from vllm.score.integrations.lm_eval.generation import (
 )
 from vllm.score.integrations.lm_eval.requests import SIDES, Encoder, fit_context, fit_pairs
 from vllm.score.integrations.lm_eval.scaled import ScaledGeneration, ScaledRequest
-from vllm.score.patches.register import require_score_mode
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -184,7 +184,7 @@ class VLLMScoreLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside the results."""
-        from vllm.score.engine.status import versions
+        from vllm.score.patches.status import versions
 
         config = self.model.llm_engine.model_config
         return {
