@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.launch.steps import long_step, say
+from vllm.score.launch.output import long_step, say
 
 CACHE_VARIABLE = "VLLM_SCORE_CACHE"
 # What a model's folder must hold to be loaded.
