@@ -180,13 +180,13 @@ def test_an_engine_that_fails_while_it_starts(
 @pytest.fixture
 def off(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process as it is where vLLM has not loaded the plugin."""
+    from vllm.score import armed
     from vllm.score.cli import eig, model, perplexity, sequence
-    from vllm.score.patches import register
 
     def begun(*_: Any, **__: Any) -> None:
         raise AssertionError("something was made or started")
 
-    monkeypatch.setattr(register, "_applications", {})
+    monkeypatch.setattr(armed, "APPLICATIONS", [])
     monkeypatch.setenv("VLLM_PLUGINS", "others")
     for module, name in (
         (model, "open_llm"),

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, check
 from vllm.score.cli.common import check_output
 from vllm.score.cli.eig_options import declare
@@ -23,7 +24,6 @@ from vllm.score.eig.scalers import run, unanswered_note
 from vllm.score.eig.types import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.launch.output import long_step, shows_bars
-from vllm.score.patches.register import require_score_mode
 from vllm.score.tiny import additions_model
 
 __all__ = ["declare", "eig", "keep_finished"]

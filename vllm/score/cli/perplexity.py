@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, check, check_name
 from vllm.score.cli.common import check_output, check_writable
 from vllm.score.cli.inputs import check_text, open_text
@@ -17,7 +18,6 @@ from vllm.score.cli.model import Model
 from vllm.score.data import Source, file_source
 from vllm.score.errors import ScoreModeError
 from vllm.score.launch.output import long_step, say, shows_bars
-from vllm.score.patches.register import require_score_mode
 from vllm.score.perplexity import conventions as known
 from vllm.score.perplexity import perplexity as run
 from vllm.score.perplexity.job import check_windows, prepare

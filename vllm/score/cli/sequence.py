@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from vllm.score.armed import require_score_mode
 from vllm.score.checks import check_name
 from vllm.score.cli.common import check_output
 from vllm.score.cli.inputs import read_pairs
 from vllm.score.cli.model import Model
 from vllm.score.launch.output import long_step, say, shows_bars
-from vllm.score.patches.register import require_score_mode
 from vllm.score.sequence import files, table
 from vllm.score.sequence.boundary import RULES
 from vllm.score.sequence.hook import score_prepared
