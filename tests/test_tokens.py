@@ -1,22 +1,24 @@
-"""The special tokens in front of a text stand there once, however the text comes in."""
+"""From texts, messages and ids to token ids: the special tokens in front stand there once."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vllm.score.tiny.tokenizer as tiny
 from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
+from tests.sequence.tokenizers import WithoutOffsets
 from vllm.score.cli.inputs import Questions
 from vllm.score.eig.problems import _token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.generation import prompt_ids
 from vllm.score.sequence.boundary import BoundaryTokenizer, Pair
-from vllm.score.tokens import automatic_prefix, encode_inputs, prefix_once
+from vllm.score.tokens import automatic_prefix, encode_inputs, prefix_once, render_messages
 
 BOS = tiny.BOS_TOKEN
 
@@ -100,3 +102,70 @@ def test_a_lone_surrogate_is_refused_by_name(name: str, encode: Any) -> None:
     with pytest.raises(ScoreModeError, match="lone surrogate") as error:
         encode(byte_level())
     assert str(error.value).startswith(name)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('No system message') }}{% endif %}"
+    "[{{ m['role'] }}]{{ m['content'] }}{% if not loop.last %};{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %};[assistant]{% endif %}"
+)
+USER = {"role": "user", "content": "hé"}
+BEGUN = {"role": "assistant", "content": "It is "}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    made: Any = tiny.train_tokenizer([TEMPLATE], 300)
+    made.chat_template = TEMPLATE
+    return made
+
+
+class Chatting(WithoutOffsets):
+    """A tokenizer of vLLM's own kind; one that reads its template differently, if so asked."""
+
+    def __init__(self, inner: Any, *, shift: int = 0) -> None:
+        super().__init__(inner)
+        self.shift = shift
+
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, **options: Any) -> Any:
+        given = self.inner.apply_chat_template(messages, tokenize=tokenize, **options)
+        return [token + self.shift for token in given] if tokenize else given
+
+
+@pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, Chatting])
+def test_messages_end_where_the_answer_begins(wrap: Any, tokenizer: Any) -> None:
+    text = render_messages([USER], wrap(tokenizer), "it")
+    assert text == "<|bos|>[user]hé;[assistant]"
+    more = render_messages((USER, BEGUN, USER), wrap(tokenizer), "it")
+    assert more == "<|bos|>[user]hé;[assistant]It is ;[user]hé;[assistant]"
+
+
+def test_a_begun_answer_is_continued(tokenizer: Any) -> None:
+    assert render_messages([USER, BEGUN], tokenizer, "it") == "<|bos|>[user]hé;[assistant]It is "
+
+
+def test_templates_that_do_not_serve_are_refused(tokenizer: Any) -> None:
+    system = {"role": "system", "content": "x"}
+    with pytest.raises(ScoreModeError, match=r"^it: the chat template .*No system message; give a"):
+        render_messages([system, USER], tokenizer, "it")
+    with pytest.raises(ScoreModeError, match="its text, tokenised, is not the template's tokens"):
+        render_messages([USER], Chatting(tokenizer, shift=1), "it")
+    with pytest.raises(ScoreModeError, match=r"^it\[0\] is {'content': 'x'}; give a message"):
+        render_messages([{"content": "x"}], tokenizer, "it")
+
+
+def test_texts_messages_and_ids_in_any_mixture(tokenizer: Any) -> None:
+    plain = tokenizer.encode("hé", add_special_tokens=False)
+    chat = tokenizer.encode("<|bos|>[user]hé;[assistant]", add_special_tokens=False)
+    inputs = [[USER], "hé", [5, 6], np.array([7]), "<|bos|>hé"]
+    found = encode_inputs(tokenizer, inputs, list("abcde"), vocab_size=8)
+    assert [tokens.ids for tokens in found] == [chat, plain, [5, 6], [7], [0, *plain]]
+    assert encode_inputs(tokenizer, []) == []
+    with pytest.raises(ScoreModeError, match=r"^it\[1\] is 8, outside the vocabulary 0\.\.7"):
+        encode_inputs(tokenizer, [[5, 8]], ["it"], vocab_size=8)
+    with pytest.raises(ScoreModeError, match=r"^it\[0\] is 5; give a message"):  # no ids asked for
+        encode_inputs(tokenizer, [[5, 8]], ["it"])
+    for wrong, message in ((3, "it is int"), ([], "it has no messages"), (USER, "it is one mess")):
+        with pytest.raises(ScoreModeError, match=f"^{message}"):
+            encode_inputs(tokenizer, [wrong], ["it"], vocab_size=8)

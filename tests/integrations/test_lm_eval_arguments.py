@@ -7,12 +7,7 @@ from typing import Any
 import pytest
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.arguments import (
-    SEED,
-    engine_options,
-    lora_request,
-    template_arguments,
-)
+from vllm.score.integrations.lm_eval.engine import SEED, engine_options, lora_request
 from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
 from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs
 
@@ -27,8 +22,6 @@ def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
         "max_num_seqs": 8,
         "enable_lora": True,
     }
-    assert template_arguments('{"mode": "short"}', None, None) == {"mode": "short"}
-    assert template_arguments({"mode": "x"}, False, None) == {"mode": "x", "enable_thinking": False}
     request = lora_request("adapter")
     assert request is not None and request.lora_path == "adapter"
     assert lora_request(None) is None
@@ -58,8 +51,11 @@ def test_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_an_engine_that_runs_takes_its_options_no_more(llm: Any) -> None:
     from vllm.score.integrations.lm_eval import VLLMScoreLM
 
-    model = VLLMScoreLM.from_llm(llm, max_gen_toks=7, batch_size="auto:4", max_batch_size=8)
+    options = {"batch_size": "auto:4", "max_batch_size": 8, "chat_template_args": '{"end": "!"}'}
+    model = VLLMScoreLM.from_llm(llm, max_gen_toks=7, enable_thinking=False, **options)
     assert (model.max_gen_toks, model.batch_size) == (7, "auto:4")
+    model.tokenizer.chat_template = "{{ messages[0].content }}{{ end }}{{ enable_thinking }}"
+    assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi!False"
     with pytest.raises(ScoreModeError, match=r"dtype: .*engine, which runs already"):
         VLLMScoreLM.from_llm(llm, dtype="float32", revision=None)
 

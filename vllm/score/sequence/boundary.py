@@ -9,18 +9,20 @@ then:
 ``separate``  tokenise the two apart, so that no token can; the tokens need not be those that the
               tokenizer makes of the whole text
 
-What a token holds is told by its bytes where the vocabulary writes them out, else by offsets, else
-by comparison with the tokens of the context alone.
+What a token holds is known from its bytes where the vocabulary writes them out, else from the
+offsets of the tokenizer, else by comparison with the tokens of the context alone
+(`vllm.score.sequence.alignment`).
 
-A space that the tokenizer puts before a text of its own accord is no context: it belongs to what
-it stands before. So without a context all tokens of the text are the continuation's, behind BOS or
-EOS; and a continuation tokenised apart gets no such space.
+A space that the tokenizer itself puts before a text (sentencepiece's "dummy prefix") is no context:
+it belongs to what it stands before. So without a context all tokens of the text are the
+continuation's, behind BOS or EOS; and a continuation tokenised apart gets no such space.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from vllm.score.checks import check_name
@@ -36,9 +38,9 @@ from vllm.score.tokens import (
 )
 
 RULES = ("spanning", "strict", "separate")
-# Put before a text where the tokenizer has no switch for its space. The first is in hardly any
-# vocabulary and becomes bytes, which never merge with others; the rest serves where there are no
-# bytes.
+# Put before a text where the tokenizer's own space cannot be switched off. The first is in hardly
+# any vocabulary and becomes bytes, which never merge with others; the rest is for vocabularies
+# without bytes.
 _ANCHORS = ("\ue000", "\n", ".", "|", "0", "a")
 # Texts are tokenised together as long as their offsets take little memory.
 _BATCH_CHARACTERS = 1 << 20
@@ -90,6 +92,7 @@ class BoundaryTokenizer:
     def __init__(self, tokenizer: Any, rule: str = "spanning") -> None:
         check_name("boundary", rule, RULES)
         self._tokenizer, self._rule = tokenizer, rule
+        self._encode = partial(_encode, tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         fast = bool(getattr(tokenizer, "is_fast", False)) and backend is not None
         self._bytes = TokenBytes(tokenizer)
@@ -101,7 +104,7 @@ class BoundaryTokenizer:
         self._last_context: tuple[str, list[int]] = ("", [])
 
     def split(self, pairs: Iterable[Pair]) -> Iterator[SplitTokens]:
-        """One `SplitTokens` a pair, in order.
+        """One `SplitTokens` per pair, in order.
 
         The tokens are those of context + continuation, behind the special tokens that
         tokenizer(text) puts in front of any text (unless the context has them, or a chat template
@@ -117,7 +120,12 @@ class BoundaryTokenizer:
         """
         for batch in _batches(pairs):
             for pair in batch:
-                _check(pair)
+                if not pair.continuation:
+                    raise ScoreModeError(
+                        f"{pair.name}: the continuation is empty; give at least one character."
+                    )
+                check_encodable(pair.context, f"{pair.name}: the context")
+                check_encodable(pair.continuation, f"{pair.name}: the continuation")
             if self._apart is not None:
                 yield from (self._encode_apart(pair, self._apart) for pair in batch)
             elif self._joint is not None:
@@ -227,9 +235,6 @@ class BoundaryTokenizer:
             self._last_context = (context, self._encode(context))
         return self._last_context[1]
 
-    def _encode(self, text: str) -> list[int]:
-        return _encode(self._tokenizer, text)
-
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
 
@@ -243,6 +248,7 @@ class ApartEncoder:
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
         self._tokenizer, self._bytes = tokenizer, token_bytes
+        self._encode = partial(_encode, tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._bare: Any = None
         if token_bytes.dummy and backend is not None:
@@ -284,7 +290,7 @@ class ApartEncoder:
         return list(found.ids)
 
     def _behind_anchor(self, text: str, name: str) -> list[int]:
-        """Whatever merges with the anchor shows, as the anchor's own tokens are then gone."""
+        """A text that merges with the anchor shows: the anchor's own tokens are gone."""
         unknown = getattr(self._tokenizer, "unk_token_id", None)
         for anchor in _ANCHORS:
             alone, both = self._encode(anchor), self._encode(anchor + text)
@@ -295,9 +301,6 @@ class ApartEncoder:
             f"({type(self._tokenizer).__name__}), which puts a space that cannot be kept away "
             f"before the continuation {text[:40]!r}; use boundary='spanning'."
         )
-
-    def _encode(self, text: str) -> list[int]:
-        return _encode(self._tokenizer, text)
 
 
 def _without_dummy(backend: Any) -> Any:
@@ -331,15 +334,6 @@ def _stripped(step: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
-
-
-def _check(pair: Pair) -> None:
-    if not pair.continuation:
-        raise ScoreModeError(
-            f"{pair.name}: the continuation is empty; give at least one character."
-        )
-    check_encodable(pair.context, f"{pair.name}: the context")
-    check_encodable(pair.continuation, f"{pair.name}: the continuation")
 
 
 def _vanished(pair: Pair) -> ScoreModeError:

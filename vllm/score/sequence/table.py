@@ -1,4 +1,4 @@
-"""Pairs from files; results to files, and as a table for people."""
+"""Results as a file, and as a table for people."""
 
 from __future__ import annotations
 
@@ -12,39 +12,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vllm.score.data.rows import Columns, Skipped, read_rows
 from vllm.score.report.numbers import count, significant
 
 WRITABLE = (".csv", ".jsonl", ".parquet")
 _CHARACTERS = 19  # of a text, in an 80-column table
-
-
-def read_pairs(
-    paths: Sequence[Path],
-    context_column: str = "context",
-    target_column: str = "target",
-    *,
-    skipped: Skipped | None = None,
-) -> tuple[list[tuple[Any, str]], list[str]]:
-    """(context, target) of every row, and what errors call the row.
-
-    Texts are taken as they stand: an empty field of a CSV file is an empty text, "NA" and "1" are
-    texts. In JSON and Parquet a context may be a list of messages.
-
-    Args:
-        skipped: counts the rows that are left out because one of the two is missing; None: an
-            error.
-
-    Raises:
-        ScoreModeError: a file or a column is missing, a row has none of it, or it cannot be read.
-    """
-    columns = Columns(
-        (context_column, target_column),
-        remedy="name the right ones with --context-column and --target-column",
-    )
-    rows = list(read_rows(paths, columns, "pairs", skipped=skipped))
-    pairs = [(row.fields[context_column], row.fields[target_column]) for row in rows]
-    return pairs, [f"{row.path}, row {row.number}" for row in rows]
 
 
 def write_results(results: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -164,7 +164,7 @@ def make_closing(tokenizer: Any, think_end: str | None, options: Mapping[str, An
 
     Args:
         tokenizer: of Hugging Face or vLLM.
-        think_end: such as "</think>".
+        think_end: e.g. "</think>".
         options: of a scaler.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,12 @@ from vllm.score.checks import Count, Whole, check, check_name
 from vllm.score.continuations import MergedContinuations
 from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.arguments import (
+from vllm.score.integrations.lm_eval.engine import (
     engine_options,
     length_asked_for,
-    lora_request,
-    template_arguments,
-)
-from vllm.score.integrations.lm_eval.engine import (
     load_tokenizer,
     longest_input,
+    lora_request,
     start_engine,
 )
 from vllm.score.integrations.lm_eval.generation import (
@@ -77,6 +75,7 @@ class VLLMScoreLM(TemplateLM):
         max_length: tokens that the model reads at most, as lm-eval's `hf` model counts them. A
             context and its continuation may have one more together: the last is only predicted.
         max_gen_toks: as given.
+        config: of Hugging Face, of the model.
 
     Raises:
         ScoreModeError: for options that contradict each other, before the engine starts.
@@ -110,7 +109,7 @@ class VLLMScoreLM(TemplateLM):
         check("prefix_token_id", prefix_token_id, Whole | None)
         check_name("truncation_side", truncation_side, SIDES)
         self._truncation_side, self._think_end = truncation_side, think_end_token
-        self._template = template_arguments(chat_template_args, enable_thinking, think_end_token)
+        self._template = _template_arguments(chat_template_args, enable_thinking, think_end_token)
         asked = length_asked_for(max_model_len, max_length)
         settings = engine_options(
             pretrained,
@@ -124,6 +123,7 @@ class VLLMScoreLM(TemplateLM):
         self.model = start_engine(settings) if llm is None else llm
         self.max_length = longest_input(self.model, asked, given=llm is not None)
         self.tokenizer = load_tokenizer(self.model, add_bos_token)
+        self.config = self.model.llm_engine.model_config.hf_config
         self._encoder = Encoder(self.tokenizer, add_bos_token, prefix_token_id)
         self._lora_request = lora_request(lora_local_path)
 
@@ -131,11 +131,6 @@ class VLLMScoreLM(TemplateLM):
     def from_llm(cls, llm: LLM, **options: Any) -> VLLMScoreLM:
         """The model around an `LLM` that runs already; the engine's options are its own."""
         return cls(llm=llm, **options)
-
-    @property
-    def config(self) -> Any:
-        """The Hugging Face configuration of the model."""
-        return self.model.llm_engine.model_config.hf_config
 
     @property
     def eot_token_id(self) -> int:
@@ -346,3 +341,31 @@ def _arguments_of(requests: Sequence[Instance]) -> list[Any]:
             "texts of your own use vllm.score.score or SequenceProbVLLMHook."
         )
     return [request.args for request in requests]
+
+
+def _template_arguments(
+    given: Mapping[str, Any] | str | None, enable_thinking: bool | None, think_end: str | None
+) -> dict[str, Any]:
+    """Further arguments of the chat template.
+
+    Args:
+        given: a dict, or one as JSON.
+        enable_thinking: one of the arguments.
+        think_end: text after which the answer begins, without which nobody may think.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ScoreModeError(f"chat_template_args is {given!r}, no JSON: {error}.") from error
+    arguments: Any = {} if given is None else given
+    if not isinstance(arguments, Mapping):
+        raise ScoreModeError(f"chat_template_args is {given!r}; give a dict.")
+    thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    arguments = {**arguments, **thinking}
+    if arguments.get("enable_thinking") and think_end is None:
+        raise ScoreModeError(
+            "enable_thinking=True without think_end_token: name the token after which the answer "
+            "begins, for example think_end_token='</think>'."
+        )
+    return arguments
