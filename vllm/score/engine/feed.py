@@ -1,4 +1,4 @@
-"""Sending requests to the engine of an `LLM`, and taking what comes back."""
+"""Sending requests to the engine of an `LLM`, in which order, and taking what comes back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Enough to keep any engine full, few enough that a long list costs no memory before its turn.
 MAX_REQUESTS_IN_FLIGHT = 4096
 MAX_TOKENS_IN_FLIGHT = 1 << 20
+# Shorter prefixes are not worth another order: they fill no block of the cache.
+SHARED_TOKENS = 16
 # Sent before the engine begins, at most: more would keep it waiting for us.
 HELD_REQUESTS = 256
 
@@ -62,6 +64,37 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     shorter = min(len(a), len(b))
     different = a[:shorter] != b[:shorter]
     return int(different.argmax()) if different.any() else shorter
+
+
+def shared_prefix_order(prompts: Sequence[np.ndarray]) -> list[int]:
+    """Indices of `prompts`, those that share a prefix next to each other.
+
+    The engine computes a prefix once while its blocks stay in the cache, from the step on in which
+    they are first computed. Neighbours find them there however small the cache is.
+
+    Groups that share at least `SHARED_TOKENS` tokens stay in the order of their first members. In
+    a group the order is that of the token ids, so that longer shared prefixes are adjacent too.
+    The order is unchanged where nothing is shared.
+
+    Args:
+        prompts: arrays of token ids, [n] each, of one dtype.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        # Prompts too short to share so much are groups of their own.
+        long_enough = len(prompt) >= SHARED_TOKENS
+        prefix = prompt[:SHARED_TOKENS].tobytes() if long_enough else b"%d" % i
+        groups.setdefault(prefix, []).append(i)
+
+    # Bytes compare fast; big-endian ones compare like the numbers.
+    def key(i: int) -> bytes:
+        return prompts[i].astype(">i4").tobytes()
+
+    return [
+        i
+        for group in groups.values()
+        for i in (group if len(group) == 1 else sorted(group, key=key))
+    ]
 
 
 def run_requests(

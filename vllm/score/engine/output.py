@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import wrapt
 
 from vllm.score.engine.request import ScorePlan
 from vllm.score.engine.statistics import INTEGER_STATISTICS
@@ -14,6 +15,13 @@ from vllm.score.errors import ScoreModeError
 from vllm.score.results import PromptLogprobsView, TokenScores
 
 NAN = "is NaN; in the order in which to look"
+
+# Attribute of sampling parameters whose generated tokens, too, may be any id of the model: the
+# stock code that decodes alternatives takes the whole server down at one without a text.
+ANY_ID = "score_any_id"
+
+# What tokenizers raise for an id that they lack.
+_UNKNOWN_ID = (IndexError, KeyError, OverflowError, TypeError, ValueError)
 
 
 class FailedScores:
@@ -129,3 +137,43 @@ def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | N
         output.prompt_token_id_logprobs = scores.logprobs.reshape(
             len(rows), plan.layout.num_targets
         )
+
+
+class EveryId(wrapt.ObjectProxy):
+    """A tokenizer for which ids that it lacks are empty texts.
+
+    A model's vocabulary may be larger than its tokenizer's: padded for the hardware, or with
+    reserved ids.
+    """
+
+    def convert_ids_to_tokens(self, ids: Sequence[int], **options: Any) -> list[str]:
+        """The tokens [n] of ids [n]."""
+        return [self._token(token_id, **options) for token_id in ids]
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        """The text of one id or several; those that the tokenizer lacks add nothing."""
+        try:
+            return str(self.__wrapped__.decode(ids, **options))
+        except _UNKNOWN_ID:
+            known = [i for i in ([ids] if isinstance(ids, int) else ids) if self._token(i)]
+            return str(self.__wrapped__.decode(known, **options)) if known else ""
+
+    def _token(self, token_id: int, **options: Any) -> str:
+        try:
+            return self.__wrapped__.convert_ids_to_tokens([token_id], **options)[0] or ""
+        except _UNKNOWN_ID:
+            return ""
+
+
+def decoder(tokenizer: Any) -> Callable[[int], str] | None:
+    """Token id to text, as vLLM decodes single ids; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    every = EveryId(tokenizer)
+
+    def decode(token_id: int) -> str:
+        from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+        return convert_ids_list_to_tokens(every, [token_id])[0]
+
+    return decode

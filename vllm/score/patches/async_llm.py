@@ -39,7 +39,7 @@ def apply(module: ModuleType) -> None:
 
     async def add_request(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         if wants_scores(args, kwargs) and not getattr(engine, CHECKED, False):
-            from vllm.score.engine.support import check_configuration
+            from vllm.score.engine.configuration import check_configuration
 
             check_configuration(engine.vllm_config)
             raise_if_refused(await ask_engine(engine))

@@ -19,7 +19,7 @@ def score_status(engine_core: Any) -> list[dict[str, Any]]:
 
 def score_empty_cache(engine_core: Any) -> bool:
     """Empty the KV cache, NaN included; reached as a utility call, between steps."""
-    from vllm.score.engine.kv_cache import empty_kv_cache
+    from vllm.score.engine.worker import empty_kv_cache
 
     return empty_kv_cache(engine_core)
 

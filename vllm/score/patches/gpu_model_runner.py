@@ -38,11 +38,10 @@ def apply(module: ModuleType) -> None:
 
 
 def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
-    from vllm.score.engine.request_scores import RequestScores
-    from vllm.score.engine.worker import Progress, score_step
+    from vllm.score.engine.worker import RequestScores, ScheduledRows, score_step
 
     spoils = _spoils_rows_without_adapter(runner, num_scheduled_tokens)
-    progress = []
+    scheduled = []
     for request_id, num_tokens in num_scheduled_tokens.items():
         request = runner.requests.get(request_id)
         params = None if request is None else request.sampling_params
@@ -54,8 +53,8 @@ def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
             setattr(request, BUFFER, scores)
         scores.spoiled |= spoils and request.lora_request is None
         row = runner.input_batch.req_id_to_index[request_id]
-        progress.append(
-            Progress(
+        scheduled.append(
+            ScheduledRows(
                 request_id,
                 scores,
                 request.num_computed_tokens,
@@ -64,9 +63,9 @@ def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
                 int(runner.query_start_loc.np[row]),
             )
         )
-    if not progress:
+    if not scheduled:
         return {}
-    ready = score_step(progress, hidden_states, runner.model.compute_logits)
+    ready = score_step(scheduled, hidden_states, runner.model.compute_logits)
     if ready and hidden_states.is_cuda:
         import torch
 

@@ -10,15 +10,19 @@ from typing import Any
 
 import wrapt
 
-from vllm.score.engine.request import PLAN, ModelFacts, ScorePlan, plan_tokenised
-from vllm.score.engine.token_texts import ANY_ID
+from vllm.score.engine.output import ANY_ID
+from vllm.score.engine.request import (
+    NO_CLIENT_LIMIT,
+    PLAN,
+    TARGETS,
+    ModelFacts,
+    ScorePlan,
+    plan_tokenised,
+)
 from vllm.score.ops.row_layout import FULL_VOCABULARY
 from vllm.score.patches.patch import Patch
-from vllm.score.patches.renderers_base import KEY
 from vllm.score.server.params import MARK, Explicit
 
-# Set on the input processor by the patch of LLMEngine: an offline user asks for what he likes.
-NO_CLIENT_LIMIT = "score_mode_no_client_limit"
 # Set on it when a score was NaN: so may be a part of the KV cache.
 NAN_SEEN = "score_mode_nan_seen"
 
@@ -28,13 +32,13 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
 
     def call(request_id: str, prompt: Any, params: Any, *rest: Any, **named: Any) -> Any:
         if not getattr(params, "score_mode", False):
-            if isinstance(prompt, dict) and prompt.get(KEY) is not None:
-                from vllm.score.engine.invalid import InvalidScoreRequest
+            if isinstance(prompt, dict) and prompt.get(TARGETS) is not None:
+                from vllm.score.engine.request import InvalidScoreRequest
 
                 raise InvalidScoreRequest(
-                    f"{KEY} is given, but the sampling parameters do not ask for scores: set "
+                    f"{TARGETS} is given, but the sampling parameters do not ask for scores: set "
                     "SamplingParams(score_mode=True).",
-                    parameter=KEY,
+                    parameter=TARGETS,
                 )
             request = wrapped(request_id, prompt, params, *rest, **named)
             if hasattr(params, ANY_ID):
@@ -44,7 +48,7 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
         plan = _plan(processor, prompt, params, named)
         lease = BytesLease(processor, plan)
         prompt = {**prompt, "prompt_token_ids": plan.engine_prompt}
-        prompt.pop(KEY, None)
+        prompt.pop(TARGETS, None)
         prompt.pop(PLAN, None)
         carrier = _carrier(params, _cache_may_be_spoiled(processor, *rest, **named))
         request = wrapped(request_id, prompt, carrier, *rest, **named)
@@ -69,7 +73,8 @@ def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
 def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> Any:
     if isinstance(prompt.get(PLAN), ScorePlan):
         return prompt[PLAN]  # score() has checked everything once for all its requests
-    from vllm.score.engine.support import check_configuration, check_prompt
+    from vllm.score.engine.configuration import check_configuration
+    from vllm.score.engine.request import check_prompt
 
     check_configuration(processor.vllm_config)
     params._verify_score_mode()  # again: fields may have been set since construction
@@ -85,7 +90,7 @@ def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> An
     mark = getattr(params, MARK, None)
     view = not isinstance(mark, Explicit) or mark.stock_form
     tokenizer = processor.renderer.tokenizer
-    return plan_tokenised(prompt, prompt.get(KEY), params, facts, tokenizer, in_use, view)
+    return plan_tokenised(prompt, prompt.get(TARGETS), params, facts, tokenizer, in_use, view)
 
 
 class BytesLease:

@@ -10,7 +10,8 @@ from typing import Any
 
 import wrapt
 
-from vllm.score.patches.input_processor import NAN_SEEN, NO_CLIENT_LIMIT
+from vllm.score.engine.request import NO_CLIENT_LIMIT
+from vllm.score.patches.input_processor import NAN_SEEN
 from vllm.score.patches.patch import Patch
 
 CHECKED = "score_mode_checked"
@@ -99,7 +100,7 @@ def apply(module: ModuleType) -> None:
 
     def add_request(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         if wants_scores(args, kwargs) and not getattr(engine, CHECKED, False):
-            from vllm.score.engine.support import check_configuration
+            from vllm.score.engine.configuration import check_configuration
 
             check_configuration(engine.vllm_config)
             raise_if_refused(ask_engine(engine))

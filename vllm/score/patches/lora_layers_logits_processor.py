@@ -9,33 +9,25 @@ import wrapt
 
 from vllm.score.patches.patch import Patch
 
-# On upstream's LogitsProcessorWithLoRA: the slots whose adapter has weights for the head.
-SLOTS = "score_mode_slots"
-
 
 def apply(module: ModuleType) -> None:
     """Wrap the loading and the removal of a slot's weights."""
 
     def set_lora(wrapped: Any, layer: Any, args: Any, kwargs: Any) -> Any:
+        from vllm.score.engine.model_head import adapter_slots
+
         result = wrapped(*args, **kwargs)
-        slots(layer).add(kwargs.get("index", args[0] if args else None))
+        adapter_slots(layer).add(kwargs.get("index", args[0] if args else None))
         return result
 
     def reset_lora(wrapped: Any, layer: Any, args: Any, kwargs: Any) -> Any:
-        slots(layer).discard(kwargs.get("index", args[0] if args else None))
+        from vllm.score.engine.model_head import adapter_slots
+
+        adapter_slots(layer).discard(kwargs.get("index", args[0] if args else None))
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(module, "LogitsProcessorWithLoRA.set_lora", set_lora)
     wrapt.wrap_function_wrapper(module, "LogitsProcessorWithLoRA.reset_lora", reset_lora)
-
-
-def slots(layer: Any) -> set[int]:
-    """The slots in use; a layer starts with none."""
-    found: set[int] | None = getattr(layer, SLOTS, None)
-    if found is None:
-        found = set()
-        setattr(layer, SLOTS, found)
-    return found
 
 
 PATCH = Patch(

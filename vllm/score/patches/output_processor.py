@@ -7,7 +7,7 @@ from typing import Any
 
 import wrapt
 
-from vllm.score.engine.token_texts import ANY_ID, EveryId
+from vllm.score.engine.output import ANY_ID, EveryId
 from vllm.score.patches.patch import Patch
 
 
@@ -30,8 +30,7 @@ def apply(module: ModuleType) -> None:
         output = wrapped(*args, **kwargs)
         plan = getattr(state, "score_plan", None)
         if plan is not None:
-            from vllm.score.engine.output import FailedScores, attach_scores
-            from vllm.score.engine.token_texts import decoder
+            from vllm.score.engine.output import FailedScores, attach_scores, decoder
 
             attach_scores(output, plan, decoder(state.score_tokenizer))
             if isinstance(output.scores, FailedScores) and output.scores.nan:

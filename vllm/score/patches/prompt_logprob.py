@@ -21,7 +21,7 @@ def apply(module: ModuleType) -> None:
             if not sampling_params.score_mode:
                 return wrapped(req_id, req_idx, sampling_params)
             from vllm import SamplingParams
-            from vllm.score.engine.request_scores import RequestScores
+            from vllm.score.engine.worker import RequestScores
 
             _requests(worker)[req_id] = RequestScores.of(sampling_params)
             # Upstream is told of a request without prompt scores: its own state would cost three
@@ -65,15 +65,15 @@ def _requests(worker: Any) -> dict[str, Any]:
 def _score(
     requests: dict[str, Any], logits_fn: Any, hidden_states: Any, batch: Any, prompt_lens: Any
 ) -> dict[str, Any]:
-    from vllm.score.engine.worker import Progress, score_step
+    from vllm.score.engine.worker import ScheduledRows, score_step
 
-    progress = []
+    scheduled = []
     for i, request_id in enumerate(batch.req_ids):
         scores = requests.get(request_id)
         if scores is None:
             continue
-        progress.append(
-            Progress(
+        scheduled.append(
+            ScheduledRows(
                 request_id,
                 scores,
                 int(batch.num_computed_prefill_tokens_np[i]),
@@ -82,7 +82,7 @@ def _score(
                 int(batch.query_start_loc_np[i]),
             )
         )
-    return score_step(progress, hidden_states, logits_fn)
+    return score_step(scheduled, hidden_states, logits_fn)
 
 
 PATCH = Patch(

@@ -7,24 +7,22 @@ from typing import Any
 
 import wrapt
 
+from vllm.score.engine.request import TARGETS
 from vllm.score.patches.patch import Patch
-
-KEY = "target_token_ids"
 
 
 def _keep(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
-    if not isinstance(prompt, dict) or prompt.get(KEY) is None:
+    if not isinstance(prompt, dict) or prompt.get(TARGETS) is None:
         return engine_input
     if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
-        from vllm.score.engine.invalid import InvalidScoreRequest
+        from vllm.score.engine.request import InvalidScoreRequest
 
         raise InvalidScoreRequest(
-            f"truncate_prompt_tokens={tok_params.truncate_prompt_tokens} would shift {KEY}: "
+            f"truncate_prompt_tokens={tok_params.truncate_prompt_tokens} would shift {TARGETS}: "
             "truncate the prompt and the targets yourself.",
             parameter="truncate_prompt_tokens",
-            value=tok_params.truncate_prompt_tokens,
         )
-    engine_input[KEY] = prompt[KEY]
+    engine_input[TARGETS] = prompt[TARGETS]
     return engine_input
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Integral, Real
 from types import ModuleType
 from typing import Any
 
@@ -19,13 +17,9 @@ def refuse_when(problem: Callable[[], str | None]) -> None:
     _problem = problem
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def apply(module: ModuleType) -> None:
     """Put the subclass in the stock class's place."""
-    from vllm.score.engine.invalid import InvalidScoreRequest as invalid
+    from vllm.score.engine.request import InvalidScoreRequest as invalid
 
     base: Any = module.SamplingParams
 
@@ -65,7 +59,6 @@ def apply(module: ModuleType) -> None:
                 raise invalid(
                     f"max_tokens must be at least 0, got {self.max_tokens}.",
                     parameter="max_tokens",
-                    value=self.max_tokens,
                 )
             if self.max_tokens != 0:
                 return base._verify_args(self)
@@ -78,8 +71,7 @@ def apply(module: ModuleType) -> None:
                 self.max_tokens = 0
 
         def _verify_score_mode(self) -> None:
-            from vllm.score.engine.statistics import check_statistics
-            from vllm.score.engine.support import check_options
+            from vllm.score.engine.request import check_options
             from vllm.score.errors import ScoreModeUnavailable
 
             if self._score_top is not None:
@@ -87,37 +79,6 @@ def apply(module: ModuleType) -> None:
             problem = _problem()
             if problem is not None:
                 raise ScoreModeUnavailable(problem)
-            if self.score_statistics is not None:
-                try:
-                    self.score_statistics = list(check_statistics(self.score_statistics))
-                except ValueError as error:
-                    raise invalid(str(error), parameter="score_statistics") from None
-            if not isinstance(self.score_mode, bool):
-                raise invalid(
-                    f"score_mode must be True or False, got {self.score_mode!r}.",
-                    parameter="score_mode",
-                    value=self.score_mode,
-                )
-            asked = self.prompt_logprobs
-            if asked is not None and not isinstance(asked, Integral):
-                raise invalid(
-                    f"prompt_logprobs must be a whole number, got {asked!r}.",
-                    parameter="prompt_logprobs",
-                    value=asked,
-                )
-            temperature = self.score_temperature
-            if not (_is_number(temperature) and 0 < temperature < math.inf):
-                raise invalid(
-                    f"score_temperature must be a finite number above 0, got {temperature!r}.",
-                    parameter="score_temperature",
-                    value=temperature,
-                )
-            if not (_is_number(self.score_top_p) and 0 < self.score_top_p <= 1):
-                raise invalid(
-                    f"score_top_p must be in (0, 1], got {self.score_top_p!r}.",
-                    parameter="score_top_p",
-                    value=self.score_top_p,
-                )
             check_options(self)
 
         @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.score.patches.renderers_base import KEY
+from vllm.score.engine.request import TARGETS
 from vllm.score.server.body import ScoreFields, check_request, targets_by_prompt
 
 
@@ -14,7 +14,7 @@ def prepare(request: Any, fields: ScoreFields) -> None:
     Raises:
         InvalidScoreRequest: answered with status 400; also where score mode is off.
     """
-    from vllm.score.engine.invalid import InvalidScoreRequest
+    from vllm.score.engine.request import InvalidScoreRequest
     from vllm.score.patches.register import front_end_problem
 
     problem = front_end_problem()
@@ -32,8 +32,8 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
     Raises:
         InvalidScoreRequest: naming the field.
     """
-    from vllm.score.engine.request import ModelFacts, plan_tokenised
-    from vllm.score.engine.support import check_configuration, check_prompt
+    from vllm.score.engine.configuration import check_configuration
+    from vllm.score.engine.request import ModelFacts, check_prompt, plan_tokenised
 
     check_configuration(serving.engine_client.vllm_config)
     targets = targets_by_prompt(request, fields, len(engine_inputs))
@@ -45,4 +45,4 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
         check_prompt(engine_input, resumable=False)
         plan_tokenised(engine_input, target, params, facts, tokenizer)
         if target is not None:
-            engine_input[KEY] = target
+            engine_input[TARGETS] = target

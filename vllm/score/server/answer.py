@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.engine.token_texts import EveryId
+from vllm.score.engine.output import EveryId
 from vllm.score.results import TokenScores
 
 # What the stock server sends for minus infinity, which JSON does not know.

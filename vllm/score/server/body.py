@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.score.engine.invalid import InvalidScoreRequest as Invalid
+from vllm.score.engine.request import InvalidScoreRequest as Invalid
 
 # Below it, float32 logits divided by the temperature overflow.
 MIN_TEMPERATURE = 1e-6

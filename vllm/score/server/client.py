@@ -9,8 +9,8 @@ from typing import Any
 
 import wrapt
 
+from vllm.score.engine.output import ANY_ID
 from vllm.score.engine.request import AS_TOKENISED
-from vllm.score.engine.token_texts import ANY_ID
 from vllm.score.server.answer import scores_of, stock_prompt_logprobs
 from vllm.score.server.params import MARK, Echo, Explicit
 
@@ -42,7 +42,7 @@ class ScoringClient(wrapt.ObjectProxy):
 async def _explicit(
     engine: Any, prompt: Any, params: Any, request_id: str, options: Any, mark: Explicit
 ) -> AsyncGenerator[Any, None]:
-    from vllm.score.engine.invalid import InvalidScoreRequest
+    from vllm.score.engine.request import InvalidScoreRequest
     from vllm.score.errors import ScoreModeUnavailable
 
     try:
@@ -127,7 +127,7 @@ async def _last(engine: Any, prompt: Any, params: Any, request_id: str, options:
 
 def _can_score(engine: Any, prompt: Any, mark: Echo) -> bool:
     """Whether score mode gives this request what stock would; if not, stock does."""
-    from vllm.score.engine.support import unsupported_configuration
+    from vllm.score.engine.configuration import unsupported_configuration
     from vllm.score.patches.register import front_end_problem
 
     config, model = engine.vllm_config, engine.model_config

@@ -21,7 +21,7 @@ def check_room(asked: int | None, otherwise: str, args: Any, kwargs: Any) -> Non
     Raises:
         InvalidScoreRequest: 0 is left of a number above 0.
     """
-    from vllm.score.engine.invalid import InvalidScoreRequest
+    from vllm.score.engine.request import InvalidScoreRequest
 
     left = args[0] if args else kwargs.get("max_tokens", kwargs.get("default_max_tokens"))
     if left == 0 and asked != 0:
@@ -30,7 +30,6 @@ def check_room(asked: int | None, otherwise: str, args: Any, kwargs: Any) -> Non
             f"the prompt is as long as max_model_len and leaves no room for {wanted}: shorten it, "
             f"or start the server with a larger --max-model-len{otherwise}.",
             parameter="max_tokens",
-            value=asked,
         )
 
 
@@ -42,7 +41,7 @@ def refuse_score_fields(module: ModuleType, cls: str, limits: tuple[str, ...]) -
     """
 
     def to_sampling_params(wrapped: Any, request: Any, args: Any, kwargs: Any) -> Any:
-        from vllm.score.engine.invalid import InvalidScoreRequest
+        from vllm.score.engine.request import InvalidScoreRequest
 
         extra = request.model_extra or {}
         for name in FIELDS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.score.engine.invalid import InvalidScoreRequest
+from vllm.score.engine.request import InvalidScoreRequest
 from vllm.score.server.body import ScoreFields, alternatives
 
 MARK = "score_server"

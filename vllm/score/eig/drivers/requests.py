@@ -14,10 +14,10 @@ import numpy as np
 
 from vllm.score.eig.drivers.checks import check_room, number, token_ids, whole
 from vllm.score.eig.work import Continuation, Next, Sample, Score, Work
-from vllm.score.engine.request import PLAN, ModelFacts, plan_request
+from vllm.score.engine.feed import shared_prefix_order
+from vllm.score.engine.request import NO_CLIENT_LIMIT, PLAN, ModelFacts, plan_request
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
-from vllm.score.shared_prefixes import shared_prefix_order
 
 MAX_TOP = 20
 
@@ -92,8 +92,7 @@ def facts_of(engine: Any) -> ModelFacts:
         ScoreModeError: score mode does not support the engine's configuration.
         ScoreModeUnavailable: score mode is off in this installation.
     """
-    from vllm.score.engine.support import check_configuration
-    from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
+    from vllm.score.engine.configuration import check_configuration
     from vllm.score.patches.register import require_score_mode
 
     require_score_mode()

@@ -1,4 +1,4 @@
-"""Ids that the model has and its tokenizer has not: empty texts, never an exception."""
+"""Results as users read them: numbers, tables, and texts of ids that a tokenizer lacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm.score.engine.token_texts import ANY_ID, EveryId, decoder
+from vllm.score.engine.output import ANY_ID, EveryId, decoder
 from vllm.score.results import PromptLogprobsView, TokenScores
 from vllm.score.server.answer import stock_prompt_logprobs
 
