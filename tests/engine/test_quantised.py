@@ -25,10 +25,10 @@ import pytest
 import torch
 
 from tests.helpers import random_prompts, token_logprobs
+from tests.support.dequantised import activation_format, rounded_inputs
 from vllm.score import score
 from vllm.score.engine.configuration import cpu_int8_error, int8_warning
 from vllm.score.perplexity import perplexity
-from vllm.score.tiny.dequantised import activation_format, rounded_inputs
 
 pytestmark = [
     pytest.mark.engine,

@@ -82,10 +82,10 @@ def score(
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
+    from vllm.score.armed import require_score_mode
     from vllm.score.engine.configuration import check_llm
     from vllm.score.engine.feed import run_requests
     from vllm.score.engine.output import FailedScores
-    from vllm.score.patches.register import require_score_mode
 
     require_score_mode()
     check_llm(llm)

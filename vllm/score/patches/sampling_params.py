@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from vllm.score.armed import front_end_problem
 from vllm.score.patches.patch import Patch
-
-_problem: Callable[[], str | None] = lambda: None  # noqa: E731
-
-
-def refuse_when(problem: Callable[[], str | None]) -> None:
-    """Have `SamplingParams(score_mode=True)` raise whatever sentence `problem()` returns."""
-    global _problem
-    _problem = problem
 
 
 def apply(module: ModuleType) -> None:
@@ -76,7 +68,7 @@ def apply(module: ModuleType) -> None:
 
             if self._score_top is not None:
                 return
-            problem = _problem()
+            problem = front_end_problem()
             if problem is not None:
                 raise ScoreModeUnavailable(problem)
             check_options(self)
@@ -125,7 +117,7 @@ def refuse(module: ModuleType) -> None:
             if self.score_mode:
                 from vllm.score.errors import ScoreModeUnavailable
 
-                raise ScoreModeUnavailable(_problem() or "score mode is off.")
+                raise ScoreModeUnavailable(front_end_problem() or "score mode is off.")
             super().__post_init__()
 
         @staticmethod

@@ -92,8 +92,8 @@ def facts_of(engine: Any) -> ModelFacts:
         ScoreModeError: score mode does not support the engine's configuration.
         ScoreModeUnavailable: score mode is off in this installation.
     """
+    from vllm.score.armed import require_score_mode
     from vllm.score.engine.configuration import check_configuration
-    from vllm.score.patches.register import require_score_mode
 
     require_score_mode()
     check_configuration(engine.vllm_config)
