@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.score.engine.request import AdmittedRequest
 
 NOTES = "notes"  # of a prompt, for its result
 
@@ -103,13 +105,13 @@ def score(
     )
     prompts = _prompts(llm, requests)
     adapters = _adapters(llm, lora_request, len(prompts))
-    _check(llm, prompts, params, full_vocabulary)
+    admitted = _admitted(llm, prompts, params)
     results: dict[int, TokenScores] = {}
     retry_nan = True
-    with _progress(use_tqdm, prompts) as bar:
-        for order in _orders(prompts, params, adapters):
+    with _progress(use_tqdm, sum(len(request.ids) for request in admitted)) as bar:
+        for order in _orders(llm, admitted, params.skip_reading_prefix_cache, adapters):
             while left := [i for i in order if i not in results]:
-                running = run_requests(llm, prompts, left, params, adapters, reproducible)
+                running = run_requests(llm, admitted, left, adapters, reproducible)
                 # At an error the rest is aborted now, not when the traceback is let go.
                 with closing(running):
                     for index, output in running:
@@ -125,7 +127,7 @@ def score(
                             )
                         len(found)  # failed scores raise their reason
                         results[index] = found
-                        bar.update(len(prompts[index]["prompt_token_ids"]))
+                        bar.update(len(admitted[index].ids))
     return [results[i] for i in range(len(prompts))]
 
 
@@ -184,61 +186,58 @@ def _adapters(
     return adapters
 
 
-def _check(
-    llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams, full_vocabulary: bool
-) -> None:
-    """Refuse a malformed request by its index, before the first one runs."""
+def _admitted(
+    llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams
+) -> list[AdmittedRequest]:
+    """Each request checked, the first malformed one refused by its index before any runs."""
     from vllm.score.engine.configuration import check_configuration
-    from vllm.score.engine.request import PLAN, ModelFacts, plan_request
+    from vllm.score.engine.request import ModelFacts, admit
 
     check_configuration(llm.llm_engine.vllm_config)
-    model = llm.llm_engine.model_config
-    facts = ModelFacts(model.get_vocab_size(), model.max_model_len)
-    in_use = 0
+    facts = ModelFacts.of(llm.llm_engine.input_processor)
+    full_vocabulary = params.prompt_logprobs is None
+    admitted: list[AdmittedRequest] = []
+    bytes_in_use = 0
     for i, prompt in enumerate(prompts):
+        ids, targets = prompt["prompt_token_ids"], prompt.get("target_token_ids")
+        if full_vocabulary and targets is not None:
+            raise ScoreModeError(
+                f"requests[{i}]: full_vocabulary=True and target_token_ids exclude each other."
+            )
         try:
-            ids = prompt["prompt_token_ids"]
-            if full_vocabulary and prompt.get("target_token_ids") is not None:
-                raise ScoreModeError(
-                    "full_vocabulary=True and target_token_ids exclude each other."
-                )
-            targets, notes = prompt.get("target_token_ids"), prompt.pop(NOTES, ())
-            plan = plan_request(ids, targets, params, facts, in_use, notes)
+            request = admit(ids, targets, params, facts, bytes_in_use, prompt.get(NOTES, ()))
         except ValueError as error:
             raise ScoreModeError(f"requests[{i}]: {error}") from error
-        prompt["prompt_token_ids"] = plan.prompt_token_ids
-        prompt[PLAN] = plan
+        admitted.append(request)
         if full_vocabulary:
-            rows, width = plan.result_shape
-            in_use += 4 * rows * width
+            bytes_in_use += 4 * math.prod(request.spec.result_shape)
+    return admitted
 
 
 def _orders(
-    prompts: list[dict[str, Any]],
-    params: SamplingParams,
+    llm: LLM,
+    requests: Sequence[AdmittedRequest],
+    skip_prefix_cache: bool,
     adapters: Sequence[LoRARequest | None],
 ) -> list[list[int]]:
     """The requests that are sent together, those with a common context after each other."""
-    from vllm.platforms import current_platform
+    from vllm.score.engine.configuration import confuses_adapters
     from vllm.score.engine.feed import shared_prefix_order
-    from vllm.score.engine.request import PLAN
 
-    order = list(range(len(prompts)))
-    if not params.skip_reading_prefix_cache:
-        order = shared_prefix_order([p[PLAN].ids for p in prompts])
-    if not any(adapters) or not current_platform.is_cpu():
+    order = list(range(len(requests)))
+    if not skip_prefix_cache:
+        order = shared_prefix_order([request.ids for request in requests])
+    if not any(adapters) or not confuses_adapters(llm.llm_engine.vllm_config):
         return [order]
-    # On a CPU vLLM computes rows without an adapter with one, if there are both in a step.
-    apart = [[i for i in order if (adapters[i] is None) is without] for without in (True, False)]
-    return [group for group in apart if group]
+    return [[i for i in order if (adapters[i] is None) is without] for without in (True, False)]
 
 
-def _progress(use_tqdm: bool | Callable[..., tqdm], prompts: Iterable[dict[str, Any]]) -> Any:
+def _progress(use_tqdm: bool | Callable[..., tqdm], tokens: int) -> Any:
     from tqdm import tqdm as default
 
     make = use_tqdm if callable(use_tqdm) else default
     return make(
-        total=sum(len(p["prompt_token_ids"]) for p in prompts),
+        total=tokens,
         desc="Scoring",
         unit="tok",
         unit_scale=True,

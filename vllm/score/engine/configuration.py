@@ -72,6 +72,25 @@ def check_llm(llm: Any) -> None:
         )
 
 
+def confuses_adapters(config: Any) -> bool:
+    """Whether requests without a LoRA adapter may be computed with another request's.
+
+    vLLM 0.32.0 on a CPU takes -1, "no adapter", for the index of the last slot: in a step with both
+    kinds of requests, rows without an adapter are computed with one, their keys and values too. All
+    that is done about it:
+
+    * `score()` sends the two kinds one after the other;
+    * at admission (`process_inputs` in `vllm.score.patches`) a request without an adapter is told
+      to read no cached prefixes;
+    * in the V1 runner (`vllm.score.patches`) a step with both kinds marks the scores of those
+      without an adapter as `spoiled`: they are NaN;
+    * the error for NaN (`vllm.score.engine.output`) names it among the causes.
+    """
+    from vllm.platforms import current_platform
+
+    return config.lora_config is not None and bool(current_platform.is_cpu())
+
+
 def with_room_for_one_more(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `vllm.LLM` with a max_model_len larger by one.
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.engine.request import PLAN
+from vllm.score.engine.request import AdmittedRequest
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
 # Enough to keep any engine full, few enough that a long list costs no memory before its turn.
@@ -99,17 +99,17 @@ def shared_prefix_order(prompts: Sequence[np.ndarray]) -> list[int]:
 
 def run_requests(
     llm: LLM,
-    prompts: Sequence[dict[str, Any]],
+    requests: Sequence[AdmittedRequest],
     order: Sequence[int],
-    params: SamplingParams,
     adapters: Sequence[LoRARequest | None],
     queue_first: bool,
 ) -> Generator[tuple[int, Any], None, None]:
     """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted.
 
     Args:
-        prompts: token prompts with their plans.
-        order: indices of `prompts`, in which they are sent.
+        requests: of a call, with equal options.
+        order: indices of `requests`, in which they are sent.
+        adapters: of each request.
         queue_first: let the engine begin only when all requests have reached it.
 
     Raises:
@@ -120,38 +120,35 @@ def run_requests(
         raise ScoreModeError("llm has unfinished requests; score() needs an idle engine.")
     if not order:
         return
-    waiting = iter(order)
-    running: dict[str, int] = {}
+    waiting = list(reversed(order))
+    running: dict[str, tuple[int, str]] = {}  # index and internal id by request id
     tokens_in_flight = 0
-    internal_ids: dict[str, str] = {}
-    hold = _Hold(engine, queue_first, shares=not params.skip_reading_prefix_cache)
+    shares = not requests[order[0]].params.skip_reading_prefix_cache
+    hold = _Hold(engine, queue_first, shares)
     try:
-        while True:
-            while len(running) < MAX_REQUESTS_IN_FLIGHT and tokens_in_flight < MAX_TOKENS_IN_FLIGHT:
-                index = next(waiting, None)
-                if index is None:
-                    break
-                prompt = prompts[index]
-                request_id = str(next(llm.request_counter))
-                running[request_id] = index
-                internal_ids[request_id] = engine.add_request(
-                    request_id,
-                    {"type": "token", **prompt},
-                    params,
-                    lora_request=adapters[index],
+        while waiting or running:
+            while (
+                waiting
+                and len(running) < MAX_REQUESTS_IN_FLIGHT
+                and tokens_in_flight < MAX_TOKENS_IN_FLIGHT
+            ):
+                index = waiting.pop()
+                request, request_id = requests[index], str(next(llm.request_counter))
+                internal_id = engine.add_request(
+                    request_id, request.prompt, request.params, lora_request=adapters[index]
                 )
-                tokens_in_flight += len(prompt["prompt_token_ids"])
-                hold.sent(prompt[PLAN].ids)
+                running[request_id] = index, internal_id
+                tokens_in_flight += len(request.ids)
+                hold.sent(request.ids)
             hold.release()
-            if not running:
-                return
             for output in engine.step():
                 if output.finished and output.request_id in running:
-                    index = running.pop(output.request_id)
-                    internal_ids.pop(output.request_id, None)
-                    tokens_in_flight -= len(prompts[index]["prompt_token_ids"])
+                    index, _ = running.pop(output.request_id)
+                    tokens_in_flight -= len(requests[index].ids)
                     yield index, output
     finally:
         hold.release()
-        if internal_ids:
-            engine.abort_request(list(internal_ids.values()), internal=True)
+        if running:
+            engine.abort_request(
+                [internal_id for _, internal_id in running.values()], internal=True
+            )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import wrapt
 
-from vllm.score.engine.request import ScorePlan
+from vllm.score.engine.request import ScoreSpec
 from vllm.score.engine.statistics import INTEGER_STATISTICS
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import PromptLogprobsView, TokenScores
@@ -50,9 +50,9 @@ class FailedScores:
         return f"FailedScores({self.reason!r})"
 
 
-def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
+def split_columns(rows: np.ndarray, spec: ScoreSpec) -> TokenScores:
     """The columns of `rows`, [m, width], as `TokenScores`."""
-    layout, start, notes = plan.layout, plan.first_position, plan.notes
+    layout, start, notes = spec.layout, spec.start + 1, spec.notes
     columns = rows[:, layout.statistics_columns]
     statistics = {
         name: columns[:, i].astype(np.int64) if name in INTEGER_STATISTICS else columns[:, i].copy()
@@ -60,8 +60,8 @@ def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
     }
     if layout.top < 0:
         return TokenScores(None, layout.vocabulary_of(rows), statistics, start, notes=notes)
-    logprobs, ids = layout.targets_of(rows), plan.targets.astype(np.int64)
-    if plan.flat:
+    logprobs, ids = layout.targets_of(rows), spec.targets.astype(np.int64)
+    if spec.flat:
         logprobs, ids = logprobs[:, 0], ids[:, 0]
     top_ids = top_logprobs = None
     if layout.top:
@@ -70,7 +70,7 @@ def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
     return TokenScores(ids, logprobs.copy(), statistics, start, top_ids, top_logprobs, notes)
 
 
-def problem_with(output: Any, plan: ScorePlan) -> str | None:
+def problem_with(output: Any, spec: ScoreSpec) -> str | None:
     """Why the engine's answer must not be taken for scores; None when it is sound."""
     rows, completion = output.prompt_token_id_logprobs, output.outputs[0]
     where = "; `vllm-score doctor` shows whether the engine is patched"
@@ -78,11 +78,11 @@ def problem_with(output: Any, plan: ScorePlan) -> str | None:
         return f"the engine generated tokens for a score request{where}."
     if rows is None:
         return f"the engine returned no scores (finish_reason {completion.finish_reason!r}){where}."
-    if rows.shape != plan.result_shape:
-        return f"the engine returned scores of shape {rows.shape}, not {plan.result_shape}{where}."
+    if rows.shape != spec.result_shape:
+        return f"the engine returned scores of shape {rows.shape}, not {spec.result_shape}{where}."
     unsound = _unsound_rows(rows)
     if unsound.any():
-        row = plan.first_position + int(unsound.argmax())
+        row = spec.start + 1 + int(unsound.argmax())
         return (
             f"the score of prompt position {row} {NAN}: NaN that "
             "another request left in the KV cache (score it again: the cache is emptied before the "
@@ -108,16 +108,16 @@ def _unsound_rows(rows: np.ndarray) -> np.ndarray:
     return whole.amax(dim=1).isnan().numpy()
 
 
-def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | None) -> None:
+def attach_scores(output: Any, spec: ScoreSpec, decode: Callable[[int], str] | None) -> None:
     """Turn a finished `RequestOutput` of a score request into what the user reads.
 
     Sets `scores`, `prompt_logprobs` and `prompt_token_ids`. An aborted request has no scores; a
     failed one raises ScoreModeError when they are read, and its finish_reason is "error".
     """
-    output.prompt_token_ids = plan.prompt_token_ids
+    output.prompt_token_ids = [*output.prompt_token_ids, *spec.unread]
     if not output.finished or output.outputs[0].finish_reason == "abort":
         return
-    problem = problem_with(output, plan)
+    problem = problem_with(output, spec)
     if problem is not None:
         failed = FailedScores(f"request {output.request_id}: {problem}", nan=NAN in problem)
         output.scores = output.prompt_logprobs = failed
@@ -125,17 +125,17 @@ def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | N
         output.outputs[0].finish_reason = "error"
         return
     rows = output.prompt_token_id_logprobs
-    scores = split_columns(rows, plan)
+    scores = split_columns(rows, spec)
     ranks = scores.statistics.get("rank")
-    if plan.view_ranks:
+    if spec.view_ranks:
         del scores.statistics["rank"]  # computed for the view alone
     output.scores = scores
-    output.prompt_logprobs = PromptLogprobsView(scores, plan.prompt_token_ids, decode, ranks)
+    output.prompt_logprobs = PromptLogprobsView(scores, output.prompt_token_ids, decode, ranks)
     # The stock field holds what its name says, the statistics' columns are ours. Not a view: on a
     # GPU the engine's array lies in pinned memory, which is to be given back.
-    if plan.layout.top >= 0:
+    if spec.layout.top >= 0:
         output.prompt_token_id_logprobs = scores.logprobs.reshape(
-            len(rows), plan.layout.num_targets
+            len(rows), spec.layout.num_targets
         )
 
 

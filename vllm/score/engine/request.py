@@ -6,6 +6,7 @@ nothing is lost, a token of work is saved, and a prompt may be as long as the mo
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import os
@@ -14,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 from pydantic import Field
 
@@ -31,9 +33,6 @@ DEFAULT_FULL_VOCABULARY_BYTES = 4 << 30
 
 # Key of a prompt, `TokensPrompt(target_token_ids=...)`.
 TARGETS = "target_token_ids"
-
-# In the engine's input: the plan that `score()` made when it checked all requests.
-PLAN = "score_plan"
 
 # Attribute of sampling parameters whose prompt must stay as vLLM has tokenised it: an ordinary
 # request of a client that does not know of score mode.
@@ -134,13 +133,11 @@ def check_prompt(engine_input: Any, resumable: bool) -> None:
     """
     kind = engine_input.get("type")
     if kind != "token":
-        field, remedy = {
-            "embeds": ("prompt_embeds", "give prompt_token_ids"),
-            "multimodal": ("multi_modal_data", "score text prompts"),
-        }.get(kind, ("prompt", "give prompt_token_ids"))
-        given = f"a prompt of type {kind!r}" if field == "prompt" else field
+        field = {"embeds": "prompt_embeds", "multimodal": "multi_modal_data"}.get(kind, "prompt")
         raise InvalidScoreRequest(
-            f"{given} cannot be combined with score_mode=True: {remedy}.", parameter=field
+            f"{field} cannot be combined with score_mode=True where a prompt is of type {kind!r}: "
+            "give prompt_token_ids or a text.",
+            parameter=field,
         )
     if resumable:
         raise InvalidScoreRequest(
@@ -176,7 +173,8 @@ def read_token_id_rows(given: Any, vocab_size: int, field: str) -> np.ndarray:
     Raises:
         InvalidScoreRequest: neither a flat list of token ids nor lists of equal length.
     """
-    given = _sequence(given, field, _ROWS)
+    what = "a list of token ids, or a list of lists for several candidates per position"
+    given = _sequence(given, field, what)
     if not len(given) or not _is_sequence(_listed(given[0])):
         return read_token_ids(given, vocab_size, field)
     rows = [_sequence(row, f"{field}[{i}]", "a list of token ids") for i, row in enumerate(given)]
@@ -187,14 +185,12 @@ def read_token_id_rows(given: Any, vocab_size: int, field: str) -> np.ndarray:
             f"got rows of {widths} candidates.",
             parameter=field,
         )
-    ids = _whole_numbers(list(chain.from_iterable(rows)))
+    matrix = isinstance(given, np.ndarray) and given.ndim == 2
+    ids = _whole_numbers(given.ravel() if matrix else list(chain.from_iterable(rows)))
     if ids is None or not 0 <= ids.min() <= ids.max() < vocab_size:
         each = [read_token_ids(row, vocab_size, f"{field}[{i}]") for i, row in enumerate(rows)]
         ids = np.stack(each)
     return ids.reshape(len(rows), widths[0])
-
-
-_ROWS = "a list of token ids, or a list of lists for several candidates per position"
 
 
 def _sequence(given: Any, field: str, what: str) -> Any:
@@ -261,53 +257,70 @@ class ModelFacts:
     max_model_len: int
     max_logprobs: int | None = None
 
+    @classmethod
+    def of(cls, input_processor: Any) -> ModelFacts:
+        """From the `InputProcessor` of an engine."""
+        model = input_processor.model_config
+        unlimited = model.max_logprobs == -1 or getattr(input_processor, NO_CLIENT_LIMIT, False)
+        limit = None if unlimited else model.max_logprobs
+        return cls(model.get_vocab_size(), model.max_model_len, limit)
 
-@dataclass(frozen=True, eq=False)
-class ScorePlan:
-    """One admitted request.
+
+class ScoreSpec(msgspec.Struct, frozen=True, eq=False):
+    """One admitted request, from the front end to the worker and back: what is scored, and how.
+
+    The field `_score` of the engine's `SamplingParams` carries it; their other fields stay the
+    user's.
 
     Attributes:
-        prompt_token_ids: the whole prompt, [n].
-        ids: the same as an array, int64 [n].
         targets: int32 [m, k]; the last m positions are scored.
-        flat: targets were given as a flat list, so results are [m] instead of [m, k].
+        start: engine prompt position whose hidden state scores the first target.
         layout: the columns that come back.
-        vocab_size: V.
+        vocab_size: V, as the front end knows it.
+        flat: targets were given as a flat list, so results are [m] instead of [m, k].
+        unread: the end of the prompt that the engine is not given: its last token, or nothing.
         notes: for whoever reads the result.
         view_ranks: the statistic `rank` was not asked for: it is the view's.
     """
 
-    prompt_token_ids: list[int]
-    ids: np.ndarray
     targets: np.ndarray
-    flat: bool
+    start: int
     layout: RowLayout
     vocab_size: int
+    flat: bool = True
+    unread: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     view_ranks: bool = False
 
     @property
-    def first_position(self) -> int:
-        """Prompt position of the first scored token."""
-        return len(self.prompt_token_ids) - len(self.targets)
-
-    @property
-    def engine_prompt(self) -> list[int]:
-        """What the engine computes: all but the last token (a single token is kept)."""
-        ids = self.prompt_token_ids
-        return ids[:-1] if len(ids) > 1 else ids
-
-    @property
-    def first_row(self) -> int:
-        """Engine prompt position whose hidden state scores the first target."""
-        return max(self.first_position - 1, 0)
-
-    @property
     def result_shape(self) -> tuple[int, int]:
+        """(m, columns)."""
         return len(self.targets), self.layout.width(self.vocab_size)
 
 
-def plan_request(
+class AdmittedRequest(NamedTuple):
+    """A checked request, as `add_request` of an engine takes it.
+
+    Attributes:
+        ids: int64 [n], the whole prompt.
+        params: a copy of the `SamplingParams` that carries the `ScoreSpec`.
+    """
+
+    ids: np.ndarray
+    params: Any
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """The rendered token prompt."""
+        return {"type": "token", "prompt_token_ids": self.ids.tolist()}
+
+    @property
+    def spec(self) -> ScoreSpec:
+        spec: ScoreSpec = self.params._score
+        return spec
+
+
+def admit(
     prompt_token_ids: Sequence[int],
     target_token_ids: Any,
     params: Any,
@@ -315,7 +328,7 @@ def plan_request(
     bytes_in_use: int = 0,
     notes: tuple[str, ...] = (),
     view: bool = False,
-) -> ScorePlan:
+) -> AdmittedRequest:
     """Check one score request and say what the engine is to compute.
 
     Args:
@@ -336,38 +349,48 @@ def plan_request(
         targets, flat = ids[1:, None].astype(np.int32), True
     else:
         targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+    if not len(targets):
+        notes += ("the prompt is one token, which has no context: nothing was scored",)
+    _check_values_per_position(top, targets.shape[1], facts)
     statistics = tuple(params.score_statistics or ())
     # Of whole rows the view counts them itself.
     view_ranks = view and top != FULL_VOCABULARY and "rank" not in statistics
-    if not len(targets):
-        notes += ("the prompt is one token, which has no context: nothing was scored",)
-    layout = RowLayout(
-        num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
-        statistics=(*statistics, "rank") if view_ranks else statistics,
-        top=top,
-        temperature=params.score_temperature,
-        top_p=params.score_top_p,
+    spec = ScoreSpec(
+        targets=targets,
+        start=max(len(ids) - len(targets) - 1, 0),
+        layout=RowLayout(
+            num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
+            statistics=(*statistics, "rank") if view_ranks else statistics,
+            top=top,
+            temperature=params.score_temperature,
+            top_p=params.score_top_p,
+        ),
+        vocab_size=facts.vocab_size,
+        flat=flat,
+        unread=(int(ids[-1]),) if len(ids) > 1 else (),
+        notes=notes,
+        view_ranks=view_ranks,
     )
-    plan = ScorePlan(ids.tolist(), ids, targets, flat, layout, facts.vocab_size, notes, view_ranks)
-    _check_values_per_position(plan, facts)
     if top == FULL_VOCABULARY:
-        _check_bytes(plan, bytes_in_use)
-    return plan
+        _check_bytes(spec, bytes_in_use)
+    params = copy.copy(params)
+    params._score = spec
+    return AdmittedRequest(ids, params)
 
 
-def plan_tokenised(
+def admit_tokenised(
     engine_input: Mapping[str, Any],
-    target_token_ids: Any,
     params: Any,
     facts: ModelFacts,
     tokenizer: Any,
     bytes_in_use: int = 0,
     view: bool = False,
-) -> ScorePlan:
-    """`plan_request` for a prompt that vLLM has tokenised, with its special tokens in front once.
+) -> AdmittedRequest:
+    """`admit` for a prompt that vLLM has tokenised, with its special tokens in front once.
 
     Args:
-        engine_input: with "prompt_token_ids", and "prompt" where they come from a text.
+        engine_input: with "prompt_token_ids", "prompt" where they come from a text, and perhaps
+            "target_token_ids".
         tokenizer: of the engine.
     """
     ids: list[int] = engine_input["prompt_token_ids"]
@@ -376,46 +399,44 @@ def plan_tokenised(
     if isinstance(text, str) and tokenizer is not None and not hasattr(params, AS_TOKENISED):
         ids, own = prefix_once(tokenizer, text, ids)
         notes = (own_prefix_note(tokenizer),) if own else ()
-    return plan_request(ids, target_token_ids, params, facts, bytes_in_use, notes, view)
+    return admit(ids, engine_input.get(TARGETS), params, facts, bytes_in_use, notes, view)
 
 
 def _prompt_ids(given: Any, facts: ModelFacts) -> np.ndarray:
     """The checked ids of a prompt, int64 [n]."""
-    field = "prompt_token_ids"
-    given = _sequence(given, field, "a list of token ids")
-    if len(given) == 0:
-        raise InvalidScoreRequest(
-            "the prompt has no token; give a text that is not empty, or at least one token id.",
-            parameter=field,
-        )
-    if len(given) > facts.max_model_len:
-        raise InvalidScoreRequest(
-            f"{field} has {len(given)} tokens, the engine's max_model_len is "
-            f"{facts.max_model_len}: shorten the prompt or score it in windows "
-            "(vllm.score.perplexity).",
-            parameter=field,
-        )
     if facts.vocab_size > MAX_EXACT_ID:
         raise InvalidScoreRequest(
             f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
         )
-    return read_token_ids(given, facts.vocab_size, field)
+    field = "prompt_token_ids"
+    ids = read_token_ids(given, facts.vocab_size, field)
+    if len(ids) == 0:
+        raise InvalidScoreRequest(
+            "the prompt has no token; give a text that is not empty, or at least one token id.",
+            parameter=field,
+        )
+    if len(ids) > facts.max_model_len:
+        raise InvalidScoreRequest(
+            f"{field} has {len(ids)} tokens, the engine's max_model_len is {facts.max_model_len}: "
+            "shorten the prompt or score it in windows (vllm.score.perplexity).",
+            parameter=field,
+        )
+    return ids
 
 
 def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
     """The checked targets, int32 [m, k], and whether they were a flat list."""
-    given = _sequence(given, TARGETS, _ROWS)
-    if len(given) == 0:
+    rows = read_token_id_rows(given, vocab_size, TARGETS)
+    if len(rows) == 0:
         raise InvalidScoreRequest(
             f"{TARGETS} is empty: leave it out to score the whole prompt.", parameter=TARGETS
         )
-    if len(given) > prompt_len - 1:
+    if len(rows) > prompt_len - 1:
         raise InvalidScoreRequest(
-            f"{TARGETS} has {len(given)} rows, but a prompt of {prompt_len} tokens has "
+            f"{TARGETS} has {len(rows)} rows, but a prompt of {prompt_len} tokens has "
             f"{prompt_len - 1} positions with a context; the targets are aligned to its end.",
             parameter=TARGETS,
         )
-    rows = read_token_id_rows(given, vocab_size, TARGETS)
     flat = rows.ndim == 1
     return (rows[:, None] if flat else rows).astype(np.int32), flat
 
@@ -433,15 +454,14 @@ def _top(prompt_logprobs: int | None, with_targets: bool) -> int:
     return int(prompt_logprobs)
 
 
-def _check_values_per_position(plan: ScorePlan, facts: ModelFacts) -> None:
-    top = plan.layout.top
-    if top > plan.vocab_size:
+def _check_values_per_position(top: int, candidates: int, facts: ModelFacts) -> None:
+    if top > facts.vocab_size:
         raise InvalidScoreRequest(
-            f"prompt_logprobs is {top}, the vocabulary has {plan.vocab_size} tokens.",
+            f"prompt_logprobs is {top}, the vocabulary has {facts.vocab_size} tokens.",
             parameter="prompt_logprobs",
         )
     limit = math.inf if facts.max_logprobs in (None, -1) else facts.max_logprobs
-    asked = plan.vocab_size if top == FULL_VOCABULARY else max(top, plan.targets.shape[1])
+    asked = facts.vocab_size if top == FULL_VOCABULARY else max(top, candidates)
     if asked > limit:
         field = TARGETS if 0 <= top < asked else "prompt_logprobs"
         raise InvalidScoreRequest(
@@ -464,12 +484,12 @@ def full_vocabulary_limit() -> int:
         ) from None
 
 
-def _check_bytes(plan: ScorePlan, bytes_in_use: int) -> None:
-    rows, width = plan.result_shape
+def _check_bytes(spec: ScoreSpec, bytes_in_use: int) -> None:
+    rows, width = spec.result_shape
     needed, limit = 4 * rows * width, full_vocabulary_limit()
     if bytes_in_use + needed > limit:
         raise InvalidScoreRequest(
-            f"the whole vocabulary of {plan.vocab_size} tokens at {rows} positions takes "
+            f"the whole vocabulary of {spec.vocab_size} tokens at {rows} positions takes "
             f"{needed:,} bytes, with {bytes_in_use:,} in use by unfinished requests more than the "
             f"limit of {limit:,} bytes: name the tokens that you need in target_token_ids, send "
             f"fewer requests at once, or raise {FULL_VOCABULARY_BYTES_VARIABLE}.",

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from vllm.score.engine.model_head import head_of, to_device
+from vllm.score.engine.request import ScoreSpec
 from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import block_rows, score_rows
 
@@ -29,10 +31,7 @@ class RequestScores:
     """One request's growing scores.
 
     Attributes:
-        layout: what is computed for a row.
-        targets: int32 [m, k].
-        start: first scored row.
-        vocab_size: V, as the front end knows it.
+        spec: of the request.
         parts: (first row, results [c, width]) of what was computed, in order. They lie on the
             device, and for the whole vocabulary in `buffer`.
         buffer: float32 [m, width] on the host, for the whole vocabulary only: its rows are too many
@@ -40,72 +39,35 @@ class RequestScores:
         spoiled: the model was not computed as it should have been; every score is NaN.
     """
 
-    layout: RowLayout
-    targets: np.ndarray
-    start: int
-    vocab_size: int
+    spec: ScoreSpec
     parts: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     buffer: torch.Tensor | None = None
     spoiled: bool = False
-
-    @classmethod
-    def of(cls, params: Any) -> RequestScores:
-        """From the sampling parameters of an admitted score request."""
-        return cls(
-            layout_of(params),
-            params.prompt_logprob_token_ids,
-            params.prompt_logprob_start,
-            params._score_vocab_size,
-        )
 
     def add(self, low: int, rows: torch.Tensor) -> None:
         """Append the results of the rows from `low` on; a row computed again replaces itself."""
         kept = [(first, part[: low - first]) for first, part in self.parts if first < low]
         self.parts = [*kept, (low, rows)]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, width)."""
-        return len(self.targets), self.layout.width(self.vocab_size)
-
     def host_rows(self, low: int, high: int) -> torch.Tensor:
         """The buffer's rows ``[low, high)``, to be written and then added."""
         if self.buffer is None:
             # NumPy asks for huge pages, which saves most of the time of touching a gigabyte.
-            self.buffer = torch.from_numpy(np.empty(self.shape, dtype=np.float32))
-        return self.buffer[low - self.start : high - self.start]
+            self.buffer = torch.from_numpy(np.empty(self.spec.result_shape, dtype=np.float32))
+        return self.buffer[low - self.spec.start : high - self.spec.start]
 
     def assemble(self) -> torch.Tensor:
-        """Float32 [m, width], NaN where no row was computed."""
-        nan, whole = float("nan"), self.buffer
-        if self.spoiled:
-            return torch.full(self.shape, nan)
-        if whole is None and len(self.parts) == 1 and self.parts[0][1].shape == self.shape:
-            return self.parts[0][1]
-        if whole is None:
-            device = self.parts[0][1].device if self.parts else torch.device("cpu")
-            whole = torch.empty(self.shape, dtype=torch.float32, device=device)
-        done = 0
+        """Float32 [m, width]; NaN where a row was not computed."""
+        end = self.spec.start
         for first, part in self.parts:
-            first -= self.start
-            whole[done:first] = nan
-            if self.buffer is None:
-                whole[first : first + len(part)] = part
-            done = first + len(part)
-        whole[done:] = nan
-        return whole
-
-
-def layout_of(params: Any) -> RowLayout:
-    """The layout that the admitted sampling parameters of a score request describe."""
-    full = params._score_top < 0
-    return RowLayout(
-        num_targets=0 if full else params.prompt_logprob_token_ids.shape[1],
-        statistics=tuple(params.score_statistics or ()),
-        top=params._score_top,
-        temperature=params.score_temperature,
-        top_p=params.score_top_p,
-    )
+            if first == end:
+                end += len(part)
+        if self.spoiled or not self.parts or end != self.spec.start + len(self.spec.targets):
+            return torch.full(self.spec.result_shape, float("nan"))
+        if self.buffer is not None:
+            return self.buffer
+        rows = [part for _, part in self.parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 @dataclass
@@ -134,8 +96,8 @@ class ScheduledRows:
     @property
     def rows(self) -> tuple[int, int]:
         """The scored rows ``[low, high)`` of the step; ``low >= high`` when there are none."""
-        start = self.scores.start
-        end = start + len(self.scores.targets)
+        start = self.scores.spec.start
+        end = start + len(self.scores.spec.targets)
         return max(self.begin, start), min(self.begin + self.num_tokens, end)
 
     @property
@@ -147,8 +109,8 @@ class ScheduledRows:
     @property
     def targets(self) -> np.ndarray:
         """int32 [c, k]."""
-        low, high = self.rows
-        return self.scores.targets[low - self.scores.start : high - self.scores.start]
+        (low, high), spec = self.rows, self.scores.spec
+        return spec.targets[low - spec.start : high - spec.start]
 
 
 def score_step(
@@ -171,7 +133,7 @@ def score_step(
     for s in scheduled:
         low, high = s.rows
         if low < high:
-            groups.setdefault(s.scores.layout, []).append(s)
+            groups.setdefault(s.scores.spec.layout, []).append(s)
     for layout, members in groups.items():
         if layout.top == FULL_VOCABULARY:
             for member in members:
@@ -187,7 +149,7 @@ def _score_group(
     """Requests with the same layout, together; their results stay on the device."""
     index = np.concatenate([s.index for s in members])
     targets = np.concatenate([s.targets for s in members])
-    scored = _score_blocks(members[0].scores, index, targets, hidden, compute_logits)
+    scored = _score_blocks(members[0].scores.spec, index, targets, hidden, compute_logits)
     blocks = [block for _, block in scored]
     results = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     parts = results.split([len(s.targets) for s in members])
@@ -203,7 +165,7 @@ def _score_whole_vocabulary(
     out = scores.host_rows(low, high)
     # The first target of each row is the one whose rank the statistic `rank` tells.
     first_targets = member.targets[:, :1]
-    blocks = _score_blocks(scores, member.index, first_targets, hidden, compute_logits)
+    blocks = _score_blocks(scores.spec, member.index, first_targets, hidden, compute_logits)
     writer = HostWriter()
     for rows, scored in blocks:
         writer.write(out[rows], scored)
@@ -212,14 +174,14 @@ def _score_whole_vocabulary(
 
 
 def _score_blocks(
-    scores: RequestScores,
+    spec: ScoreSpec,
     index: np.ndarray,
     targets: np.ndarray,
     hidden: torch.Tensor,
     compute_logits: ComputeLogits,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield the results of the hidden states `index`, [c, width], a block of rows at a time."""
-    layout, vocab_size = scores.layout, scores.vocab_size
+    layout, vocab_size = spec.layout, spec.vocab_size
     first_index, last_index = int(index[0]), int(index[-1])
     consecutive = last_index - first_index + 1 == len(index)
     copied_bytes = 0 if consecutive else hidden.element_size() * hidden.shape[1]
@@ -306,14 +268,5 @@ def empty_kv_cache(engine_core: Any) -> bool:
 
 def _write_zeros(worker: Any) -> None:
     """Called in each worker."""
-    for tensor in _tensors(worker.model_runner.kv_caches):
+    for tensor in tree_leaves(worker.model_runner.kv_caches):
         tensor.zero_()
-
-
-def _tensors(caches: Any) -> Iterator[torch.Tensor]:
-    """Of layers, which have one or, with recurrent states, several."""
-    if isinstance(caches, torch.Tensor):
-        yield caches
-    else:
-        for cache in caches.values() if isinstance(caches, dict) else caches:
-            yield from _tensors(cache)

@@ -49,7 +49,7 @@ def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
             continue
         scores = getattr(request, BUFFER, None)
         if scores is None:
-            scores = RequestScores.of(params)
+            scores = RequestScores(params._score)
             setattr(request, BUFFER, scores)
         scores.spoiled |= spoils and request.lora_request is None
         row = runner.input_batch.req_id_to_index[request_id]
@@ -74,12 +74,10 @@ def _score(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
 
 
 def _spoils_rows_without_adapter(runner: Any, num_scheduled_tokens: dict[str, int]) -> bool:
-    """Whether the step has requests with a LoRA adapter and others without, on a CPU.
+    """Whether the step has requests with a LoRA adapter and others without, which it confuses."""
+    from vllm.score.engine.configuration import confuses_adapters
 
-    vLLM 0.32.0 takes -1, "no adapter", for the index of the last slot there, so that rows without
-    an adapter are computed with one, and their keys and values, too.
-    """
-    if runner.lora_config is None or runner.device.type != "cpu":
+    if not confuses_adapters(runner.vllm_config):
         return False
     kinds = {runner.requests[r].lora_request is None for r in num_scheduled_tokens}
     return len(kinds) == 2

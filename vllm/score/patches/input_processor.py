@@ -10,14 +10,13 @@ from typing import Any
 
 import wrapt
 
+from vllm.score.engine.configuration import confuses_adapters
 from vllm.score.engine.output import ANY_ID
 from vllm.score.engine.request import (
-    NO_CLIENT_LIMIT,
-    PLAN,
     TARGETS,
     ModelFacts,
-    ScorePlan,
-    plan_tokenised,
+    ScoreSpec,
+    admit_tokenised,
 )
 from vllm.score.ops.row_layout import FULL_VOCABULARY
 from vllm.score.patches.patch import Patch
@@ -45,14 +44,13 @@ def process_inputs(wrapped: Any, processor: Any, args: Any, kwargs: Any) -> Any:
                 setattr(request.sampling_params, ANY_ID, True)  # the stock function copies them
             return request
         prompt = _rendered(processor, prompt, named.get("tokenization_kwargs"))
-        plan = _plan(processor, prompt, params, named)
-        lease = BytesLease(processor, plan)
-        prompt = {**prompt, "prompt_token_ids": plan.engine_prompt}
+        ids, spec = _admitted(processor, prompt, params, named)
+        lease = BytesLease(processor, spec)
+        prompt = {**prompt, "prompt_token_ids": ids[: len(ids) - len(spec.unread)]}
         prompt.pop(TARGETS, None)
-        prompt.pop(PLAN, None)
         carrier = _carrier(params, _cache_may_be_spoiled(processor, *rest, **named))
         request = wrapped(request_id, prompt, carrier, *rest, **named)
-        _mark(request.sampling_params, plan, lease)
+        _mark(request.sampling_params, spec, lease)
         return request
 
     return call(*args, **kwargs)
@@ -70,27 +68,25 @@ def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
     return renderer.render_cmpl([parsed], tok_params)[0]
 
 
-def _plan(processor: Any, prompt: Any, params: Any, named: dict[str, Any]) -> Any:
-    if isinstance(prompt.get(PLAN), ScorePlan):
-        return prompt[PLAN]  # score() has checked everything once for all its requests
+def _admitted(
+    processor: Any, prompt: Any, params: Any, named: dict[str, Any]
+) -> tuple[list[int], ScoreSpec]:
+    """The whole prompt, and what is scored of it."""
+    if params._score is not None:  # score() has checked everything once for all its requests
+        return prompt["prompt_token_ids"], params._score
     from vllm.score.engine.configuration import check_configuration
     from vllm.score.engine.request import check_prompt
 
     check_configuration(processor.vllm_config)
     params._verify_score_mode()  # again: fields may have been set since construction
     check_prompt(prompt, bool(named.get("resumable")))
-    model = processor.model_config
-    unlimited = getattr(processor, NO_CLIENT_LIMIT, False)
-    facts = ModelFacts(
-        vocab_size=model.get_vocab_size(),
-        max_model_len=model.max_model_len,
-        max_logprobs=None if unlimited else model.max_logprobs,
-    )
+    facts = ModelFacts.of(processor)
     in_use = getattr(processor, "score_mode_bytes_in_use", 0)
     mark = getattr(params, MARK, None)
     view = not isinstance(mark, Explicit) or mark.stock_form
     tokenizer = processor.renderer.tokenizer
-    return plan_tokenised(prompt, prompt.get(TARGETS), params, facts, tokenizer, in_use, view)
+    admitted = admit_tokenised(prompt, params, facts, tokenizer, in_use, view)
+    return admitted.ids.tolist(), admitted.spec
 
 
 class BytesLease:
@@ -100,9 +96,9 @@ class BytesLease:
     the request finishes or is aborted.
     """
 
-    def __init__(self, processor: Any, plan: Any) -> None:
-        rows, width = plan.result_shape
-        size = 4 * rows * width if plan.layout.top == FULL_VOCABULARY else 0
+    def __init__(self, processor: Any, spec: ScoreSpec) -> None:
+        rows, width = spec.result_shape
+        size = 4 * rows * width if spec.layout.top == FULL_VOCABULARY else 0
         processor.score_mode_bytes_in_use = getattr(processor, "score_mode_bytes_in_use", 0) + size
 
         def release() -> None:
@@ -124,14 +120,8 @@ def _cache_may_be_spoiled(
     *_: Any,
     **__: Any,
 ) -> bool:
-    """Whether cached prefixes of this request may have been computed with another's adapter.
-
-    See `gpu_model_runner`: on a CPU, requests without an adapter beside others.
-    """
-    from vllm.platforms import current_platform
-
-    lora = processor.vllm_config.lora_config is not None
-    return lora and lora_request is None and bool(current_platform.is_cpu())
+    """Whether cached prefixes of this request may have been computed with another's adapter."""
+    return lora_request is None and confuses_adapters(processor.vllm_config)
 
 
 def _carrier(params: Any, skip_cache: bool) -> Any:
@@ -157,21 +147,14 @@ def _template(output_kind: Any, skip_reading_prefix_cache: bool) -> Any:
     )
 
 
-def _mark(engine_params: Any, plan: Any, lease: BytesLease) -> None:
+def _mark(engine_params: Any, spec: ScoreSpec, lease: BytesLease) -> None:
     engine_params.score_mode = True
+    engine_params._score = spec
     engine_params.max_tokens = 0
-    engine_params.score_statistics = list(plan.layout.statistics) or None
-    engine_params.score_temperature = plan.layout.temperature
-    engine_params.score_top_p = plan.layout.top_p
-    engine_params._score_top = plan.layout.top
-    engine_params._score_vocab_size = plan.vocab_size
-    engine_params.prompt_logprob_token_ids = plan.targets
-    engine_params.prompt_logprob_start = plan.first_row
     # The generation config's end-of-sequence ids mean nothing here.
     engine_params.stop_token_ids = []
     engine_params._all_stop_token_ids = set()
-    # For the output processor of this same process; not fields, so they stay off the wire.
-    engine_params.score_plan = plan
+    # For the output processor of this same process; not a field, so it stays off the wire.
     engine_params.score_lease = lease
 
 

@@ -15,7 +15,7 @@ class CappedRequest(wrapt.ObjectProxy):
 
     @property
     def num_tokens(self) -> int:
-        return int(self.__wrapped__.sampling_params.prompt_logprob_start) + 1
+        return int(self.__wrapped__.sampling_params._score.start) + 1
 
 
 def apply(module: ModuleType) -> None:
@@ -26,7 +26,7 @@ def apply(module: ModuleType) -> None:
             params = request.sampling_params
             if params is None or not params.score_mode:
                 return wrapped(request)
-            if params.prompt_logprob_start == 0:
+            if params._score.start == 0:
                 return manager.empty_kv_cache_blocks, 0, 0
             return wrapped(CappedRequest(request))
 

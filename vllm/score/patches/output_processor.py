@@ -19,7 +19,7 @@ def apply(module: ModuleType) -> None:
         tokenizer, request = _tokenizer_and_request(*args, **kwargs)
         params = request.sampling_params
         if params is not None and params.score_mode:
-            state.score_plan = params.score_plan
+            state.score_spec = params._score
             state.score_lease = params.__dict__.pop("score_lease")
             state.score_tokenizer = tokenizer
         elif tokenizer is not None and hasattr(params, ANY_ID):
@@ -28,11 +28,11 @@ def apply(module: ModuleType) -> None:
 
     def new_request_output(wrapped: Any, state: Any, args: Any, kwargs: Any) -> Any:
         output = wrapped(*args, **kwargs)
-        plan = getattr(state, "score_plan", None)
-        if plan is not None:
+        spec = getattr(state, "score_spec", None)
+        if spec is not None:
             from vllm.score.engine.output import FailedScores, attach_scores, decoder
 
-            attach_scores(output, plan, decoder(state.score_tokenizer))
+            attach_scores(output, spec, decoder(state.score_tokenizer))
             if isinstance(output.scores, FailedScores) and output.scores.nan:
                 state.score_lease.found_nan()
         return output
@@ -54,7 +54,7 @@ PATCH = Patch(
     apply=apply,
     roles=("front end",),
     why="Users read arrays, or what looks like stock prompt_logprobs; no dict is built unread.",
-    how="The state remembers the plan made at admission; the output gets the scores after the "
+    how="The state remembers what admission made; the output gets the scores after the "
     "stock function built it, and is checked for shape, NaN and stray tokens. A token "
     "generated behind an echo has a text for every id of the model.",
     risk="An output path that bypasses _new_request_output returns the bare array.",

@@ -23,7 +23,7 @@ def apply(module: ModuleType) -> None:
             from vllm import SamplingParams
             from vllm.score.engine.worker import RequestScores
 
-            _requests(worker)[req_id] = RequestScores.of(sampling_params)
+            _requests(worker)[req_id] = RequestScores(sampling_params._score)
             # Upstream is told of a request without prompt scores: its own state would cost three
             # launches a request and compute everything a second time.
             return wrapped(req_id, req_idx, SamplingParams())

@@ -1,6 +1,4 @@
-"""`SamplingParams(score_mode=True)`: a subclass with six more fields in the stock place."""
-
-from __future__ import annotations
+"""`SamplingParams(score_mode=True)`: a subclass with five more fields in the stock place."""
 
 from types import ModuleType
 from typing import Any
@@ -12,6 +10,7 @@ from vllm.score.patches.patch import Patch
 def apply(module: ModuleType) -> None:
     """Put the subclass in the stock class's place."""
     from vllm.score.engine.request import InvalidScoreRequest as invalid
+    from vllm.score.engine.request import ScoreSpec
 
     base: Any = module.SamplingParams
 
@@ -26,8 +25,9 @@ def apply(module: ModuleType) -> None:
         """Divides the logits before they are scored; `temperature` is for sampling only."""
         score_top_p: float = 1.0
         """Scores are those of the most likely tokens whose probabilities first add up to it."""
-        _score_top: int | None = None
-        _score_vocab_size: int = 0
+        # Private: no client of a server can set it. A type, not its name: msgspec and pydantic look
+        # names up in the stock module.
+        _score: ScoreSpec | None = None
         """Set at admission, which makes later copies exempt from the checks of user input."""
 
         def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ def apply(module: ModuleType) -> None:
             from vllm.score.engine.request import check_options
             from vllm.score.errors import ScoreModeUnavailable
 
-            if self._score_top is not None:
+            if self._score is not None:
                 return
             problem = front_end_problem()
             if problem is not None:

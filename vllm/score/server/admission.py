@@ -33,16 +33,15 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
         InvalidScoreRequest: naming the field.
     """
     from vllm.score.engine.configuration import check_configuration
-    from vllm.score.engine.request import ModelFacts, check_prompt, plan_tokenised
+    from vllm.score.engine.request import ModelFacts, admit_tokenised, check_prompt
 
     check_configuration(serving.engine_client.vllm_config)
     targets = targets_by_prompt(request, fields, len(engine_inputs))
     params = request.to_sampling_params(0, serving.default_sampling_params)
-    model = serving.model_config
-    facts = ModelFacts(model.get_vocab_size(), model.max_model_len, model.max_logprobs)
+    facts = ModelFacts.of(serving.engine_client.input_processor)
     tokenizer = serving.engine_client.renderer.tokenizer
     for engine_input, target in zip(engine_inputs, targets, strict=True):
         check_prompt(engine_input, resumable=False)
-        plan_tokenised(engine_input, target, params, facts, tokenizer)
         if target is not None:
             engine_input[TARGETS] = target
+        admit_tokenised(engine_input, params, facts, tokenizer)

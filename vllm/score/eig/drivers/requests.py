@@ -15,7 +15,7 @@ import numpy as np
 from vllm.score.eig.drivers.checks import check_room, number, token_ids, whole
 from vllm.score.eig.work import Continuation, Next, Sample, Score, Work
 from vllm.score.engine.feed import shared_prefix_order
-from vllm.score.engine.request import NO_CLIENT_LIMIT, PLAN, ModelFacts, plan_request
+from vllm.score.engine.request import ModelFacts, admit
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
 
@@ -28,8 +28,8 @@ class EngineRequest:
 
     Attributes:
         ids: int64 [n], the prompt.
-        prompt: rendered token prompt, with the plan of a score request.
-        params: `SamplingParams`, shared with other requests.
+        prompt: rendered token prompt.
+        params: `SamplingParams`, for a score request with its specification.
     """
 
     ids: np.ndarray
@@ -97,13 +97,7 @@ def facts_of(engine: Any) -> ModelFacts:
 
     require_score_mode()
     check_configuration(engine.vllm_config)
-    model = engine.model_config
-    unlimited = getattr(engine.input_processor, NO_CLIENT_LIMIT, False)
-    return ModelFacts(
-        vocab_size=model.get_vocab_size(),
-        max_model_len=model.max_model_len,
-        max_logprobs=None if unlimited or model.max_logprobs == -1 else model.max_logprobs,
-    )
+    return ModelFacts.of(engine.input_processor)
 
 
 def _piece(index: int, work: Work, facts: ModelFacts) -> _Piece:
@@ -289,6 +283,5 @@ def _score_request(
     prompt: list[int], rows: list[list[int]], top: int, facts: ModelFacts
 ) -> EngineRequest:
     params = _score_params(top)
-    plan = plan_request(prompt, rows, params, facts)
-    rendered = {"type": "token", "prompt_token_ids": plan.prompt_token_ids, PLAN: plan}
-    return EngineRequest(plan.ids, rendered, params)
+    request = admit(prompt, rows, params, facts)
+    return EngineRequest(request.ids, request.prompt, request.params)
