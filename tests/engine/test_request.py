@@ -77,13 +77,13 @@ def test_one_token_has_nothing_to_score_and_says_so():
         ({"score_statistics": ["entropie"]}, "Did you mean 'entropy'"),
         ({"score_statistics": "entropy"}, r"write \['entropy'\]"),
         ({"score_statistics": ["rank", "rank"]}, "twice"),
-        ({"score_temperature": 0.0}, "score_temperature must be a finite number above 0, got 0.0"),
-        ({"score_temperature": float("nan")}, "score_temperature must be a finite number"),
-        ({"score_temperature": "hot"}, "score_temperature must be a finite number"),
-        ({"score_top_p": 0.0}, r"score_top_p must be in \(0, 1\], got 0.0"),
-        ({"score_top_p": 1.5}, r"score_top_p must be in \(0, 1\], got 1.5"),
-        ({"score_top_p": "most"}, r"score_top_p must be in \(0, 1\], got 'most'"),
-        ({"score_top_p": float("nan")}, r"score_top_p must be in \(0, 1\], got nan"),
+        ({"score_temperature": 0.0}, "score_temperature must be a number above 0, got 0.0"),
+        ({"score_temperature": float("nan")}, "score_temperature must be a number above 0"),
+        ({"score_temperature": "hot"}, "score_temperature must be a number above 0"),
+        ({"score_top_p": 0.0}, r"score_top_p must be a number above 0 and of at most 1, got 0.0"),
+        ({"score_top_p": 1.5}, r"score_top_p must be a number above 0 and of at most 1, got 1.5"),
+        ({"score_top_p": "most"}, r"score_top_p must be a number above 0 and of at most 1, got 'most'"),
+        ({"score_top_p": float("nan")}, r"score_top_p must be a number above 0 and of at most 1, got nan"),
         ({"max_tokens": -1, "score_mode": False}, "max_tokens must be at least 0, got -1"),
         ({"max_tokens": 0, "score_mode": False}, "^max_tokens=0 is only allowed in score_mode$"),
         ({"score_statistics": ["rank"], "score_mode": False}, "need score_mode=True"),
@@ -231,9 +231,8 @@ def test_single_token_has_nothing_to_score():
     assert plan([7]).engine_prompt == [7]
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it(by_name):
-    from vllm.score.patches.llm_engine import without_cache
+def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it():
+    from vllm.score.patches.engines import without_cache
 
     tokenizer = byte_level_with_bos()
     text = "<|bos|>hello there"
@@ -243,9 +242,7 @@ def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it(by_name):
     setattr(echo, AS_TOKENISED, True)
     planned = []
     for asked in (echo, own):
-        arguments = ((), {"params": asked}) if by_name else (("0", prompt, asked), {})
-        args, kwargs = without_cache(*arguments)
-        sent = kwargs["params"] if by_name else args[2]
+        sent = without_cache(asked)
         assert sent.skip_reading_prefix_cache and not asked.skip_reading_prefix_cache
         planned.append(plan_tokenised(prompt, None, sent, facts, tokenizer).prompt_token_ids)
     assert planned == [prompt["prompt_token_ids"], prompt["prompt_token_ids"][1:]]

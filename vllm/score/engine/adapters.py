@@ -8,6 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+# On vLLM's LogitsProcessorWithLoRA: the slots whose adapter has weights for the head.
+SLOTS = "score_mode_slots"
+
+
+def slots(layer: Any) -> set[int]:
+    """The slots in use, as `vllm.score.patches.worker` keeps them; a layer starts with none."""
+    found: set[int] = vars(layer).setdefault(SLOTS, set())
+    return found
+
 
 def adapter_delta(
     layer: Any, index: np.ndarray, first_id: int, num_ids: int
@@ -24,7 +33,6 @@ def adapter_delta(
         Hidden states [c, H] to float32 [c, num_ids]; None when no adapter changes the head.
     """
     from vllm.score.engine.host_copy import to_device
-    from vllm.score.patches.lora_layers_logits_processor import slots
 
     used = sorted(slots(layer))
     if not used:

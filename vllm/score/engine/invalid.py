@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.score.checks import check
 from vllm.score.errors import ScoreModeError
 
 
@@ -23,3 +24,15 @@ class InvalidScoreRequest(VLLMValidationError, ScoreModeError):
     def __str__(self) -> str:
         # The sentence names both already; the stock class would append them.
         return str(self.args[0])
+
+
+def check_field(field: str, value: Any, kind: Any) -> Any:
+    """`vllm.score.checks.check` of a field of a request.
+
+    Raises:
+        InvalidScoreRequest: the value is not of that kind.
+    """
+    try:
+        return check(field, value, kind)
+    except ScoreModeError as error:
+        raise InvalidScoreRequest(str(error), parameter=field, value=value) from None

@@ -21,12 +21,16 @@ from vllm.score.tokens import own_prefix_note, prefix_once
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
 DEFAULT_FULL_VOCABULARY_BYTES = 4 << 30
 
+# In the engine's input: what is scored, as the user gave it.
+TARGETS = "target_token_ids"
 # In the engine's input: the plan that `score()` made when it checked all requests.
 PLAN = "score_plan"
 
 # Attribute of sampling parameters whose prompt must stay as vLLM has tokenised it: an ordinary
 # request of a client that does not know of score mode.
 AS_TOKENISED = "score_as_tokenised"
+# Attribute of sampling parameters whose scores nobody reads as stock prompt log-probabilities.
+NO_VIEW = "score_no_view"
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,42 @@
-"""`SamplingParams(score_mode=True)`: a subclass with six more fields in the stock place."""
+"""In every process: `SamplingParams(score_mode=True)`, a subclass with six more fields.
+
+vllm.sampling_params
+    Why: A request says that it wants scores; max_tokens=0 must be legal for it.
+    How: A msgspec subclass takes the stock name before anybody imports it; its own checks run
+        first, then the stock ones with max_tokens=1.
+    Risk: A module that took the stock class earlier would decode requests without the fields; the
+        read-back compares the classes.
+    Upstream: Pull request: the fields and the relaxed check in SamplingParams itself.
+    Deleted when: SamplingParams has a score mode, or prompt_logprob_token_ids allows max_tokens=0.
+"""
 
 from __future__ import annotations
 
-import math
-from numbers import Integral, Real
+import sys
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from vllm.score.armed import front_end_problem
+from vllm.score.checks import Flag, Fraction, Number, Whole
+from vllm.score.engine.invalid import InvalidScoreRequest as Invalid
+from vllm.score.engine.invalid import check_field
+from vllm.score.engine.statistics import check_statistics
+from vllm.score.engine.support import check_options
+from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.patches.patch import Patch
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+KINDS = {
+    "score_mode": Flag,
+    "prompt_logprobs": Whole | None,
+    "score_temperature": Annotated[Number, Field(gt=0)],
+    "score_top_p": Fraction,
+}
 
 
 def apply(module: ModuleType) -> None:
     """Put the subclass in the stock class's place."""
-    from vllm.score.engine.invalid import InvalidScoreRequest as invalid
-
     base: Any = module.SamplingParams
 
     class SamplingParams(base, omit_defaults=True, dict=True):  # type: ignore[call-arg]
@@ -49,12 +67,12 @@ def apply(module: ModuleType) -> None:
                 self.max_tokens = 0
                 self._verify_score_mode()
             elif self.score_statistics or (self.score_temperature, self.score_top_p) != (1.0, 1.0):
-                raise invalid(
+                raise Invalid(
                     "score_statistics, score_temperature and score_top_p need score_mode=True.",
                     parameter="score_statistics",
                 )
             if self.max_tokens is not None and self.max_tokens < 0:
-                raise invalid(
+                raise Invalid(
                     f"max_tokens must be at least 0, got {self.max_tokens}.",
                     parameter="max_tokens",
                     value=self.max_tokens,
@@ -62,7 +80,7 @@ def apply(module: ModuleType) -> None:
             if self.max_tokens != 0:
                 return base._verify_args(self)
             if not self.score_mode:
-                raise invalid("max_tokens=0 is only allowed in score_mode")
+                raise Invalid("max_tokens=0 is only allowed in score_mode")
             self.max_tokens = 1  # what the stock check accepts; also when copied or decoded
             try:
                 base._verify_args(self)
@@ -70,10 +88,6 @@ def apply(module: ModuleType) -> None:
                 self.max_tokens = 0
 
         def _verify_score_mode(self) -> None:
-            from vllm.score.engine.statistics import check_statistics
-            from vllm.score.engine.support import check_options
-            from vllm.score.errors import ScoreModeUnavailable
-
             if self._score_top is not None:
                 return
             problem = front_end_problem()
@@ -83,33 +97,9 @@ def apply(module: ModuleType) -> None:
                 try:
                     self.score_statistics = list(check_statistics(self.score_statistics))
                 except ValueError as error:
-                    raise invalid(str(error), parameter="score_statistics") from None
-            if not isinstance(self.score_mode, bool):
-                raise invalid(
-                    f"score_mode must be True or False, got {self.score_mode!r}.",
-                    parameter="score_mode",
-                    value=self.score_mode,
-                )
-            asked = self.prompt_logprobs
-            if asked is not None and not isinstance(asked, Integral):
-                raise invalid(
-                    f"prompt_logprobs must be a whole number, got {asked!r}.",
-                    parameter="prompt_logprobs",
-                    value=asked,
-                )
-            temperature = self.score_temperature
-            if not (_is_number(temperature) and 0 < temperature < math.inf):
-                raise invalid(
-                    f"score_temperature must be a finite number above 0, got {temperature!r}.",
-                    parameter="score_temperature",
-                    value=temperature,
-                )
-            if not (_is_number(self.score_top_p) and 0 < self.score_top_p <= 1):
-                raise invalid(
-                    f"score_top_p must be in (0, 1], got {self.score_top_p!r}.",
-                    parameter="score_top_p",
-                    value=self.score_top_p,
-                )
+                    raise Invalid(str(error), parameter="score_statistics") from None
+            for field, kind in KINDS.items():
+                check_field(field, getattr(self, field), kind)
             check_options(self)
 
         @staticmethod
@@ -154,8 +144,6 @@ def refuse(module: ModuleType) -> None:
 
         def __post_init__(self) -> None:
             if self.score_mode:
-                from vllm.score.errors import ScoreModeUnavailable
-
                 raise ScoreModeUnavailable(front_end_problem() or "score mode is off.")
             super().__post_init__()
 
@@ -177,8 +165,6 @@ def _take_place(module: ModuleType, ours: Any) -> None:
 
 def holds(module: ModuleType) -> bool:
     """The class in place has the field, and modules that took the name hold the same class."""
-    import sys
-
     ours = module.SamplingParams
     takers = ("vllm.v1.engine", "vllm.v1.engine.input_processor", "vllm.entrypoints.llm")
     taken = [getattr(sys.modules.get(name), "SamplingParams", ours) for name in takers]
@@ -186,7 +172,8 @@ def holds(module: ModuleType) -> bool:
 
 
 PATCH = Patch(
-    target="vllm.sampling_params",
+    "vllm.sampling_params",
+    ("front end", "engine core", "worker"),
     contract={
         "SamplingParams.__post_init__": ("self",),
         "SamplingParams._verify_args": ("self",),
@@ -196,12 +183,4 @@ PATCH = Patch(
     apply=apply,
     holds=holds,
     refuse=refuse,
-    roles=("front end", "engine core", "worker"),
-    why="A request says that it wants scores; max_tokens=0 must be legal for it.",
-    how="A msgspec subclass takes the stock name before anybody imports it; its own checks run "
-    "first, then the stock ones with max_tokens=1.",
-    risk="A module that took the stock class earlier would decode requests without the fields; "
-    "the read-back compares the classes.",
-    upstream="Pull request: the fields and the relaxed check in SamplingParams itself.",
-    remove_when="SamplingParams has a score mode, or prompt_logprob_token_ids allows max_tokens=0.",
 )

@@ -94,7 +94,7 @@ def facts_of(engine: Any) -> ModelFacts:
     """
     from vllm.score.armed import require_score_mode
     from vllm.score.engine.support import check_configuration
-    from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
+    from vllm.score.patches.front_end import NO_CLIENT_LIMIT
 
     require_score_mode()
     check_configuration(engine.vllm_config)
