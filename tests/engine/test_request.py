@@ -265,9 +265,8 @@ def test_single_token_has_nothing_to_score():
     assert spec_of([7]).unread == () and spec_of([7]).start == 0
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it(by_name):
-    from vllm.score.patches.llm_engine import without_cache
+def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it():
+    from vllm.score.patches.engines import without_cache
 
     tokenizer = byte_level_with_bos()
     text = "<|bos|>hello there"
@@ -277,9 +276,7 @@ def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it(by_name):
     setattr(echo, AS_TOKENISED, True)
     admitted = []
     for asked in (echo, own):
-        arguments = ((), {"params": asked}) if by_name else (("0", prompt, asked), {})
-        args, kwargs = without_cache(*arguments)
-        sent = kwargs["params"] if by_name else args[2]
+        sent = without_cache(asked)
         assert sent.skip_reading_prefix_cache and not asked.skip_reading_prefix_cache
         admitted.append(admit_tokenised(prompt, sent, facts, tokenizer).ids.tolist())
     assert admitted == [prompt["prompt_token_ids"], prompt["prompt_token_ids"][1:]]

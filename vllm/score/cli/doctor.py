@@ -66,7 +66,7 @@ def engine_report(progress: bool = True) -> tuple[list[dict[str, Any]], dict[str
 
     from vllm.score.cli.engine import open_llm
     from vllm.score.errors import ScoreModeUnavailable
-    from vllm.score.patches.llm_engine import ask_engine
+    from vllm.score.patches.engines import ask_engine
     from vllm.score.tiny.random_models import make_random_model
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"

@@ -37,6 +37,8 @@ TARGETS = "target_token_ids"
 # Attribute of sampling parameters whose prompt must stay as vLLM has tokenised it: an ordinary
 # request of a client that does not know of score mode.
 AS_TOKENISED = "score_as_tokenised"
+# Attribute of sampling parameters whose scores nobody reads as stock prompt log-probabilities.
+NO_VIEW = "score_no_view"
 
 # Attribute of the input processor of an `LLM`, whose user may ask for any number of values.
 NO_CLIENT_LIMIT = "score_mode_no_client_limit"
