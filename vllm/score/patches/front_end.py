@@ -43,7 +43,6 @@ from types import ModuleType
 from typing import Any
 
 from vllm.score.engine.invalid import InvalidScoreRequest
-from vllm.score.engine.layout import FULL_VOCABULARY
 from vllm.score.engine.output import FailedScores, attach_scores
 from vllm.score.engine.request import (
     NO_VIEW,
@@ -55,6 +54,7 @@ from vllm.score.engine.request import (
 )
 from vllm.score.engine.support import check_configuration, check_prompt
 from vllm.score.engine.token_texts import ANY_ID, EveryId, decoder
+from vllm.score.ops.row_layout import FULL_VOCABULARY
 from vllm.score.patches.patch import Patch
 
 
