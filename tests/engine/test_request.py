@@ -90,14 +90,8 @@ def test_one_token_has_nothing_to_score_and_says_so():
         ({"score_temperature": "hot"}, "score_temperature must be a number above 0"),
         ({"score_top_p": 0.0}, "score_top_p must be a number above 0 and of at most 1, got 0.0"),
         ({"score_top_p": 1.5}, "score_top_p must be a number above 0 and of at most 1, got 1.5"),
-        (
-            {"score_top_p": "most"},
-            "score_top_p must be a number .* of at most 1, got 'most'",
-        ),
-        (
-            {"score_top_p": float("nan")},
-            "score_top_p must be a number .* of at most 1, got nan",
-        ),
+        ({"score_top_p": "most"}, "above 0 and of at most 1, got 'most'"),
+        ({"score_top_p": float("nan")}, "above 0 and of at most 1, got nan"),
         ({"max_tokens": -1, "score_mode": False}, "max_tokens must be at least 0, got -1"),
         ({"max_tokens": 0, "score_mode": False}, "^max_tokens=0 is only allowed in score_mode$"),
         ({"score_statistics": ["rank"], "score_mode": False}, "need score_mode=True"),

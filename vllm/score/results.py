@@ -11,7 +11,7 @@ import numpy as np
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
-    import pandas
+    import pandas  # type: ignore[import-untyped]
 
     from vllm.logprobs import Logprob
 
