@@ -21,7 +21,7 @@ from vllm.score.results import TokenScores
 TokenPair = tuple[Sequence[int], Sequence[int]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ContinuationScores(TokenScores):
     """The scores of one continuation of m tokens: `token_ids`, `logprobs` and `statistics` are [m].
 

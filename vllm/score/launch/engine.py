@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vllm.score.engine.length import model_config, with_room_for_one_more
-from vllm.score.engine.support import unsupported_configuration
+from vllm.score.engine.configuration import (
+    model_config,
+    unsupported_configuration,
+    with_room_for_one_more,
+)
 from vllm.score.errors import ScoreModeError
 from vllm.score.launch.output import LEVEL_VARIABLE, LogFile, long_step
 from vllm.score.launch.reasons import remedy, root_cause

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.checks import Count, check
-from vllm.score.engine.length import with_room_for_one_more
+from vllm.score.engine.configuration import with_room_for_one_more
 from vllm.score.errors import ScoreModeError
 from vllm.score.launch.engine import for_cpu, start_llm
 

@@ -13,7 +13,7 @@ from vllm.score.api import score
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, Whole, check, check_name
 from vllm.score.continuations import MergedContinuations
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.engine import (
     engine_options,
