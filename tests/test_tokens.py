@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import vllm.score.tiny.tokenizer as tiny
 from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
 from vllm.score.cli.questions import Questions
-from vllm.score.eig.problems import _token_ids
+from vllm.score.eig.reasoning import _token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.generation import prompt_ids
 from vllm.score.sequence.boundary import BoundaryTokenizer, Pair

@@ -13,10 +13,10 @@ from vllm.score.cli import eig_options as own
 from vllm.score.cli import options
 
 if TYPE_CHECKING:
-    from vllm.score.cli.eig_rule import Rule
     from vllm.score.cli.questions import Questions
-    from vllm.score.eig.metrics import EIGMetrics
-    from vllm.score.eig.types import Trace
+    from vllm.score.eig.report import EIGMetrics
+    from vllm.score.eig.rules import StoppingRule
+    from vllm.score.eig.trace import Trace
 
 EMBEDDED_QUESTIONS = 32
 # A step of two sums, each a token; the embedded model knows no words to be overruled by.
@@ -83,13 +83,16 @@ def eig(
     --plot traces.html
     """
     from vllm.score.cli import checks
-    from vllm.score.cli.eig_rule import make_rule
+    from vllm.score.cli.eig_rule import check_choices, make_options, make_rule, room
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.questions import QuestionOptions
     from vllm.score.cli.streams import results_stream
-    from vllm.score.eig.metrics import EIGMetrics
     from vllm.score.eig.plots import FORMATS
+    from vllm.score.eig.reasoner import LLMReasoner
+    from vllm.score.eig.reasoning import eig_problems, run, unanswered_note
+    from vllm.score.eig.report import EIGMetrics
+    from vllm.score.errors import ScoreModeError
     from vllm.score.launch.steps import long_step, shows_bars
     from vllm.score.patches.register import require_score_mode
 
@@ -125,6 +128,7 @@ def eig(
         "max_computation_time": max_computation_time,
         "entropy_threshold": entropy_threshold,
         "fixed_budget": fixed_budget,
+        "estimator": estimator,
     }
     settings: dict[str, Any] = {
         "candidates": candidates,
@@ -149,10 +153,11 @@ def eig(
             scaler,
             parameters,
             strict=strict,
-            estimator=estimator,
-            options=settings,
             choices=questions.choices,
         )
+        metrics = EIGMetrics()
+        asked = make_options({**settings, "metrics": metrics}, questions.choices)
+        needed = room(rule, asked)
         if model is None:
             from vllm.score.tiny.additions_model import additions_model
 
@@ -164,16 +169,14 @@ def eig(
             loaded = load_tokenizer(model, **loading)
         else:  # the revision is the model's
             loaded = load_tokenizer(tokenizer, **{**loading, "revision": None})
-        metrics = EIGMetrics()
-        rule.options["metrics"] = metrics
-        length = _UNKNOWN_LENGTH + rule.room
+        length = _UNKNOWN_LENGTH + needed
         if loaded is not None:
             prompts = questions.token_ids(loaded)
-            length = max(map(len, prompts)) + rule.room
+            length = max(map(len, prompts)) + needed
         length = min(length, longest or length)
         if loaded is not None:
-            rule.check_choices(questions, loaded)
-            problems = rule.problems(loaded, prompts, length)
+            check_choices(questions, asked, loaded)
+            problems = eig_problems(loaded, prompts, rule, max_model_len=length, options=asked)
         llm = open_llm(
             model,
             context_length=length,
@@ -193,23 +196,22 @@ def eig(
         )
         if loaded is None:
             loaded = llm.get_tokenizer()
-            rule.check_choices(questions, loaded)
-            problems = rule.problems(loaded, questions.token_ids(loaded), length)
-
-        from vllm.score.eig.scalers import run, unanswered_note
-        from vllm.score.errors import ScoreModeError
-
+            check_choices(questions, asked, loaded)
+            prompts = questions.token_ids(loaded)
+            problems = eig_problems(loaded, prompts, rule, max_model_len=length, options=asked)
         finished: dict[int, Trace] = {}
         bars = shows_bars(not quiet)
         step = f"Reasoning about {len(problems)} question(s)"
         try:
             with long_step(step, "Reasoned", not quiet and not bars):
-                traces = run(llm, problems, concurrency, None, bars, False, finished)
+                reasoner = LLMReasoner(llm, concurrency=concurrency)
+                traces = run(reasoner, problems, use_tqdm=bars, finished=finished)
         except BaseException:
             keep_finished(finished, questions, output)
             raise
-        _report(model, rule, questions, traces, metrics, results, as_json=as_json)
-        _write_files(rule, questions, traces, output, plot, quiet=quiet)
+        found = {"model": model, "scaler": scaler, "parameters": asdict(rule)}
+        _report(found, questions, traces, metrics, results, as_json=as_json)
+        _write_files(scaler, rule, questions, traces, output, plot, quiet=quiet)
         note = unanswered_note(traces, "--max-computation-time", "--concurrency")
         if note is not None:
             if all(trace.answer is None for trace in traces):
@@ -220,7 +222,10 @@ def eig(
 def _embedded_defaults(parameters: dict[str, Any], settings: dict[str, Any]) -> None:
     from vllm.score.tiny.additions import CUE, END
 
+    own = parameters["fixed_budget"] is not None
     for name, value in {**EMBEDDED, "answer_cue": CUE, "answer_end": END}.items():
+        if own and name == "max_tokens_thinking":
+            continue
         target = parameters if name in parameters else settings
         if target[name] is None:
             target[name] = value
@@ -246,8 +251,7 @@ def _block_size() -> dict[str, Any]:
 
 
 def _report(
-    model: str,
-    rule: Rule,
+    found: dict[str, Any],
     questions: Questions,
     traces: Sequence[Trace],
     metrics: EIGMetrics,
@@ -255,18 +259,14 @@ def _report(
     *,
     as_json: bool,
 ) -> None:
-    from vllm.score.eig.candidates.extract import normalise
-    from vllm.score.eig.metrics import metrics_tables
-    from vllm.score.eig.table import run_table, summarize_run
+    from vllm.score.eig.extract import normalise
+    from vllm.score.eig.report import metrics_tables, print_tables, run_table, summarize_run
 
     summary = summarize_run(
         traces, questions.gold, equal=lambda found, right: normalise(found) == normalise(right)
     )
     if as_json:
-        found = {
-            "model": model,
-            "scaler": rule.name,
-            "parameters": dict(rule.values),
+        found |= {
             "notes": list(questions.notes),
             "summary": asdict(summary),
             "metrics": metrics.summary(),
@@ -289,10 +289,7 @@ def _report(
     from rich.console import Console
 
     console = Console(file=stream, highlight=False)
-    for number, table in enumerate((run_table(summary), *metrics_tables(metrics.summary()))):
-        if number:
-            console.print()
-        console.print(table)
+    print_tables(console, [run_table(summary), *metrics_tables(metrics.summary())])
     for line in questions.notes:
         console.print(line, markup=False)
     stream.flush()
@@ -304,7 +301,7 @@ def keep_finished(
     """Write what an interrupted run has computed beside `output`; the file, if there is one."""
     if output is None or not finished:
         return None
-    from vllm.score.eig.traces_file import write_traces
+    from vllm.score.eig.report import write_traces
 
     path = output.with_name(f"{output.stem}.partial.jsonl")
     order = sorted(finished)
@@ -319,7 +316,8 @@ def keep_finished(
 
 
 def _write_files(
-    rule: Rule,
+    scaler: str,
+    rule: StoppingRule,
     questions: Questions,
     traces: Sequence[Trace],
     output: Path | None,
@@ -328,13 +326,13 @@ def _write_files(
     quiet: bool,
 ) -> None:
     if output is not None:
-        from vllm.score.eig.traces_file import write_traces
+        from vllm.score.eig.report import write_traces
 
         write_traces(traces, output, questions=questions.texts, gold=questions.gold)
     if plot is not None:
         from vllm.score.eig.plots import plot_traces
 
-        plot_traces(traces, plot, lambda_cost=rule.lambda_cost, title=rule.name.replace("_", " "))
+        plot_traces(traces, plot, lambda_cost=rule.cost, title=scaler.replace("_", " "))
     for path in (output, plot):
         if path is not None and not quiet:
             print(f"wrote {path}", file=sys.stderr)

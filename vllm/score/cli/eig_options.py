@@ -8,19 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from vllm.score.cli import options
-from vllm.score.eig.parameters import BOUNDS, RIVAL_BOUNDS
+from vllm.score.eig.rules import RULES
 
 QUESTIONS, RULE, ANSWERS, REASONING = "Questions", "When to stop", "Answers", "Reasoning"
 
 
 def _parameter(name: str) -> Any:
     """An option for a parameter of a scaler; None where it is not given."""
-    bound = {**BOUNDS, **RIVAL_BOUNDS}[name]
+    known = {k: v for rule in RULES.values() for k, v in rule.parameters().items()}
+    parameter = known[name]
     return typer.Option(
         "--" + name.replace("_", "-"),
-        metavar="N" if bound.kind is int else "X",
-        help=f"{bound.help[0].upper()}{bound.help[1:]}.",
-        show_default=f"{bound.default:g}",
+        metavar="N" if parameter.type is int else "X",
+        help=f"{parameter.help[0].upper()}{parameter.help[1:]}.",
+        show_default=str(parameter.default),
         rich_help_panel=RULE,
     )
 

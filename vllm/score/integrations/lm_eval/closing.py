@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.score.eig.answers import AnswerFormat
-from vllm.score.eig.problems import ANSWER_ROOM
+from vllm.score.eig.reasoning import ANSWER_ROOM
 from vllm.score.errors import ScoreModeError
 from vllm.score.escapes import unescape
 

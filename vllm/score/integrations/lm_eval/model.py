@@ -17,13 +17,13 @@ from vllm.score.integrations.lm_eval.engine import (
     longest_input,
     start_engine,
 )
-from vllm.score.integrations.lm_eval.generation import (
-    Generation,
-    read_generation_kwargs,
+from vllm.score.integrations.lm_eval.generation import Generation, read_generation_kwargs
+from vllm.score.integrations.lm_eval.merging import MergedRequests, TokenPair
+from vllm.score.integrations.lm_eval.scaled import (
+    ScaledGeneration,
+    ScaledRequest,
     split_settings,
 )
-from vllm.score.integrations.lm_eval.merging import MergedRequests, TokenPair
-from vllm.score.integrations.lm_eval.scaled import ScaledGeneration, ScaledRequest
 from vllm.score.integrations.lm_eval.truncation import fit_context, fit_pairs
 
 if TYPE_CHECKING:
