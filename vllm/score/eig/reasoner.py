@@ -38,7 +38,7 @@ from vllm.score.engine.support import check_configuration, check_llm
 from vllm.score.engine.token_ids import read_token_ids
 from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
 from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
-from vllm.score.patches.register import require_score_mode
+from vllm.score.armed import require_score_mode
 from vllm.score.results import TokenScores
 from vllm.score.shared_prefixes import shared_prefix_order
 from vllm.v1.engine.exceptions import EngineDeadError
