@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import vllm.score.tiny.tokenizer as tiny
 from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
 from vllm.score.cli.questions import Questions
-from vllm.score.eig.reasoning import _token_ids
+from vllm.score.eig import EIGParameters, eig_problems
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.generation import prompt_ids
 from vllm.score.sequence.boundary import BoundaryTokenizer, Pair
-from vllm.score.tokens import automatic_prefix, encode_texts, prefix_once
+from vllm.score.tokens import automatic_prefix, encode_inputs, prefix_once
 
 BOS = tiny.BOS_TOKEN
 
@@ -36,15 +36,22 @@ def two_in_front() -> Any:
     return tokenizer
 
 
+def question_ids(text: str, tokenizer: Any) -> list[int]:
+    """The ids with which reasoning about a question begins."""
+    vocab_size = len(tokenizer)
+    (problem,) = eig_problems(tokenizer, [text], EIGParameters(), vocab_size=vocab_size)
+    return problem.args[0]
+
+
 def ways(tokenizer: Any, text: str) -> dict[str, list[int]]:
     """The ids of a text, by every way in that needs no engine."""
     ids = tokenizer(text)["input_ids"]
-    ((encoded, _),) = encode_texts(tokenizer, [text])
+    ((encoded, _),) = encode_inputs(tokenizer, [text])
     return {
         "score": encoded,
         "LLM.generate": prefix_once(tokenizer, text, ids).ids,
         "SequenceProcessor": prompt_ids([text], tokenizer, len(tokenizer))[0],
-        "EIG": _token_ids(text, tokenizer, "questions[0]", len(tokenizer)),
+        "EIG": question_ids(text, tokenizer),
         "vllm-score eig": Questions([text], ["question"], [None]).token_ids(tokenizer)[0],
     }
 
@@ -56,22 +63,22 @@ def test_bos_stands_in_front_once_or_as_often_as_the_text_says(text: str) -> Non
     expected = plain if text.startswith(BOS) else [0, *plain]
     found = ways(tokenizer, text)
     assert found == dict.fromkeys(found, expected)
-    assert [t.own_prefix for t in encode_texts(tokenizer, [text])] == [text.startswith(BOS)]
+    assert [t.own_prefix for t in encode_inputs(tokenizer, [text])] == [text.startswith(BOS)]
 
 
 @pytest.mark.parametrize("text", ["", "hello", f"{BOS}hello", f"{BOS}{BOS}hello"])
 def test_a_tokenizer_that_adds_nothing(text: str) -> None:
     tokenizer = byte_level()
     assert automatic_prefix(tokenizer) == []
-    assert encode_texts(tokenizer, [text]) == [(tokenizer.encode(text), False)]
+    assert encode_inputs(tokenizer, [text]) == [(tokenizer.encode(text), False)]
 
 
 @pytest.mark.parametrize("own", ["<|bos|><|sop|>", "<|bos|>"])
 def test_of_two_tokens_in_front_the_first_decides(own: str) -> None:
     tokenizer = two_in_front()
     plain = tokenizer.encode(f"{own}hello", add_special_tokens=False)
-    assert encode_texts(tokenizer, [f"{own}hello"]) == [([*plain, 1], True)]
-    assert encode_texts(tokenizer, ["hello"])[0].ids == tokenizer.encode("hello")
+    assert encode_inputs(tokenizer, [f"{own}hello"]) == [([*plain, 1], True)]
+    assert encode_inputs(tokenizer, ["hello"])[0].ids == tokenizer.encode("hello")
 
 
 @given(st.lists(st.sampled_from([BOS, "a", " the", "é", "\n", ODD]), max_size=8))
@@ -91,9 +98,9 @@ def test_the_context_of_a_sequence_brings_its_own() -> None:
 @pytest.mark.parametrize(
     ("name", "encode"),
     [
-        ("texts[1]", lambda t: encode_texts(t, ["a", "a\ud800"])),
+        ("texts[1]", lambda t: encode_inputs(t, ["a", "a\ud800"])),
         ("prompts[1]", lambda t: prompt_ids([[5], "a\ud800"], t, len(t))),
-        ("questions[0]", lambda t: _token_ids("a\ud800", t, "questions[0]", len(t))),
+        ("questions[0]", lambda t: question_ids("a\ud800", t)),
     ],
 )
 def test_a_lone_surrogate_is_refused_by_name(name: str, encode: Any) -> None:

@@ -1,15 +1,16 @@
-"""Contexts: texts as they are, messages through a chat template."""
+"""Texts, messages through a chat template, and token ids: to token ids."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.sequence.tokenizers import WithoutOffsets
 from vllm.score import ScoreModeError
-from vllm.score.sequence.contexts import read_context
 from vllm.score.tiny.tokenizer import train_tokenizer
+from vllm.score.tokens import encode_inputs, render_messages
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -40,29 +41,39 @@ class Chatting(WithoutOffsets):
         return [token + self.shift for token in given] if tokenize else given
 
 
-def test_a_text_is_taken_as_it_is(tokenizer):
-    context = read_context(" a <|bos|> ", tokenizer, "it")
-    assert (context.text, context.templated) == (" a <|bos|> ", False)
-
-
 @pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, Chatting])
 def test_messages_end_where_the_answer_begins(wrap, tokenizer):
-    context = read_context([USER], wrap(tokenizer), "it")
-    assert (context.text, context.templated) == ("<|bos|>[user]hé;[assistant]", True)
-    assert context.given == [USER]
-    more = read_context((USER, BEGUN, USER), wrap(tokenizer), "it")
-    assert more.text == "<|bos|>[user]hé;[assistant]It is ;[user]hé;[assistant]"
+    text = render_messages([USER], wrap(tokenizer), "it")
+    assert text == "<|bos|>[user]hé;[assistant]"
+    more = render_messages((USER, BEGUN, USER), wrap(tokenizer), "it")
+    assert more == "<|bos|>[user]hé;[assistant]It is ;[user]hé;[assistant]"
 
 
 def test_a_begun_answer_is_continued(tokenizer):
-    assert read_context([USER, BEGUN], tokenizer, "it").text == "<|bos|>[user]hé;[assistant]It is "
+    assert render_messages([USER, BEGUN], tokenizer, "it") == "<|bos|>[user]hé;[assistant]It is "
 
 
 def test_templates_that_do_not_serve_are_refused(tokenizer):
     system = {"role": "system", "content": "x"}
     with pytest.raises(ScoreModeError, match=r"^it: the chat template .*No system message; give a"):
-        read_context([system, USER], tokenizer, "it")
+        render_messages([system, USER], tokenizer, "it")
     with pytest.raises(ScoreModeError, match="its text, tokenised, is not the template's tokens"):
-        read_context([USER], Chatting(tokenizer, shift=1), "it")
+        render_messages([USER], Chatting(tokenizer, shift=1), "it")
     with pytest.raises(ScoreModeError, match=r"^it\[0\] is {'content': 'x'}; give a message"):
-        read_context([{"content": "x"}], tokenizer, "it")
+        render_messages([{"content": "x"}], tokenizer, "it")
+
+
+def test_texts_messages_and_ids_in_any_mixture(tokenizer):
+    plain = tokenizer.encode("hé", add_special_tokens=False)
+    chat = tokenizer.encode("<|bos|>[user]hé;[assistant]", add_special_tokens=False)
+    inputs = [[USER], "hé", [5, 6], np.array([7]), "<|bos|>hé"]
+    found = encode_inputs(tokenizer, inputs, list("abcde"), vocab_size=8)
+    assert [tokens.ids for tokens in found] == [chat, plain, [5, 6], [7], [0, *plain]]
+    assert encode_inputs(tokenizer, []) == []
+    with pytest.raises(ScoreModeError, match=r"^it\[1\] is 8, outside the vocabulary 0\.\.7"):
+        encode_inputs(tokenizer, [[5, 8]], ["it"], vocab_size=8)
+    with pytest.raises(ScoreModeError, match=r"^it\[0\] is 5; give a message"):  # no ids asked for
+        encode_inputs(tokenizer, [[5, 8]], ["it"])
+    for wrong, message in ((3, "it is int"), ([], "it has no messages"), (USER, "it is one mess")):
+        with pytest.raises(ScoreModeError, match=f"^{message}"):
+            encode_inputs(tokenizer, [wrong], ["it"], vocab_size=8)

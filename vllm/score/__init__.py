@@ -21,14 +21,22 @@ if TYPE_CHECKING:
     from vllm.score.api import score
     from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
     from vllm.score.results import TokenScores
+    from vllm.score.sequence.scorer import score_continuations
 
-__all__ = ["ScoreModeError", "ScoreModeUnavailable", "TokenScores", "score"]
+__all__ = [
+    "ScoreModeError",
+    "ScoreModeUnavailable",
+    "TokenScores",
+    "score",
+    "score_continuations",
+]
 
 _HOMES = {
     "ScoreModeError": "vllm.score.errors",
     "ScoreModeUnavailable": "vllm.score.errors",
     "TokenScores": "vllm.score.results",
     "score": "vllm.score.api",
+    "score_continuations": "vllm.score.sequence.scorer",
 }
 
 

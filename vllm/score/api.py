@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
-from vllm.score.tokens import encode_texts, own_prefix_note
+from vllm.score.tokens import encode_inputs, own_prefix_note
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -118,7 +118,7 @@ def _prompts(llm: LLM, requests: Iterable[Any]) -> list[dict[str, Any]]:
     prompts: list[dict[str, Any]] = [{} for _ in requests]
     if texts:
         tokenizer = llm.get_tokenizer()
-        encoded = encode_texts(
+        encoded = encode_inputs(
             tokenizer,
             [str(_text_of(requests[i])) for i in texts],
             [f"requests[{i}]" for i in texts],

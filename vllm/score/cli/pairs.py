@@ -12,10 +12,10 @@ from vllm.score.cli.checks import check_no_file
 from vllm.score.data.rows import Skipped
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.boundary import RULES
-from vllm.score.sequence.files import read_pairs
+from vllm.score.sequence.table import read_pairs
 
 if TYPE_CHECKING:
-    from vllm.score.sequence.prepare import Prepared
+    from vllm.score.sequence.scorer import Prepared
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Pairs:
         Raises:
             ScoreModeError: a pair that cannot be scored.
         """
-        from vllm.score.sequence.prepare import prepare_pairs
+        from vllm.score.sequence.scorer import prepare_pairs
 
         return prepare_pairs(self.rows, tokenizer, self.boundary, self.names)
 

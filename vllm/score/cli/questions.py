@@ -44,14 +44,12 @@ class Questions:
         Raises:
             ScoreModeError: a question that cannot be used.
         """
-        from vllm.score.sequence.contexts import context_token_ids
+        from vllm.score.tokens import encode_inputs
 
-        found = []
-        for question, name in zip(self.given, self.names, strict=True):
-            ids = context_token_ids(question, tokenizer, name)
+        found = [tokens.ids for tokens in encode_inputs(tokenizer, self.given, self.names)]
+        for ids, name in zip(found, self.names, strict=True):
             if not ids:
                 raise ScoreModeError(f"{name} has no tokens; give a question that is not empty")
-            found.append(ids)
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -145,8 +145,8 @@ def sequence(
     from vllm.score.cli.pairs import PairOptions
     from vllm.score.cli.streams import results_stream
     from vllm.score.launch.steps import long_step, shows_bars
-    from vllm.score.sequence.files import WRITABLE
-    from vllm.score.sequence.hook import score_prepared
+    from vllm.score.sequence.scorer import score_prepared
+    from vllm.score.sequence.table import WRITABLE
 
     model = checks.one_model(model, model_option)
     checks.check_positive(
@@ -214,7 +214,7 @@ def sequence(
             rows = score_prepared(llm, prepared, use_tqdm=bars)
         _report(rows, pairs.notes, results, as_json=as_json)
         if output is not None:
-            from vllm.score.sequence.files import write_results
+            from vllm.score.sequence.table import write_results
 
             write_results(rows, output)
             if not quiet:
@@ -222,12 +222,12 @@ def sequence(
 
 
 def _report(
-    rows: list[dict[str, Any]], notes: Sequence[str], stream: TextIO, *, as_json: bool
+    rows: Sequence[Mapping[str, Any]], notes: Sequence[str], stream: TextIO, *, as_json: bool
 ) -> None:
     if as_json:
-        from vllm.score.sequence import files
+        from vllm.score.sequence.table import as_json as finite
 
-        text = json.dumps(files.as_json(rows), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(rows), indent=2, ensure_ascii=False, allow_nan=False)
         print(text, file=stream, flush=True)
         for line in notes:
             print(line, file=sys.stderr)

@@ -31,6 +31,7 @@ from pydantic import Field
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
+from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, Number, Whole, check
 from vllm.score.continuations import MergedContinuations
 from vllm.score.engine.request import PLAN, ModelFacts, plan_request
@@ -38,7 +39,6 @@ from vllm.score.engine.support import check_configuration, check_llm
 from vllm.score.engine.token_ids import read_token_ids
 from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
 from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
-from vllm.score.armed import require_score_mode
 from vllm.score.results import TokenScores
 from vllm.score.shared_prefixes import shared_prefix_order
 from vllm.v1.engine.exceptions import EngineDeadError

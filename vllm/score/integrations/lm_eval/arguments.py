@@ -1,22 +1,6 @@
-"""The options of the model, as they come from `--model_args`.
+"""What the options of the model mean for the engine and the chat template.
 
-The names are those of lm-eval's `vllm` model. What is not listed here goes to `vllm.LLM` as it is:
-dtype, revision, trust_remote_code, tokenizer, tensor_parallel_size, quantization, block_size, ...
-
-========================  ==================================================================
-``max_model_len``         tokens that the model reads at most, as `max_length` of lm-eval's
-                          `hf` model; also ``max_length``. By default as many as it can
-``max_batch_size``        vLLM's ``max_num_seqs``
-``batch_size``            accepted and not used: vLLM batches by itself
-``add_bos_token``         True or False: with or without the tokenizer's special tokens
-``prefix_token_id``       what a text without context follows; by default BOS, else EOS
-``max_gen_toks``          tokens to generate where a task names no number (256)
-``truncation_side``       of contexts too long to generate from: left, right or middle
-``lora_local_path``       folder of an adapter for all requests
-``chat_template_args``    further arguments of the chat template, a dict or JSON
-``enable_thinking``       one of them; needs ``think_end_token``
-``think_end_token``       the answer is what follows it
-========================  ==================================================================
+The names are those of lm-eval's `vllm` model.
 """
 
 from __future__ import annotations
@@ -24,11 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.checks import Count, check
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.truncation import SIDES
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -44,136 +28,99 @@ IGNORED = {
 }
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Checked options; `engine` holds those of `vllm.LLM`."""
-
-    engine: dict[str, Any]
-    max_length: int | None = None
-    batch_size: str | int = "auto"
-    add_bos_token: bool | None = None
-    prefix_token_id: int | None = None
-    max_gen_toks: int = 256
-    truncation_side: str = "left"
-    lora_local_path: str | None = None
-    think_end_token: str | None = None
-    chat_template_args: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def enable_thinking(self) -> bool:
-        return bool(self.chat_template_args.get("enable_thinking"))
-
-    def lora_request(self) -> LoRARequest | None:
-        """The adapter for all requests."""
-        if self.lora_local_path is None:
-            return None
-        from vllm.lora.request import LoRARequest
-
-        # The engine knows adapters by number: one that runs already may have others.
-        number = 1 + zlib.crc32(str(self.lora_local_path).encode()) % (1 << 30)
-        return LoRARequest(f"adapter-{number}", number, self.lora_local_path)
-
-
-def read_arguments(
-    pretrained: str | None, options: dict[str, Any], *, engine_runs: bool = False
-) -> Arguments:
-    """Sort the options into ours and vLLM's.
+def engine_options(
+    pretrained: str | None,
+    options: Mapping[str, Any],
+    *,
+    max_length: int | None = None,
+    max_batch_size: int | None = None,
+    lora: bool = False,
+    runs: bool = False,
+) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that the model's options name; none where the engine runs.
 
     Args:
         pretrained: name or folder of the model.
-        options: everything else.
-        engine_runs: there is an engine already, which takes no options any more.
+        options: of `vllm.LLM`; None means its default.
+        max_length: tokens that the model is to read at most.
+        max_batch_size: vLLM's `max_num_seqs`.
+        lora: an adapter is to be used.
+        runs: there is an engine already, which takes no options any more.
 
     Raises:
-        ScoreModeError: for options that contradict each other or are out of range.
+        ScoreModeError: no model is named, or options are given to an engine that runs.
     """
-    options = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     for name, reason in IGNORED.items():
-        if options.pop(name, None) is not None:
+        if given.pop(name, None) is not None:
             logger.warning("%s is ignored: %s.", name, reason)
-    own: dict[str, Any] = {
-        name: options.pop(name)
-        for name in (
-            "batch_size",
-            "add_bos_token",
-            "prefix_token_id",
-            "max_gen_toks",
-            "truncation_side",
-            "lora_local_path",
-            "think_end_token",
-        )
-        if name in options
-    }
-    for name in ("prefix_token_id", "max_gen_toks"):
-        if name in own:
-            own[name] = _whole(name, own[name])
-    length = _max_length(options)
-    max_batch_size = options.pop("max_batch_size", None)
-    template = _chat_template_args(options)
-    if template.get("enable_thinking") and own.get("think_end_token") is None:
-        raise ScoreModeError(
-            "enable_thinking=True without think_end_token: name the token after which the answer "
-            "begins, for example think_end_token='</think>'."
-        )
-    _check_choice("truncation_side", own.get("truncation_side", "left"), SIDES)
-    if engine_runs:
-        given = [*([] if pretrained is None else ["pretrained"]), *options]
-        if given:
+    if runs:
+        if named := [*([] if pretrained is None else ["pretrained"]), *given]:
             raise ScoreModeError(
-                f"{', '.join(given)}: these are options of the engine, which runs already; give "
+                f"{', '.join(named)}: these are options of the engine, which runs already; give "
                 "them to LLM(...)."
             )
-        engine: dict[str, Any] = {}
-    elif pretrained is None:
+        return {}
+    if pretrained is None:
         raise ScoreModeError("no model is named: --model_args pretrained=NAME_OR_FOLDER.")
-    else:
-        engine = {
-            "model": str(pretrained),
-            "seed": SEED,
-            "max_model_len": length,
-            "max_num_seqs": max_batch_size,
-            **options,
-        }
-        if own.get("lora_local_path") is not None:
-            engine.setdefault("enable_lora", True)
-    return Arguments(engine, max_length=length, chat_template_args=template, **own)
+    ours = {
+        "model": str(pretrained),
+        "seed": SEED,
+        "max_model_len": max_length,
+        "max_num_seqs": max_batch_size,
+        "enable_lora": lora or None,
+    }
+    return {**{name: value for name, value in ours.items() if value is not None}, **given}
 
 
-def _whole(name: str, value: Any) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise ScoreModeError(f"{name} is {value!r}; give a whole number.") from None
-
-
-def _max_length(options: dict[str, Any]) -> int | None:
-    names = [name for name in ("max_model_len", "max_length") if name in options]
-    if len(names) == 2:
+def length_asked_for(max_model_len: int | None, max_length: int | None) -> int | None:
+    """Tokens that the model is to read at most, by one of the option's two names."""
+    if max_model_len is not None and max_length is not None:
         raise ScoreModeError(
-            f"max_model_len={options['max_model_len']} and max_length={options['max_length']} are "
-            "the same thing: give one of them."
+            f"max_model_len={max_model_len} and max_length={max_length} are the same thing: give "
+            "one of them."
         )
-    if not names:
-        return None
-    length = _whole(names[0], options.pop(names[0]))
-    if length < 1:
-        raise ScoreModeError(f"{names[0]} is {length}; the model must read at least 1 token.")
-    return length
+    name, length = "max_model_len", max_model_len
+    if max_model_len is None:
+        name, length = "max_length", max_length
+    found: int | None = check(name, length, Count | None)
+    return found
 
 
-def _chat_template_args(options: dict[str, Any]) -> dict[str, Any]:
-    given = options.pop("chat_template_args", {})
+def template_arguments(
+    given: Mapping[str, Any] | str | None, enable_thinking: bool | None, think_end: str | None
+) -> dict[str, Any]:
+    """Further arguments of the chat template.
+
+    Args:
+        given: a dict, or one as JSON.
+        enable_thinking: one of the arguments.
+        think_end: text after which the answer begins, without which nobody may think.
+    """
     if isinstance(given, str):
         try:
             given = json.loads(given)
         except ValueError as error:
             raise ScoreModeError(f"chat_template_args is {given!r}, no JSON: {error}.") from error
-    if not isinstance(given, dict):
+    arguments: Any = {} if given is None else given
+    if not isinstance(arguments, Mapping):
         raise ScoreModeError(f"chat_template_args is {given!r}; give a dict.")
-    thinking = options.pop("enable_thinking", None)
-    return dict(given) if thinking is None else {**given, "enable_thinking": thinking}
+    thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    arguments = {**arguments, **thinking}
+    if arguments.get("enable_thinking") and think_end is None:
+        raise ScoreModeError(
+            "enable_thinking=True without think_end_token: name the token after which the answer "
+            "begins, for example think_end_token='</think>'."
+        )
+    return arguments
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ScoreModeError(f"{name} is {value!r}; choose from {', '.join(choices)}.")
+def lora_request(folder: str | None) -> LoRARequest | None:
+    """The adapter for all requests."""
+    if folder is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    # The engine knows adapters by number: one that runs already may have others.
+    number = 1 + zlib.crc32(str(folder).encode()) % (1 << 30)
+    return LoRARequest(f"adapter-{number}", number, folder)

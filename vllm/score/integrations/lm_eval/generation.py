@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.checks import did_you_mean
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
@@ -107,10 +107,9 @@ def _refuse_unknown(options: Mapping[str, Any], task: str | None) -> None:
     }
     for key, value in options.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             where = f" of the task {task!r}" if task else ""
             raise ScoreModeError(
-                f"gen_kwargs{where} has {key}={value!r}, which vLLM's SamplingParams does not "
-                f"take.{hint} Remove it from --gen_kwargs or the task's generation_kwargs."
+                f"gen_kwargs{where} has {key}={value!r}, which vLLM's SamplingParams does not take"
+                f"{did_you_mean(key, sorted(known))}. Remove it from --gen_kwargs or the task's "
+                "generation_kwargs."
             )

@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.eig.answers import AnswerFormat
 from vllm.score.eig.options import Options
 from vllm.score.eig.reasoning import ANSWER_ROOM, reason
 from vllm.score.eig.report import get_eig_metrics_summary, print_eig_metrics
 from vllm.score.eig.rules import RULES, StoppingRule, find_rule
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.closing import Closing, make_closing, with_line_breaks
+from vllm.score.escapes import unescape
 from vllm.score.integrations.lm_eval.generation import Generation
-from vllm.score.integrations.lm_eval.truncation import fit_context
+from vllm.score.integrations.lm_eval.requests import fit_context
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -144,6 +145,9 @@ def split_kwargs(options: Mapping[str, Any]) -> tuple[ScalerCall | None, dict[st
     values, rest = kind.split(rest)
     rule = kind.checked(switches.get("strict", False), **values)
     found = {key: rest.pop(key) for key in OPTIONS if key in rest}
+    for key in ("answer_cue", "answer_end"):  # a command line writes line breaks as \\n
+        if isinstance(found.get(key), str):
+            found[key] = unescape(found[key])
     return ScalerCall(rule, found, switches.get("debug", False)), {**rest, **held}
 
 
@@ -185,6 +189,60 @@ class Draft:
     prompt: list[int] | None = None
     room: int = 0
     stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What comes between reasoning and answer.
+
+    Attributes:
+        text: of it.
+        token_ids: at least one.
+        always: also where the model ended its reasoning by itself.
+        stops: texts that end the answer behind it.
+    """
+
+    text: str
+    token_ids: list[int]
+    always: bool
+    stops: tuple[str, ...] = ()
+
+    def reasoning_room(self, length: int) -> int:
+        """Tokens of reasoning in a text of `length` tokens, with room for an answer behind it.
+
+        Raises:
+            ScoreModeError: the closing alone is as long.
+        """
+        left = length - len(self.token_ids)
+        if left < 1:
+            raise ScoreModeError(
+                f"max_gen_toks is {length}, and {self.text!r} before the answer has "
+                f"{len(self.token_ids)} tokens: raise max_gen_toks."
+            )
+        return left - min(ANSWER_ROOM, max(left // 2, 1))
+
+
+def make_closing(tokenizer: Any, think_end: str | None, answer: AnswerFormat) -> Closing:
+    """The text that ends a model's reasoning; where it has none, the cue of the answer.
+
+    Args:
+        tokenizer: of Hugging Face or vLLM.
+        think_end: such as "</think>".
+        answer: how it is asked for.
+
+    Raises:
+        ScoreModeError: the text has no tokens.
+    """
+    if think_end is not None:
+        ids = list(tokenizer.encode(think_end, add_special_tokens=False))
+        if not ids:
+            raise ScoreModeError(
+                f"think_end_token is {think_end!r}, of which the tokenizer makes no token; name "
+                "the text that ends this model's reasoning."
+            )
+        return Closing(think_end, ids, always=True)
+    stops = (answer.end,) if answer.end else ()
+    return Closing(answer.cue.rstrip(" "), answer.cue_tokens(tokenizer), False, stops)
 
 
 class ScaledGeneration:
@@ -239,15 +297,16 @@ class ScaledGeneration:
     def _drafts(self, group: Sequence[ScaledRequest]) -> list[Draft]:
         """Reason about requests with equal settings, side by side."""
         call, generation = group[0].call, group[0].generation
-        options = with_line_breaks(call.options)
-        closing = make_closing(self._tokenizer, self._think_end, options)
+        options = dict(call.options)
+        asked = Options(**options)
+        closing = make_closing(self._tokenizer, self._think_end, asked.answer_format)
         prompts, length = self._fit([request.context for request in group], call, generation)
         budget = closing.reasoning_room(length)
-        asked = call.rule.budget(Options(**options).max_tokens_thinking)
-        if asked is not None and asked > budget:
+        most = call.rule.budget(asked.max_tokens_thinking)
+        if most is not None and most > budget:
             logger.warning(
                 "%d tokens of reasoning are asked for, but max_gen_toks leaves room for %d.",
-                asked,
+                most,
                 budget,
             )
             options["max_tokens_thinking"] = budget

@@ -16,8 +16,13 @@ from rich.console import Console
 
 from vllm.score import ScoreModeError
 from vllm.score.data.rows import Skipped
-from vllm.score.sequence.files import WRITABLE, read_pairs, write_results
-from vllm.score.sequence.table import notes, results_table
+from vllm.score.sequence.table import (
+    WRITABLE,
+    notes,
+    read_pairs,
+    results_table,
+    write_results,
+)
 
 MESSAGES = [{"role": "user", "content": 'say "x", 漢'}]
 ROWS = [("a, b", " c"), ("", "NA"), ("two\nlines", "1"), ('"quoted"', "é漢😀"), ("null", "  ")]
