@@ -30,7 +30,8 @@ from vllm.score.eig import (
     expected_information_gain_reasoning,
     fixed_budget_reasoning,
 )
-from vllm.score.eig.reasoner import Batch, LLMReasoner, Score
+from vllm.score.eig.engines import LLMReasoner
+from vllm.score.eig.reasoner import Batch, Score
 from vllm.score.eig.reasoning import run
 from vllm.score.errors import ScoreModeError
 

@@ -89,8 +89,8 @@ def eig(
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.questions import QuestionOptions
     from vllm.score.cli.streams import results_stream
+    from vllm.score.eig.engines import LLMReasoner
     from vllm.score.eig.plots import FORMATS
-    from vllm.score.eig.reasoner import LLMReasoner
     from vllm.score.eig.reasoning import eig_problems, run, unanswered_note
     from vllm.score.eig.report import EIGMetrics
     from vllm.score.errors import ScoreModeError

@@ -14,9 +14,9 @@ from vllm.score.eig.candidates import (
     SampledCandidates,
     State,
 )
+from vllm.score.eig.engines import AsyncLLMReasoner, LLMReasoner
 from vllm.score.eig.options import ContinuationPrompts, Options
 from vllm.score.eig.posterior import AnswerPosteriorEstimator, MonteCarloForecaster
-from vllm.score.eig.reasoner import AsyncLLMReasoner, LLMReasoner
 from vllm.score.eig.reasoning import (
     eig_problems,
     entropy_threshold_reasoning,

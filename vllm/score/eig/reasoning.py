@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from vllm.score.eig.candidates import CandidateSource, GivenCandidates, State, candidate_source
+from vllm.score.eig.engines import LLMReasoner
 from vllm.score.eig.options import Options
 from vllm.score.eig.posterior import AnswerPosteriorEstimator, MonteCarloForecaster
-from vllm.score.eig.reasoner import Continuation, LLMReasoner, Problem, Reasoner
+from vllm.score.eig.reasoner import Continuation, Problem, Reasoner
 from vllm.score.eig.rules import (
     DecisionPoint,
     EntropyThreshold,

@@ -16,7 +16,8 @@ from scipy.stats import chisquare
 
 from tests.eig.problems import ask, by_next, failing
 from tests.helpers import random_prompts, token_logprobs
-from vllm.score.eig.reasoner import AsyncLLMReasoner, Batch, DeadlineExceeded, Next, Sample, Score
+from vllm.score.eig.engines import AsyncLLMReasoner
+from vllm.score.eig.reasoner import Batch, DeadlineExceeded, Next, Sample, Score
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

@@ -13,15 +13,8 @@ from scipy.stats import chisquare
 
 from tests.eig.problems import ask, by_next, failing
 from tests.helpers import random_prompts, token_logprobs
-from vllm.score.eig.reasoner import (
-    Batch,
-    BatchRequests,
-    DeadlineExceeded,
-    LLMReasoner,
-    Next,
-    Sample,
-    Score,
-)
+from vllm.score.eig.engines import BatchRequests, LLMReasoner
+from vllm.score.eig.reasoner import Batch, DeadlineExceeded, Next, Sample, Score
 from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine
