@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import vllm.score.tiny.tokenizer as tiny
 from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
-from vllm.score.cli.questions import Questions
+from vllm.score.cli.inputs import Questions
 from vllm.score.eig import EIGParameters, eig_problems
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.generation import prompt_ids

@@ -247,17 +247,20 @@ def test_a_rule_of_one_s_own(own_rules, recwarn):
     assert find_rule("patient") is FixedBudget
 
 
-def test_a_rule_is_imported_by_module_and_class(own_rules, tmp_path: Path, monkeypatch):
+def test_installed_packages_bring_rules(own_rules, tmp_path: Path, monkeypatch):
     (tmp_path / "rule_of_a_user.py").write_text(
         "from vllm.score.eig import FixedBudget\n\n\nclass Own(FixedBudget):\n    pass\n"
     )
+    package = tmp_path / "rule_of_a_user-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: rule-of-a-user\nVersion: 1.0\n")
+    points = package / "entry_points.txt"
+    points.write_text("[vllm_score.rules]\nown = rule_of_a_user:Own\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert find_rule("rule_of_a_user:Own")().fixed_budget == 256
-    for wrong in ("rule_of_a_user:Other", "no_such_module:Own"):
-        with pytest.raises(ScoreModeError, match=f"'{wrong}' cannot be imported"):
-            find_rule(wrong)
-    with pytest.raises(ScoreModeError, match="give a subclass of StoppingRule"):
-        find_rule("json:dumps")
+    assert find_rule("own")().fixed_budget == 256 and list(RULES)[-1] == "own"
+    points.write_text("[vllm_score.rules]\nother = rule_of_a_user:Other\n")
+    with pytest.raises(ScoreModeError, match="'other' of an installed package, rule_of_a_user"):
+        find_rule("own")
 
 
 @pytest.mark.parametrize("wrong", ["expected_information_gain", "fixed_budget", "", 3, "xyz"])

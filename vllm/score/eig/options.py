@@ -4,17 +4,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
-from vllm.score.checks import Seed, Whole, settings
+from vllm.score.checks import Seed, Whole, describe, limits_of, settings
 from vllm.score.eig.answers import AnswerFormat
 from vllm.score.eig.report import METRICS, EIGMetrics
 from vllm.score.errors import ScoreModeError
 
 _Zero = Annotated[Whole, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A field of a rule or of `Options`, as its class declares it.
+
+    Attributes:
+        kind: its annotation.
+        default: where it is not given.
+        meaning: what it is, with its unit.
+    """
+
+    kind: Any
+    default: Any
+    meaning: str
+
+    @property
+    def type(self) -> Any:
+        """int, float, or what else it is an annotation of."""
+        kind = self.kind
+        while get_origin(kind) is Annotated or type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+        return kind
+
+    @property
+    def help(self) -> str:
+        """One line for a command's help or a table: meaning and range."""
+        return f"{self.meaning}; {describe(self.kind)}"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Of a number; both ends are allowed."""
+        limits = limits_of(self.kind)
+        return limits.get("ge", -math.inf), limits.get("le", math.inf)
+
+    def read(self, value: Any) -> Any:
+        """A number as users write it, e.g. "8" or 8.0 for 8; None where it is none of this type."""
+        try:
+            number: Any = float(value) if isinstance(value, str) else value
+        except ValueError:
+            return None
+        wrong = isinstance(number, bool) or not isinstance(number, Real) or number != number
+        return None if wrong or (self.type is int and number % 1) else number
+
+
+def parameters_of(cls: type) -> dict[str, Parameter]:
+    """The fields of a `@settings` class."""
+    kinds = get_type_hints(cls, include_extras=True)
+    found = {}
+    for each in fields(cls):
+        parts = getattr(kinds[each.name], "__metadata__", ())
+        texts = [part.description for part in parts if isinstance(part, FieldInfo)]
+        meaning = next((text for text in texts if text), "")
+        found[each.name] = Parameter(kinds[each.name], each.default, meaning)
+    return found
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ def eig_problems(
     max_model_len: int | None = None,
     vocab_size: int | None = None,
     options: Options | Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Problem[Trace]]:
     """The reasoning about each question, ready for the `run_all` of a reasoner.
 
@@ -222,6 +223,7 @@ def eig_problems(
         max_model_len: the engine's; bounds the tokens of reasoning.
         vocab_size: the model's; token ids are checked against it.
         options: `Options`, or theirs by name.
+        names: what errors call the questions; by default questions[i].
 
     Raises:
         ScoreModeError: a question or an option cannot be used.
@@ -231,12 +233,12 @@ def eig_problems(
         raise ScoreModeError(
             f"questions must be a list, got one {type(questions).__name__}; write [question]."
         )
-    names = [f"questions[{i}]" for i in range(len(questions))]
+    names = [f"questions[{i}]" for i in range(len(questions))] if names is None else names
     size = NO_LIMIT if vocab_size is None else vocab_size
     prompts = [found.ids for found in encode_inputs(tokenizer, questions, names, size)]
     most = rule.budget(options.max_tokens_thinking)
     most = MAX_TOKENS_THINKING if most is None else most
-    sources = _sources(options, len(prompts), rule.beam_size, tokenizer)
+    sources = _sources(options, names, rule.beam_size, tokenizer)
     problems: list[Problem[Trace]] = []
     for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
         room = _room(most, len(prompt), rule.sample_length, max_model_len, names[i])
@@ -283,24 +285,26 @@ def _room(most: int, length: int, step: int, max_model_len: int | None, name: st
     return min(room, most)
 
 
-def _sources(options: Options, count: int, beam_size: int, tokenizer: Any) -> list[CandidateSource]:
+def _sources(
+    options: Options, names: Sequence[str], beam_size: int, tokenizer: Any
+) -> list[CandidateSource]:
     """One source for each question; answers that are given can be scored by every decision."""
     given = options.candidates
     listed = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
     single = not listed or isinstance(given[0], str)
-    if not single and len(given) != count:
+    if not single and len(given) != len(names):
         raise ScoreModeError(
-            f"candidates has {len(given)} lists for {count} questions; give one for each."
+            f"candidates has {len(given)} lists for {len(names)} questions; give one for each."
         )
     sources = [candidate_source(each) for each in ([given] if single else given)]
-    for i, source in enumerate(sources):
+    for name, source in zip(names, sources, strict=False):
         if isinstance(source, GivenCandidates):
             try:
                 source.check_count(beam_size)
                 options.answer_format.encode(tokenizer, source.answers)
             except ScoreModeError as error:
-                raise ScoreModeError(f"candidates of questions[{i}]: {error}") from error
-    return sources * count if single else sources
+                raise ScoreModeError(f"candidates of {name}: {error}") from error
+    return sources * len(names) if single else sources
 
 
 @contextmanager

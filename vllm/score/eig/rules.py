@@ -13,26 +13,24 @@ To add one, subclass `StoppingRule` and register it:
     register_scaler("patience", Patience)
 
 `reason(llm, questions, rule=Patience(patience=5))`, `vllm-score eig --scaler patience --patience 5`
-and lm-eval's `scale_func_name=patience,patience=5` then know it, with its help and bounds.
+and lm-eval's `scale_func_name=patience,patience=5` then know it, with its help and bounds. Rules of
+an installed package are registered by its entry points of the group `vllm_score.rules`.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import math
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from numbers import Real
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field
-from pydantic.fields import FieldInfo
 
 from vllm.score.checks import (
     Number,
@@ -40,12 +38,11 @@ from vllm.score.checks import (
     check_name,
     describe,
     did_you_mean,
-    limits_of,
     settings,
 )
 from vllm.score.eig.candidates import State
 from vllm.score.eig.entropy import ESTIMATORS, gain_estimate
-from vllm.score.eig.options import Options
+from vllm.score.eig.options import Options, Parameter, parameters_of
 from vllm.score.eig.posterior import MonteCarloForecaster
 from vllm.score.eig.reasoner import (
     Batch,
@@ -71,7 +68,7 @@ logger = logging.getLogger("vllm_score.eig")
 
 RuleClass = TypeVar("RuleClass", bound="type[StoppingRule]")
 # Names that a parameter of a rule cannot have: all rules take them.
-RESERVED = ("scale_func_name", "scaler", "strict", "debug", *(f.name for f in fields(Options)))
+RESERVED = ("scale_func_name", "scaler", "strict", "debug", *parameters_of(Options))
 
 
 class Meter:
@@ -191,46 +188,6 @@ def failed(error: Exception, component: str) -> Decision:
     return Decision(False, reason, failure=(component, str(error)))
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a rule, as its class declares it.
-
-    Attributes:
-        kind: its annotation.
-        default: where it is not given.
-        meaning: what it is, with its unit.
-    """
-
-    kind: Any
-    default: Any
-    meaning: str
-
-    @property
-    def type(self) -> Any:
-        """int, float, or what else it is an annotation of."""
-        return get_args(self.kind)[0] if hasattr(self.kind, "__metadata__") else self.kind
-
-    @property
-    def help(self) -> str:
-        """One line for a command's help or a table: meaning and range."""
-        return f"{self.meaning}; {describe(self.kind)}"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Of a number; both ends are allowed."""
-        limits = limits_of(self.kind)
-        return limits.get("ge", -math.inf), limits.get("le", math.inf)
-
-    def read(self, value: Any) -> Any:
-        """A number as users write it, e.g. "8" or 8.0 for 8; None where it is none of this type."""
-        try:
-            number: Any = float(value) if isinstance(value, str) else value
-        except ValueError:
-            return None
-        wrong = isinstance(number, bool) or not isinstance(number, Real) or number != number
-        return None if wrong or (self.type is int and number % 1) else number
-
-
 @settings
 class StoppingRule(ABC):
     """Decides whether to take one more step. Its fields are its parameters.
@@ -273,11 +230,7 @@ class StoppingRule(ABC):
     @classmethod
     def parameters(cls) -> dict[str, Parameter]:
         """By name, as declared."""
-        kinds = get_type_hints(cls, include_extras=True)
-        return {
-            each.name: Parameter(kinds[each.name], each.default, _description(kinds[each.name]))
-            for each in fields(cls)
-        }
+        return parameters_of(cls)
 
     @classmethod
     def checked(cls, strict: bool = False, **values: Any) -> Self:
@@ -329,11 +282,6 @@ class StoppingRule(ABC):
         """Values of parameters of this rule, and the rest."""
         own = {name: given[name] for name in cls.parameters() if name in given}
         return own, {name: value for name, value in given.items() if name not in own}
-
-
-def _description(kind: Any) -> str:
-    infos = (part for part in getattr(kind, "__metadata__", ()) if isinstance(part, FieldInfo))
-    return next((info.description for info in infos if info.description), "")
 
 
 @settings
@@ -485,21 +433,29 @@ def register_scaler(name: str, rule: RuleClass, *, replace: bool = False) -> Rul
     return rule
 
 
+def all_rules() -> dict[str, type[StoppingRule]]:
+    """`RULES`, with those that installed packages have as entry points `vllm_score.rules`.
+
+    Raises:
+        ScoreModeError: one that cannot be loaded.
+    """
+    for entry in entry_points(group="vllm_score.rules"):
+        if entry.name not in RULES:
+            try:
+                register_scaler(entry.name, entry.load())
+            except Exception as error:
+                raise ScoreModeError(
+                    f"The scaler {entry.name!r} of an installed package, {entry.value}, cannot be "
+                    f"loaded: {error}; mend or remove the package."
+                ) from error
+    return RULES
+
+
 def find_rule(name: Any) -> type[StoppingRule]:
-    """A rule by its name, or by "module:Class", which is imported.
+    """A rule by its name.
 
     Raises:
         ScoreModeError: there is none; names the nearest.
     """
-    if not isinstance(name, str) or ":" not in name or name in RULES:
-        check_name("scaler", name, RULES)
-        return RULES[name]
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ScoreModeError(
-            f"scaler {name!r} cannot be imported ({error}); give 'module:Class' of a module that "
-            "Python finds."
-        ) from error
-    return register_scaler(name, found)
+    check_name("scaler", name, all_rules())
+    return RULES[name]

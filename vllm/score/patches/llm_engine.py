@@ -90,7 +90,7 @@ def apply(module: ModuleType) -> None:
         try:
             wrapped(*args, **kwargs)
         except RuntimeError as error:
-            from vllm.score.launch.guard import unguarded_script_note
+            from vllm.score.launch.reasons import unguarded_script_note
 
             if note := unguarded_script_note(error):
                 error.add_note(note)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.engine.length import with_room_for_one_more
 from vllm.score.errors import ScoreModeError
+from vllm.score.launch.engine import for_cpu, start_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -27,10 +27,9 @@ def start_engine(options: dict[str, Any]) -> LLM:
             is started with one more, where the model allows it.
 
     Raises:
-        ScoreModeError: it cannot be started; see `vllm.score.launch.start`.
+        ScoreModeError: it cannot be started; see `vllm.score.launch.engine`.
     """
     from vllm.platforms import current_platform
-    from vllm.score.launch.start import start_llm
 
     settings = {name: value for name, value in options.items() if value is not None}
     if int(settings.get("data_parallel_size", 1)) > 1:
@@ -40,8 +39,10 @@ def start_engine(options: dict[str, Any]) -> LLM:
             "--model local-completions, or use tensor_parallel_size."
         )
     if current_platform.is_cpu():
-        settings = {**_for_cpu(settings), **settings}
-    return start_llm(settings, prepare=with_room_for_one_more)
+        settings.setdefault("block_size", CPU_BLOCK_SIZE)
+    return start_llm(
+        settings, prepare=lambda given: with_room_for_one_more({**for_cpu(given), **given})
+    )
 
 
 def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:
@@ -73,39 +74,6 @@ def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:
         engine - 1,
     )
     return engine - 1
-
-
-def _for_cpu(settings: dict[str, Any]) -> dict[str, Any]:
-    """Defaults with which a model starts on a CPU without a variable or flag to set."""
-    defaults: dict[str, Any] = {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
-    if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        from vllm.score.cli.engine import cpu_cache_bytes
-
-        defaults["kv_cache_memory_bytes"] = cpu_cache_bytes(
-            settings["model"], _context_length(settings), low_memory=False, settings=settings
-        )
-    if int(settings.get("tensor_parallel_size", 1)) == 1:
-        # An engine process of its own would compete for the cores.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        defaults["distributed_executor_backend"] = "uni"
-    return defaults
-
-
-def _context_length(settings: dict[str, Any]) -> int:
-    """Tokens of the longest prompt, to size the KV cache by."""
-    if settings.get("max_model_len"):
-        return int(settings["max_model_len"])
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            settings["model"],
-            trust_remote_code=bool(settings.get("trust_remote_code")),
-            revision=settings.get("revision"),
-        ).get_text_config()
-    except (OSError, ValueError):
-        return 0  # cpu_cache_bytes says what is wrong
-    return int(getattr(config, "max_position_embeddings", None) or 0)
 
 
 def load_tokenizer(llm: LLM, add_bos_token: bool | None) -> Any:
