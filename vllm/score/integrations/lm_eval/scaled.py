@@ -18,7 +18,7 @@ from vllm.score.eig.answers import AnswerFormat
 from vllm.score.eig.options import Options
 from vllm.score.eig.reasoning import ANSWER_ROOM, reason
 from vllm.score.eig.report import get_eig_metrics_summary, print_eig_metrics
-from vllm.score.eig.rules import RULES, StoppingRule, find_rule
+from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.escapes import unescape
@@ -112,13 +112,14 @@ def split_kwargs(options: Mapping[str, Any]) -> tuple[ScalerCall | None, dict[st
     """
     rest = dict(options)
     name = rest.pop(SCALER_KEY, None)
-    known = {key: None for each in RULES.values() for key in each.parameters()}
+    rules = all_rules()
+    known = {key for each in rules.values() for key in each.parameters()}
     if name is None:
         ours = {*known, *OPTIONS, *SWITCHES} - {*SHARED}
         if stray := [f"{key}={value!r}" for key, value in rest.items() if key in ours]:
             raise ScoreModeError(
                 f"gen_kwargs has {', '.join(stray)}, which only scalers take; add {SCALER_KEY} "
-                f"({', '.join(RULES)}) or remove it."
+                f"({', '.join(rules)}) or remove it."
             )
         return None, rest
     kind = find_rule(name)
@@ -165,7 +166,7 @@ class ScaledRequest:
 
     Attributes:
         context: token ids, of any length.
-        call: the scaler and its settings; one object for equal settings.
+        call: the scaler and its settings.
         generation: how the answer is generated, and how long the whole text may be.
     """
 
@@ -281,9 +282,9 @@ class ScaledGeneration:
         Raises:
             ScoreModeError: a setting cannot be used, or does not go with the others.
         """
-        groups: dict[int, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(id(request.call), []).append(index)
+            groups.setdefault(repr((request.call, request.generation)), []).append(index)
         drafts: dict[int, Draft] = {}
         for indexes in groups.values():
             found = self._drafts([requests[index] for index in indexes])
