@@ -58,7 +58,7 @@ def tool(
         model = request.getfixturevalue("make_hf")(max_length=LENGTH, logits_cache=False)
     else:
         model = request.getfixturevalue("stock_vllm")
-        monkeypatch.setattr(model, "max_length", LENGTH)
+        monkeypatch.setattr(model, "_max_length", LENGTH)
     monkeypatch.setattr(model, "tokenizer", tokenizer)
     assert model.max_length == LENGTH
     return request.param, model

@@ -40,11 +40,11 @@ class Cut(NamedTuple):
     """The place of the first token of a continuation.
 
     Attributes:
-        index: of the token.
+        token: index of it.
         start: where its text starts; before the cut if it also holds the end of the context.
     """
 
-    index: int
+    token: int
     start: int
 
 

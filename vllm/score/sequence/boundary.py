@@ -148,7 +148,7 @@ class BoundaryTokenizer:
         if found is None:
             raise _vanished(pair)
         # Before the first character of all, only a space of the tokenizer's own can be left.
-        index = joint.first + found.index if pair.context else 0
+        index = joint.first + found.token if pair.context else 0
         start = joint.begin + found.start
         return self._finish(pair, joint.ids, index, pair.context[start:] or None)
 

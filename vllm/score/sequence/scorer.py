@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
+# Takes the place of tokens that are made together with those of other texts.
+_OF_TEXTS = SplitTokens([], 0)
 # Of a request's first candidate, so that candidates cannot share a request.
 _STATISTICS_OF_A_TARGET = {"rank", "model_logprob"}
 
@@ -165,21 +167,10 @@ class SequenceScorer:
             ScoreModeError: an argument cannot be used; it is named, and nothing has run.
             ScoreModeUnavailable: score mode is off in this installation.
         """
-        for field, value in (("contexts", contexts), ("target_sequences", target_sequences)):
-            if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-                raise ScoreModeError(
-                    f"{field} must be a list, got one {type(value).__name__}; write [{field}]."
-                )
         rows = (
-            _Row(
-                f"contexts[{i}], target_sequences[{j}]",
-                context,
-                f"contexts[{i}]",
-                sequence,
-                f"target_sequences[{j}]",
-            )
-            for i, context in enumerate(contexts)
-            for j, sequence in enumerate(target_sequences)
+            (f"{c}, {t}", context, c, sequence, t)
+            for c, context in _named("contexts", contexts)
+            for t, sequence in _named("target_sequences", target_sequences)
         )
         return score_prepared(
             self.llm,
@@ -195,17 +186,11 @@ class SequenceScorer:
         *,
         boundary: str = "spanning",
         use_tqdm: bool | Callable[..., tqdm] = False,
-        skip_prefix_cache: bool = False,
-        lora_request: LoRARequest | None = None,
+        **options: Any,
     ) -> list[SequenceProbability]:
-        """As `get_log_prob`, for (context, sequence) pairs."""
-        return score_prepared(
-            self.llm,
-            prepare_pairs(pairs, self.tokenizer, boundary),
-            use_tqdm=use_tqdm,
-            skip_prefix_cache=skip_prefix_cache,
-            lora_request=lora_request,
-        )
+        """As `get_log_prob`, with the same options, for (context, sequence) pairs."""
+        prepared = prepare_pairs(pairs, self.tokenizer, boundary)
+        return score_prepared(self.llm, prepared, use_tqdm=use_tqdm, **options)
 
 
 SequenceProbVLLMHook = SequenceScorer  # the name of a tool that hooked the head of the model
@@ -234,15 +219,6 @@ class Prepared:
                     "shorten the context."
                 )
 
-    def check_vocabulary(self, size: int) -> None:
-        """Raise ScoreModeError for a token id that the model does not have."""
-        for name, split in zip(self.names, self.splits, strict=True):
-            if (largest := max(split.token_ids)) >= size:
-                raise ScoreModeError(
-                    f"{name}: token id {largest} is outside the model's vocabulary of {size}; "
-                    "give the tokenizer that belongs to the model."
-                )
-
 
 def prepare_pairs(
     pairs: Iterable[tuple[Any, Any]],
@@ -261,14 +237,16 @@ def prepare_pairs(
     return _prepare(_rows(pairs, names), lambda: tokenizer, boundary)
 
 
-class _Row(NamedTuple):
-    """A pair as given, and what errors call it and its parts."""
+# Name of the pair, context and its name, sequence and its name; names are for errors.
+_Row = tuple[str, Any, str, Any, str]
 
-    name: str
-    context: Any
-    context_name: str
-    sequence: Any
-    sequence_name: str
+
+def _named(field: str, values: Any) -> list[tuple[str, Any]]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise ScoreModeError(
+            f"{field} must be a list, got one {type(values).__name__}; write [{field}]."
+        )
+    return [(f"{field}[{i}]", value) for i, value in enumerate(values)]
 
 
 def _rows(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] | None = None) -> Iterator[_Row]:
@@ -280,7 +258,7 @@ def _rows(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] | None = None) 
         name = f"pairs[{i}]" if names is None else names[i]
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ScoreModeError(f"{name} is {pair!r:.60}; give (context, sequence).")
-        yield _Row(name, pair[0], f"{name}, context", pair[1], f"{name}, sequence")
+        yield name, pair[0], f"{name}, context", pair[1], f"{name}, sequence"
 
 
 def _prepare(
@@ -292,40 +270,31 @@ def _prepare(
     """The tokens of all pairs; without `vocab_size` token ids are no context."""
     check_name("boundary", boundary, RULES)
     prepared = Prepared([], [], [])
-    apart: dict[int, SplitTokens] = {}
     texts: list[Pair] = []
     messages, rendered = None, ""
-    for number, row in enumerate(rows):
-        context = row.context
-        prepared.names.append(row.name)
-        prepared.pairs.append((context, row.sequence))
+    for name, context, context_name, sequence, sequence_name in rows:
+        prepared.names.append(name)
+        prepared.pairs.append((context, sequence))
         if vocab_size is not None and is_token_ids(context):
-            apart[number] = _ids(row, vocab_size)
+            ids = read_token_ids(context, vocab_size, context_name).tolist()
+            more = read_token_ids(sequence, vocab_size, sequence_name).tolist()
+            if not more:
+                raise ScoreModeError(f"{sequence_name} has no tokens; give at least one.")
+            prepared.splits.append(SplitTokens(ids + more, len(ids)))
             continue
         templated = not isinstance(context, str)
         if templated:
             if messages is None or messages != context:
-                messages = context
-                rendered = render_messages(context, tokenizer(), row.context_name)
+                messages, rendered = context, render_messages(context, tokenizer(), context_name)
             context = rendered
-        if not isinstance(row.sequence, str):
-            raise ScoreModeError(
-                f"{row.sequence_name} is {type(row.sequence).__name__}; give a text."
-            )
-        texts.append(Pair(context, row.sequence, templated, row.name))
-    split = BoundaryTokenizer(tokenizer(), boundary).split(texts) if texts else iter(())
-    prepared.splits.extend(
-        apart[number] if number in apart else next(split) for number in range(len(prepared.names))
-    )
+        if not isinstance(sequence, str):
+            raise ScoreModeError(f"{sequence_name} is {type(sequence).__name__}; give a text.")
+        prepared.splits.append(_OF_TEXTS)
+        texts.append(Pair(context, sequence, templated, name))
+    if texts:
+        split = BoundaryTokenizer(tokenizer(), boundary).split(texts)
+        prepared.splits[:] = [next(split) if s is _OF_TEXTS else s for s in prepared.splits]
     return prepared
-
-
-def _ids(row: _Row, vocab_size: int) -> SplitTokens:
-    context = read_token_ids(row.context, vocab_size, row.context_name).tolist()
-    sequence = read_token_ids(row.sequence, vocab_size, row.sequence_name).tolist()
-    if not sequence:
-        raise ScoreModeError(f"{row.sequence_name} has no tokens; give at least one.")
-    return SplitTokens([*context, *sequence], len(context))
 
 
 def score_prepared(llm: LLM, prepared: Prepared, **options: Any) -> list[SequenceProbability]:
@@ -343,7 +312,13 @@ def _score_prepared(
 ) -> list[ContinuationScores]:
     model = llm.llm_engine.model_config
     prepared.check_length(model.max_model_len, "the engine's max_model_len")
-    prepared.check_vocabulary(model.get_vocab_size())
+    size = model.get_vocab_size()
+    for name, split in zip(prepared.names, prepared.splits, strict=True):
+        if (largest := max(split.token_ids)) >= size:
+            raise ScoreModeError(
+                f"{name}: token id {largest} is outside the model's vocabulary of {size}; "
+                "give the tokenizer that belongs to the model."
+            )
     adapters = None
     if isinstance(lora_request, Sequence):
         adapters = list(lora_request)
