@@ -154,6 +154,19 @@ def test_the_budget_is_never_exceeded(budget):
     assert len(trace.reasoning_token_ids) == budget
 
 
+def test_a_rule_that_asks_nothing_gets_an_answer():
+    @settings
+    class Short(StoppingRule):
+        async def decide(self, point: DecisionPoint) -> Decision:
+            return Decision(point.position == 0, "gain")
+
+    reasoner = random_reasoner(answers=3, states=3, seed=1)
+    trace = run(reasoner, Short(**STEP))
+    assert len(trace.reasoning_token_ids) == LENGTH and [len(trace.steps)] == [2]
+    chain = [0, 1, *trace.reasoning_token_ids]
+    assert trace.answer == reasoner.names[int(np.argmax(reasoner.posterior(chain)))]
+
+
 def test_a_rule_that_never_stops_ends_with_the_bound_on_overruling():
     """The reasoner writes nothing more, whatever it is told: 4 prompts, then an end."""
     reasoner = random_reasoner(answers=3, states=3, seed=1, ends_after=2)

@@ -144,7 +144,8 @@ def _add(group: Any, name: str, parameter: Parameter, text: str, **more: Any) ->
     """An option for a field, None where it is not given; its class checks and converts it."""
     if parameter.type == tuple[str, ...]:
         more |= {"action": "extend", "nargs": "+"}
-    default = "" if parameter.default in (None, ()) else f" (default: {parameter.default!r})"
+    said = repr(parameter.default).strip("'")
+    default = "" if parameter.default in (None, ()) else f" (default: {said})"
     group.add_argument(
         option(name),
         metavar={int: "N", float: "X"}.get(parameter.type, "TEXT"),

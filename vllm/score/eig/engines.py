@@ -16,7 +16,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import coroutine
 from typing import TYPE_CHECKING, Annotated, Any, Generic
 
@@ -36,7 +36,6 @@ from vllm.score.eig.reasoner import (
     DeadlineExceeded,
     Next,
     Problem,
-    Reasoner,
     Sample,
     Score,
     T,
@@ -91,7 +90,7 @@ class LLMReasoner:
         """See `Reasoner.run`. Awaited outside of `run_all`, it runs the engine until it is done."""
         if self.driven:
             return await _results_of(batch)
-        ((_, results),) = self.run_all([partial(_run_batch, batch)])
+        ((_, results),) = self.run_all([lambda reasoner: reasoner.run(batch)])
         return results
 
     def run_all(self, problems: Iterable[Problem[T]]) -> Generator[tuple[int, T], None, None]:
@@ -122,10 +121,6 @@ class LLMReasoner:
                 yield from run.step()
         finally:
             run.close()
-
-
-async def _run_batch(batch: Batch, reasoner: Reasoner) -> list[Any]:
-    return await reasoner.run(batch)
 
 
 @coroutine
@@ -256,6 +251,9 @@ class _Run(Generic[T]):
 
 class AsyncLLMReasoner:
     """A `Reasoner` on an `AsyncLLM`, which may have other requests.
+
+        async with aclosing(reasoner.run_all(eig_problems(tokenizer, questions, rule))) as running:
+            async for index, trace in running: ...
 
     Args:
         async_llm: the engine.

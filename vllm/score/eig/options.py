@@ -147,6 +147,8 @@ class Options:
     Attributes:
         candidates: "beam", "sampled", "numeric", "boxed"; a `CandidateSource`; a list of answers
             for all questions, or one list for each.
+        answer_end: None: the end-of-sequence token; "": nothing.
+        think_end: a text or a list of texts.
         prompts: what is inserted where the model is overruled.
         metrics: count the decisions; by default those of `get_eig_metrics_summary`.
 
@@ -164,12 +166,12 @@ class Options:
     answer_cue: Annotated[str, Field(description="asks for the answer, after the reasoning")] = (
         AnswerFormat.cue
     )
-    answer_end: Annotated[
-        str | None, Field(description="ends an answer; None: the end-of-sequence token")
-    ] = AnswerFormat.end
+    answer_end: Annotated[str | None, Field(description="ends an answer")] = AnswerFormat.end
     length_normalization: Annotated[
         Literal["none", "tokens", "bytes"],
-        Field(description="divide the log-probability of an answer by its length"),
+        Field(
+            description="divide the log-probability of an answer by its tokens or bytes; or none"
+        ),
     ] = "none"
     decide_at: Annotated[
         Literal["step", "end"],
@@ -192,7 +194,7 @@ class Options:
     think_end: Annotated[
         tuple[str, ...],
         BeforeValidator(_texts),
-        Field(description="text that ends the reasoning, e.g. </think>; or a list of them"),
+        Field(description="text that ends the reasoning, e.g. </think>"),
     ] = ()
     prompts: ContinuationPrompts = ContinuationPrompts()
     seed: Annotated[Seed, Field(description="of the choice among forecasts")] = 0

@@ -26,7 +26,7 @@ from vllm.score.eig.rules import (
     StoppingRule,
     decided,
     failed,
-    posterior_alone,
+    no_step,
 )
 from vllm.score.eig.trace import (
     BUDGET,
@@ -422,7 +422,7 @@ class _Reasoning:
             bridge=self.bridge,
             position=len(self.reasoning),
         )
-        decision = await decided(point, posterior_alone if final else self.rule.decide)
+        decision = await decided(point, no_step if final else self.rule.decide)
         if final and decision.failure is None:
             decision = replace(decision, reason=ENDED if ignored else BUDGET)
         self.options.metrics.record(decision)

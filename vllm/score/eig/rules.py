@@ -68,7 +68,8 @@ logger = logging.getLogger("vllm_score.eig")
 
 RuleClass = TypeVar("RuleClass", bound="type[StoppingRule]")
 # Names that a parameter of a rule cannot have: all rules take them.
-RESERVED = ("scale_func_name", "scaler", "strict", "debug", *parameters_of(Options))
+_OF_RUNS = ("strict", "debug", "concurrency", "lora_request", "use_tqdm")
+RESERVED = ("scale_func_name", "scaler", *_OF_RUNS, *parameters_of(Options))
 
 
 class Meter:
@@ -83,7 +84,7 @@ class Meter:
     def __init__(self, reasoner: Reasoner, limit: float | None = None) -> None:
         self.tokenizer, self._reasoner = reasoner.tokenizer, reasoner
         self._deadline = None if limit is None else time.monotonic() + limit
-        self.current = ""
+        self.current = "rule"
         self.seconds: dict[str, float] = defaultdict(float)
         self.tokens_sampled = self.tokens_scored = 0
 
@@ -157,10 +158,15 @@ class DecisionPoint:
 async def decided(
     point: DecisionPoint, verdict: Callable[[DecisionPoint], Awaitable[Decision]]
 ) -> Decision:
-    """A verdict with what it rests on and what it cost; if it fails or is late, one to stop."""
+    """A verdict with what it rests on and what it cost; if it fails or is late, one to stop.
+
+    Where reasoning stops, its answer is asked for, whatever the rule has asked.
+    """
     meter = point.meter
     try:
         decision = await verdict(point)
+        if not decision.go_on and decision.posterior is None:
+            await point.posterior()
     except Exception as error:
         decision = failed(error, meter.current)
     return replace(
@@ -173,9 +179,8 @@ async def decided(
     )
 
 
-async def posterior_alone(point: DecisionPoint) -> Decision:
-    """A verdict where no step can follow."""
-    await point.posterior()
+async def no_step(point: DecisionPoint) -> Decision:
+    """The verdict where no step can follow."""
     return Decision(False, BUDGET)
 
 
@@ -377,7 +382,7 @@ class ExpectedInformationGainCalculator:
         point = DecisionPoint(meter, self.forecaster, state, known)
         samples, cost, estimator = self.forecaster.mc_samples, self.lambda_cost, self.estimator
         return await decided(
-            point, posterior_alone if final else lambda at: _weigh(at, samples, cost, estimator)
+            point, no_step if final else lambda at: _weigh(at, samples, cost, estimator)
         )
 
 

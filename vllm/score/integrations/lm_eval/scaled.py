@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.eig.answers import AnswerFormat
-from vllm.score.eig.options import Options
+from vllm.score.eig.options import Options, parameters_of
 from vllm.score.eig.reasoning import ANSWER_ROOM, reason
 from vllm.score.eig.report import get_eig_metrics_summary, print_eig_metrics
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
@@ -34,15 +34,7 @@ logger = logging.getLogger("lm_eval.vllm_score")  # LMEVAL_LOG_LEVEL holds
 
 SCALER_KEY = "scale_func_name"
 # Options of all rules that `gen_kwargs` may hold; their values are checked where they are used.
-OPTIONS = (
-    "candidates",
-    "answer_cue",
-    "answer_end",
-    "length_normalization",
-    "decide_at",
-    "thinking_n_ignore",
-    "max_tokens_thinking",
-)
+OPTIONS = tuple(parameters_of(Options).keys() - {"think_end", "prompts", "seed", "metrics"})
 SWITCHES = ("strict", "debug")
 # Ordinary generation takes these, too.
 SHARED = ("temperature", "top_p")
