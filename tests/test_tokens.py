@@ -14,7 +14,7 @@ import vllm.score.tiny.tokenizer as tiny
 from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
 from tests.sequence.tokenizers import WithoutOffsets
 from vllm.score.cli.inputs import Questions
-from vllm.score.eig.problems import _token_ids
+from vllm.score.eig import EIGParameters, eig_problems
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.generation import prompt_ids
 from vllm.score.sequence.boundary import BoundaryTokenizer, Pair
@@ -38,6 +38,13 @@ def two_in_front() -> Any:
     return tokenizer
 
 
+def question_ids(text: str, tokenizer: Any) -> list[int]:
+    """The ids with which reasoning about a question begins."""
+    vocab_size = len(tokenizer)
+    (problem,) = eig_problems(tokenizer, [text], EIGParameters(), vocab_size=vocab_size)
+    return problem.args[0]
+
+
 def ways(tokenizer: Any, text: str) -> dict[str, list[int]]:
     """The ids of a text, by every way in that needs no engine."""
     ids = tokenizer(text)["input_ids"]
@@ -46,7 +53,7 @@ def ways(tokenizer: Any, text: str) -> dict[str, list[int]]:
         "score": encoded,
         "LLM.generate": prefix_once(tokenizer, text, ids).ids,
         "SequenceProcessor": prompt_ids([text], tokenizer, len(tokenizer))[0],
-        "EIG": _token_ids(text, tokenizer, "questions[0]", len(tokenizer)),
+        "EIG": question_ids(text, tokenizer),
         "vllm-score eig": Questions([text], ["question"], [None]).token_ids(tokenizer)[0],
     }
 
@@ -95,7 +102,7 @@ def test_the_context_of_a_sequence_brings_its_own() -> None:
     [
         ("texts[1]", lambda t: encode_inputs(t, ["a", "a\ud800"])),
         ("prompts[1]", lambda t: prompt_ids([[5], "a\ud800"], t, len(t))),
-        ("questions[0]", lambda t: _token_ids("a\ud800", t, "questions[0]", len(t))),
+        ("questions[0]", lambda t: question_ids("a\ud800", t)),
     ],
 )
 def test_a_lone_surrogate_is_refused_by_name(name: str, encode: Any) -> None:

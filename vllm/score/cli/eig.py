@@ -3,43 +3,155 @@
 from __future__ import annotations
 
 import json
-import sys
-from argparse import Namespace
+import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console
+
+from vllm.platforms import current_platform
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, check
-from vllm.score.cli.common import check_output
-from vllm.score.cli.eig_options import declare
-from vllm.score.cli.eig_rule import Rule, make_rule
+from vllm.score.cli.common import check_output, option
 from vllm.score.cli.inputs import Questions, read_questions
 from vllm.score.cli.model import Model
-from vllm.score.eig.metrics import EIGMetrics
-from vllm.score.eig.parameters import BOUNDS, RIVAL_BOUNDS
-from vllm.score.eig.plots import FORMATS
-from vllm.score.eig.scalers import run, unanswered_note
-from vllm.score.eig.types import Trace
+from vllm.score.eig.candidates import candidate_source
+from vllm.score.eig.engines import LLMReasoner
+from vllm.score.eig.extract import normalise
+from vllm.score.eig.options import Options, Parameter, parameters_of
+from vllm.score.eig.plots import FORMATS, plot_traces
+from vllm.score.eig.reasoning import (
+    ANSWER_ROOM,
+    MAX_TOKENS_THINKING,
+    eig_problems,
+    run,
+    unanswered_note,
+)
+from vllm.score.eig.report import (
+    EIGMetrics,
+    metrics_tables,
+    print_tables,
+    run_table,
+    summarize_run,
+    write_traces,
+)
+from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
+from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.launch.output import long_step, shows_bars
-from vllm.score.tiny import additions_model
-
-__all__ = ["declare", "eig", "keep_finished"]
+from vllm.score.escapes import unescape
+from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.tiny import additions, additions_model
+from vllm_score_command import options as shared
 
 EMBEDDED_QUESTIONS = 32
 # A step of two sums, each a token; the embedded model knows no words to be overruled by.
-EMBEDDED = {"sample_length": 2, "max_tokens_thinking": 16, "thinking_n_ignore": 0}
-SETTINGS = (
-    "candidates",
-    "answer_cue",
-    "answer_end",
-    "length_normalization",
-    "decide_at",
-    "max_tokens_thinking",
-    "thinking_n_ignore",
-)
+EMBEDDED = {
+    "sample_length": 2,
+    "max_tokens_thinking": 16,
+    "thinking_n_ignore": 0,
+    "answer_cue": additions.CUE,
+    "answer_end": additions.END,
+}
+END_OF_SEQUENCE = "EOS"
+# Fields of `Options` that are options of the command, by group; and what its help adds.
+GROUPS = {
+    "Answers": ("candidates", "answer_cue", "answer_end", "length_normalization"),
+    "Reasoning": ("decide_at", "max_tokens_thinking", "thinking_n_ignore", "think_end"),
+}
+HELP = {
+    "answer_cue": r"; \n is a line break",
+    "answer_end": "; '' for nothing, EOS for the end-of-sequence token",
+    "think_end": "; may be repeated",
+}
+
+
+def declare(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = """\
+Let a model reason about questions as long as one more step is expected to tell more about the
+answer than it costs.
+
+  vllm-score eig                             additions, by a small model made on this machine
+  vllm-score eig MODEL --file questions.jsonl --output traces.jsonl --plot traces.html"""
+    shared.add_model(parser)
+    questions = parser.add_argument_group("Questions")
+    questions.add_argument(
+        "--question",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="may be repeated",
+    )
+    shared.add_files(
+        questions, f".jsonl, .json, .csv, .tsv or .parquet with a question per row, {shared.FILES}"
+    )
+    for name, text in {
+        "question": "questions: texts, or (not in CSV) lists of chat messages (default: question)",
+        "answer": "right answers, to count what is correct (default: answer, where there is one)",
+        "choices": "a list of candidate answers for each question",
+    }.items():
+        questions.add_argument(f"--{name}-column", metavar="NAME", help=f"column with the {text}")
+    shared.add_skip_empty(questions, "whose question is null, missing or empty")
+    questions.add_argument(
+        "--chat",
+        action="store_true",
+        help="take each question for a user's message, through the model's chat template",
+    )
+    rules = all_rules()
+    stop = parser.add_argument_group("When to stop")
+    stop.add_argument(
+        "--scaler",
+        default=next(iter(rules)),
+        metavar="NAME",
+        help=f"{', '.join(rules)} (default: %(default)s)",
+    )
+    known = {name: each for rule in rules.values() for name, each in parameters_of(rule).items()}
+    for name, parameter in known.items():
+        _add(stop, name, parameter, parameter.help)
+    stop.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse values out of range, instead of taking the nearest one",
+    )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for title, names in GROUPS.items():
+        for name in names:
+            parameter = parameters_of(Options)[name]
+            kind = {"type": int} if parameter.type is int else {}
+            _add(groups[title], name, parameter, parameter.meaning + HELP.get(name, ""), **kind)
+    groups["Reasoning"].add_argument(
+        "--concurrency",
+        type=int,
+        default=32,
+        metavar="N",
+        help="questions side by side (default: %(default)s)",
+    )
+    shared.add_output(
+        parser,
+        ("FILE.jsonl", "write a trace per line: each decision, its candidates, the reasoning"),
+        ("FILE.html|.png|.svg|.pdf", "draw entropy and expected gain along each trace"),
+    )
+    parser.epilog = (
+        shared.ENGINE + "\n  --seed is also of what is sampled, and of the questions made here."
+    )
+
+
+def _add(group: Any, name: str, parameter: Parameter, text: str, **more: Any) -> None:
+    """An option for a field, None where it is not given; its class checks and converts it."""
+    if parameter.type == tuple[str, ...]:
+        more |= {"action": "extend", "nargs": "+"}
+    said = repr(parameter.default).strip("'")
+    default = "" if parameter.default in (None, ()) else f" (default: {said})"
+    group.add_argument(
+        option(name),
+        metavar={int: "N", float: "X"}.get(parameter.type, "TEXT"),
+        help=(text + default).replace("%", "%%"),
+        **more,
+    )
 
 
 def eig(options: Namespace, results: TextIO) -> None:
@@ -51,67 +163,116 @@ def eig(options: Namespace, results: TextIO) -> None:
     check("--concurrency", options.concurrency, Count)
     output = check_output("output", options.output, (".jsonl",), options.file)
     plot = check_output("plot", options.plot, FORMATS, options.file)
-    parameters = {name: getattr(options, name) for name in (*BOUNDS, *RIVAL_BOUNDS)}
-    settings: dict[str, Any] = {name: getattr(options, name) for name in SETTINGS}
-    settings |= {"think_end": options.think_end or None, "seed": seed}
     questions = read_questions(options)
+    given = {name: value for name, value in vars(options).items() if value is not None}
     if model.name is None:
-        _embedded_defaults(parameters, settings)
         questions = questions or _additions(seed)
+        given = {**EMBEDDED, **given}
+        if "fixed_budget" in given and options.max_tokens_thinking is None:
+            del given["max_tokens_thinking"]
     elif questions is None:
         raise ScoreModeError(
             "a model is named and no question; give --question TEXT or --file PATH"
         )
-    rule = make_rule(
-        options.scaler,
-        parameters,
-        strict=options.strict,
-        estimator=options.estimator,
-        options=settings,
-        choices=questions.choices,
-    )
-    model.read(lambda: additions_model.additions_model(progress=progress).directory)
     metrics = EIGMetrics()
-    rule.options["metrics"] = metrics
+    rule = make_rule(given, questions.choices)
+    asked = make_options({**given, "seed": seed, "metrics": metrics}, questions.choices)
+    model.read(lambda: additions_model.additions_model(progress=progress).directory)
     prompts = questions.token_ids(model.tokenizer)
-    length = max(map(len, prompts)) + rule.room
+    most = rule.budget(asked.max_tokens_thinking)
+    needed = MAX_TOKENS_THINKING if most is None else most
+    length = max(map(len, prompts)) + needed + rule.sample_length + ANSWER_ROOM
     length = min(length, model.longest or length)
-    rule.check_choices(questions, model.tokenizer)
-    problems = rule.problems(model.tokenizer, prompts, length)
-    llm = model.start(length, seed=seed, **_block_size())
+    problems = eig_problems(
+        model.tokenizer, prompts, rule, max_model_len=length, options=asked, names=questions.names
+    )
+    # Contexts are shared in whole blocks: on a CPU vLLM's are too large for steps to be.
+    blocks = {"block_size": 32} if current_platform.is_cpu() else {}
+    llm = model.start(length, seed=seed, **blocks)
 
     finished: dict[int, Trace] = {}
     bars = shows_bars(progress)
     step = f"Reasoning about {len(problems)} question(s)"
     try:
         with long_step(step, "Reasoned", progress and not bars):
-            traces = run(llm, problems, options.concurrency, None, bars, False, finished)
+            reasoner = LLMReasoner(llm, concurrency=options.concurrency)
+            traces = run(reasoner, problems, use_tqdm=bars, finished=finished)
     except BaseException:
         keep_finished(finished, questions, output)
         raise
-    assert model.name is not None
-    _report(model.name, rule, questions, traces, metrics, results, as_json=options.json)
-    _write_files(rule, questions, traces, output, plot, quiet=options.quiet)
-    note = unanswered_note(traces, "--max-computation-time", "--concurrency")
-    if note is not None:
+    found = {"model": model.name, "scaler": options.scaler, "parameters": asdict(rule)}
+    _report(found, questions, traces, metrics, results, as_json=options.json)
+    if output is not None:
+        write_traces(traces, output, questions=questions.texts, gold=questions.gold)
+        say(f"wrote {output}", progress)
+    if plot is not None:
+        title = options.scaler.replace("_", " ")
+        plot_traces(traces, plot, lambda_cost=rule.cost, title=title)
+        say(f"wrote {plot}", progress)
+    if note := unanswered_note(traces, "--max-computation-time", "--concurrency"):
         if all(trace.answer is None for trace in traces):
             raise ScoreModeError(note)
-        print(f"Note: {note}", file=sys.stderr)
+        say(f"Note: {note}", True)
 
 
-def _embedded_defaults(parameters: dict[str, Any], settings: dict[str, Any]) -> None:
-    from vllm.score.tiny.additions import CUE, END
+def make_rule(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> StoppingRule:
+    """The rule that the options name, with its parameters.
 
-    for name, value in {**EMBEDDED, "answer_cue": CUE, "answer_end": END}.items():
-        target = parameters if name in parameters else settings
-        if target[name] is None:
-            target[name] = value
+    Args:
+        given: options that are given, `scaler` and `strict` among them.
+        choices: candidate answers of each question; empty where there are none.
+
+    Raises:
+        ScoreModeError: for options out of range or that do not go together.
+    """
+    name = given["scaler"]
+    kind = find_rule(name)
+    own, rest = kind.split(given)
+    for key in {key for rule in all_rules().values() for key in parameters_of(rule)} & rest.keys():
+        raise ScoreModeError(
+            f"{option(key)} is {rest[key]!r}, which {name} does not take; leave it out"
+        )
+    most = max(map(len, choices), default=0)
+    if choices:
+        own.setdefault("beam_size", min(most, kind.parameters()["beam_size"].bounds[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its record in the log is enough
+        rule = kind.checked(given["strict"], **own)
+    if most > rule.beam_size:
+        raise ScoreModeError(
+            f"a question has {most} choices, more than --beam-size {rule.beam_size} (at most "
+            f"{kind.parameters()['beam_size'].bounds[1]}); raise it or give fewer"
+        )
+    return rule
+
+
+def make_options(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> Options:
+    """The options beside the rule, of those that are given; texts with escapes.
+
+    Raises:
+        ScoreModeError: for options that cannot be used.
+    """
+    found = {name: given[name] for name in parameters_of(Options) if name in given}
+    for name in ("answer_cue", "answer_end"):
+        if name in found:
+            found[name] = unescape(found[name])
+    if found.get("answer_end") == END_OF_SEQUENCE:
+        found["answer_end"] = None
+    if not all(found.get("think_end", ())):
+        raise ScoreModeError("--think-end is ''; give the text that ends the reasoning")
+    if choices:
+        if "candidates" in found:
+            raise ScoreModeError(
+                "--candidates and --choices-column each name candidates; give one of them"
+            )
+        found["candidates"] = [list(each) for each in choices]
+    else:
+        candidate_source(found.get("candidates", "beam"))
+    return Options(**found)
 
 
 def _additions(seed: int) -> Questions:
-    from vllm.score.tiny.additions import random_problems
-
-    problems = random_problems(EMBEDDED_QUESTIONS, seed=abs(seed))
+    problems = additions.random_problems(EMBEDDED_QUESTIONS, seed=abs(seed))
     return Questions(
         [each.question for each in problems],
         [f"addition {number}" for number in range(1, len(problems) + 1)],
@@ -119,16 +280,8 @@ def _additions(seed: int) -> Questions:
     )
 
 
-def _block_size() -> dict[str, Any]:
-    """Contexts are shared in whole blocks: on a CPU vLLM's are too large for steps to be."""
-    from vllm.platforms import current_platform
-
-    return {"block_size": 32} if current_platform.is_cpu() else {}
-
-
 def _report(
-    model: str,
-    rule: Rule,
+    found: dict[str, Any],
     questions: Questions,
     traces: Sequence[Trace],
     metrics: EIGMetrics,
@@ -136,47 +289,35 @@ def _report(
     *,
     as_json: bool,
 ) -> None:
-    from vllm.score.eig.candidates.extract import normalise
-    from vllm.score.eig.metrics import metrics_tables
-    from vllm.score.eig.table import run_table, summarize_run
-
     summary = summarize_run(
         traces, questions.gold, equal=lambda found, right: normalise(found) == normalise(right)
     )
-    if as_json:
-        found = {
-            "model": model,
-            "scaler": rule.name,
-            "parameters": dict(rule.values),
-            "notes": list(questions.notes),
-            "summary": asdict(summary),
-            "metrics": metrics.summary(),
-            "questions": [
-                {
-                    "question": text,
-                    "gold": gold,
-                    "answer": trace.answer,
-                    "reasoning_tokens": len(trace.reasoning_token_ids),
-                    "tokens_sampled": trace.tokens_sampled,
-                    "decisions": len(trace.steps),
-                    "stopped": trace.steps[-1].decision.reason,
-                }
-                for text, gold, trace in zip(questions.texts, questions.gold, traces, strict=True)
-            ],
-        }
-        text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
-        print(text, file=stream, flush=True)
+    if not as_json:
+        console = Console(file=stream, highlight=False)
+        print_tables(console, [run_table(summary), *metrics_tables(metrics.summary())])
+        for line in questions.notes:
+            console.print(line, markup=False)
+        stream.flush()
         return
-    from rich.console import Console
-
-    console = Console(file=stream, highlight=False)
-    for number, table in enumerate((run_table(summary), *metrics_tables(metrics.summary()))):
-        if number:
-            console.print()
-        console.print(table)
-    for line in questions.notes:
-        console.print(line, markup=False)
-    stream.flush()
+    found |= {
+        "notes": list(questions.notes),
+        "summary": asdict(summary),
+        "metrics": metrics.summary(),
+        "questions": [
+            {
+                "question": text,
+                "gold": gold,
+                "answer": trace.answer,
+                "reasoning_tokens": len(trace.reasoning_token_ids),
+                "tokens_sampled": trace.tokens_sampled,
+                "decisions": len(trace.steps),
+                "stopped": trace.steps[-1].decision.reason,
+            }
+            for text, gold, trace in zip(questions.texts, questions.gold, traces, strict=True)
+        ],
+    }
+    text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
+    print(text, file=stream, flush=True)
 
 
 def keep_finished(
@@ -185,8 +326,6 @@ def keep_finished(
     """Write what an interrupted run has computed beside `output`; the file, if there is one."""
     if output is None or not finished:
         return None
-    from vllm.score.eig.traces_file import write_traces
-
     path = output.with_name(f"{output.stem}.partial.jsonl")
     order = sorted(finished)
     write_traces(
@@ -195,27 +334,5 @@ def keep_finished(
         questions=[questions.texts[i] for i in order],
         gold=[questions.gold[i] for i in order],
     )
-    print(f"interrupted: wrote the {len(order)} finished traces to {path}", file=sys.stderr)
+    say(f"interrupted: wrote the {len(order)} finished traces to {path}", True)
     return path
-
-
-def _write_files(
-    rule: Rule,
-    questions: Questions,
-    traces: Sequence[Trace],
-    output: Path | None,
-    plot: Path | None,
-    *,
-    quiet: bool,
-) -> None:
-    if output is not None:
-        from vllm.score.eig.traces_file import write_traces
-
-        write_traces(traces, output, questions=questions.texts, gold=questions.gold)
-    if plot is not None:
-        from vllm.score.eig.plots import plot_traces
-
-        plot_traces(traces, plot, lambda_cost=rule.lambda_cost, title=rule.name.replace("_", " "))
-    for path in (output, plot):
-        if path is not None and not quiet:
-            print(f"wrote {path}", file=sys.stderr)

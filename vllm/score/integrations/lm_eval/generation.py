@@ -1,5 +1,4 @@
-"""From a task's `generation_kwargs` to vLLM's sampling parameters, and to what stands between the
-reasoning of a model and its answer."""
+"""From a task's `generation_kwargs` to vLLM's sampling parameters."""
 
 from __future__ import annotations
 
@@ -8,20 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.checks import did_you_mean
-from vllm.score.eig.answers import AnswerFormat
-from vllm.score.eig.problems import ANSWER_ROOM
-from vllm.score.eig.registry import SHARED, ScalerCall, split_kwargs
 from vllm.score.errors import ScoreModeError
-from vllm.score.escapes import unescape
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 # Set from the task's own names, or no business of a generation task.
 RESERVED = {"max_tokens", "stop", "output_kind", "n", "detokenize"}
-
-# Options of scalers that make an `AnswerFormat`, and its names for them.
-_FORMAT = {"answer_cue": "cue", "answer_end": "end"}
 
 
 @dataclass(frozen=True)
@@ -55,36 +47,6 @@ class Generation:
         return SamplingParams(
             max_tokens=max_tokens, stop=list(dict.fromkeys([*self.stops, *more_stops])), **options
         )
-
-
-def split_settings(
-    settings: Sequence[Mapping[str, Any]],
-) -> list[tuple[ScalerCall | None, dict[str, Any]]]:
-    """What belongs to a scaler, and to ordinary generation, in the `gen_kwargs` of each request.
-
-    Equal settings are split once, so that what is wrong with them is said once, and have the same
-    call and the same rest. `temperature` and `top_p` are the scaler's; with `do_sample=True` the
-    answers are sampled by them, too. `temperature=0` without `do_sample` asks for greedy answers,
-    as lm-eval has it; reasoning is sampled all the same.
-
-    Raises:
-        ScoreModeError: as `vllm.score.eig.registry.split_kwargs`.
-    """
-    found: dict[str, tuple[ScalerCall | None, dict[str, Any]]] = {}
-    keys = []
-    for given in settings:
-        if not isinstance(given, Mapping):
-            raise ScoreModeError(f"gen_kwargs is {given!r:.60}; give a dict, e.g. {{}}.")
-        key = repr(sorted(given.items()))
-        keys.append(key)
-        if key in found:
-            continue
-        greedy = "do_sample" not in given and given.get("temperature") == 0
-        call, rest = split_kwargs({**given, "do_sample": False} if greedy else given)
-        if call is not None and given.get("do_sample") is True:
-            rest = {**{name: given[name] for name in SHARED if name in given}, **rest}
-        found[key] = call, rest
-    return [found[key] for key in keys]
 
 
 def read_generation_kwargs(
@@ -126,69 +88,6 @@ def read_generation_kwargs(
     found = Generation(options, stops, until, length)
     _ = found.params  # vLLM refuses values out of range, before anything runs
     return found
-
-
-@dataclass(frozen=True)
-class Closing:
-    """What comes between reasoning and answer.
-
-    Attributes:
-        text: of it.
-        token_ids: at least one.
-        always: also where the model ended its reasoning by itself.
-        stops: texts that end the answer behind it.
-    """
-
-    text: str
-    token_ids: list[int]
-    always: bool
-    stops: tuple[str, ...] = ()
-
-    def reasoning_room(self, length: int) -> int:
-        """Tokens of reasoning in a text of `length` tokens, with room for an answer behind it.
-
-        Raises:
-            ScoreModeError: the closing alone is as long.
-        """
-        left = length - len(self.token_ids)
-        if left < 1:
-            raise ScoreModeError(
-                f"max_gen_toks is {length}, and {self.text!r} before the answer has "
-                f"{len(self.token_ids)} tokens: raise max_gen_toks."
-            )
-        return left - min(ANSWER_ROOM, max(left // 2, 1))
-
-
-def make_closing(tokenizer: Any, think_end: str | None, options: Mapping[str, Any]) -> Closing:
-    """The text that ends a model's reasoning; where it has none, the cue of the answer.
-
-    Args:
-        tokenizer: of Hugging Face or vLLM.
-        think_end: e.g. "</think>".
-        options: of a scaler.
-
-    Raises:
-        ScoreModeError: the text has no tokens.
-    """
-    if think_end is not None:
-        ids = list(tokenizer.encode(think_end, add_special_tokens=False))
-        if not ids:
-            raise ScoreModeError(
-                f"think_end_token is {think_end!r}, of which the tokenizer makes no token; name "
-                "the text that ends this model's reasoning."
-            )
-        return Closing(think_end, ids, always=True)
-    answer = AnswerFormat(**{_FORMAT[key]: options[key] for key in _FORMAT if key in options})
-    stops = (answer.end,) if answer.end else ()
-    return Closing(answer.cue.rstrip(" "), answer.cue_tokens(tokenizer), False, stops)
-
-
-def with_line_breaks(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with line breaks where a command line had to write `\\n` in cue or end."""
-    return {
-        key: unescape(value) if key in _FORMAT and isinstance(value, str) else value
-        for key, value in options.items()
-    }
 
 
 def _texts(name: str, given: Any) -> list[str]:

@@ -23,13 +23,13 @@ from vllm.score.integrations.lm_eval.engine import (
     lora_request,
     start_engine,
 )
-from vllm.score.integrations.lm_eval.generation import (
-    Generation,
-    read_generation_kwargs,
+from vllm.score.integrations.lm_eval.generation import Generation, read_generation_kwargs
+from vllm.score.integrations.lm_eval.requests import SIDES, Encoder, fit_context, fit_pairs
+from vllm.score.integrations.lm_eval.scaled import (
+    ScaledGeneration,
+    ScaledRequest,
     split_settings,
 )
-from vllm.score.integrations.lm_eval.requests import SIDES, Encoder, fit_context, fit_pairs
-from vllm.score.integrations.lm_eval.scaled import ScaledGeneration, ScaledRequest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

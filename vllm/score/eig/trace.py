@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm.score.eig.work import Continuation
+from vllm.score.eig.entropy import GainEstimate
+from vllm.score.eig.reasoner import Continuation
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,6 @@ class Forecast:
     continuations: list[Continuation]
     log_posteriors: np.ndarray
     entropies: np.ndarray
-
-
-@dataclass(frozen=True)
-class GainEstimate:
-    """Expected information gain of one more step, in nats.
-
-    Attributes:
-        entropy: H_t.
-        expected_entropy: the mean of H_{t+1} over the forecasts.
-        gain: the estimate that is compared with the cost.
-        standard_error: of the gain; NaN for one forecast.
-        entropy_difference, mutual_information: both estimators; the gain is one of them.
-    """
-
-    entropy: float
-    expected_entropy: float
-    gain: float
-    standard_error: float
-    entropy_difference: float
-    mutual_information: float
 
 
 # Why reasoning went on or stopped.

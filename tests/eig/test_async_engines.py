@@ -1,4 +1,4 @@
-"""Generators of batches on an `AsyncLLM` with other clients, against Hugging Face in float64."""
+"""Problems on an `AsyncLLM` with other clients, against Hugging Face in float64."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import json
 import shutil
 import time
 from contextlib import aclosing
+from functools import partial
 
 import numpy as np
 import pytest
 import pytest_asyncio
 from scipy.stats import chisquare
 
+from tests.eig.problems import ask, by_next, failing
 from tests.helpers import random_prompts, token_logprobs
-from vllm.score.eig.drivers import AsyncDriver
-from vllm.score.eig.work import Batch, DeadlineExceeded, Next, Sample, Score
-from vllm.score.errors import ScoreModeError
+from vllm.score.eig.engines import AsyncLLMReasoner
+from vllm.score.eig.reasoner import Batch, DeadlineExceeded, Next, Sample, Score
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -72,27 +73,8 @@ async def async_llm(model_dir, chain, tmp_path_factory):
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def driver(async_llm):
-    yield AsyncDriver(async_llm)
+    yield AsyncLLMReasoner(async_llm)
     assert not async_llm.output_processor.request_states, "nothing must be left in the engine"
-
-
-def ask(*work, deadline=None):
-    return (yield Batch(work, deadline))
-
-
-def failing(*work, deadline=None):
-    try:
-        return (yield Batch(work, deadline))
-    except ScoreModeError as error:
-        return error
-
-
-def by_next(context, steps):
-    chain = list(context)
-    for _ in range(steps):
-        ((ids, _),) = yield Batch([Next(chain, 1)])
-        chain.append(int(ids[0]))
-    return chain[len(context) :]
 
 
 async def values(run):
@@ -139,23 +121,23 @@ async def test_the_generation_config_does_not_change_the_policy(driver, referenc
     assert chisquare(observed, expected).pvalue > 1e-5
 
 
-async def test_generators_and_other_clients_side_by_side(async_llm, reference):
+async def test_problems_and_other_clients_side_by_side(async_llm, reference):
     from vllm import SamplingParams
 
     contexts = random_prompts([3, 9, 5, 7, 11], VOCABULARY, seed=22)
     live, most, taken = set(), [], []
 
-    def counted(i):
+    async def counted(i, reasoner):
         live.add(i)
         most.append(len(live))
-        result = yield from by_next(contexts[i], 1 + i % 3)
+        result = await by_next(contexts[i], 1 + i % 3)(reasoner)
         live.remove(i)
         return result
 
     def problems():
         for i in range(5):
             taken.append(i)
-            yield counted(i)
+            yield partial(counted, i)
 
     async def client():
         async for output in async_llm.generate(
@@ -165,7 +147,7 @@ async def test_generators_and_other_clients_side_by_side(async_llm, reference):
         return last.outputs[0].token_ids
 
     found, other = await asyncio.gather(
-        values(AsyncDriver(async_llm, concurrency=2).run_all(problems())), client()
+        values(AsyncLLMReasoner(async_llm, concurrency=2).run_all(problems())), client()
     )
     assert max(most) == 2 and not live and taken == list(range(5))
     for i, context in enumerate(contexts):
@@ -191,14 +173,14 @@ async def test_a_deadline_ends_its_own_batch_only(driver, chain):
     assert found[3][0][0].tolist() == chain[:1]
 
 
-async def test_bad_work_fails_its_own_generator_only(driver, chain):
+async def test_bad_work_fails_its_own_problem_only(driver, chain):
     problems = [failing(Next(START, 1), Sample([], 1, 1)), by_next(START, 2), failing()]
     found = await values(driver.run_all(problems))
     assert "context is empty" in str(found[0]) and "work is empty" in str(found[2])
     assert found[1] == chain[:2]
 
 
-async def test_a_request_that_fails_aborts_its_batch_and_reaches_the_generator(driver, async_llm):
+async def test_a_request_that_fails_aborts_its_batch_and_reaches_the_problem(driver, async_llm):
     """Somebody aborts one of the two requests of a batch."""
 
     async def meddle():
@@ -208,21 +190,21 @@ async def test_a_request_that_fails_aborts_its_batch_and_reaches_the_generator(d
         await async_llm.abort(first, internal=True)
 
     slow = [Sample([5, i], 1, LONG, ignore_eos=True) for i in (6, 7)]
-    error, _ = await asyncio.gather(driver.drive(failing(*slow)), meddle())
+    error, _ = await asyncio.gather(failing(*slow)(driver), meddle())
     assert "finish_reason 'abort'" in str(error)
 
 
 async def test_cancelling_or_leaving_aborts_everything(driver, async_llm):
     ended = []
 
-    def slow(i):
+    async def slow(i, reasoner):
         try:
-            yield Batch([Sample([5, i + 2], 2, LONG, ignore_eos=True)])
+            await reasoner.run(Batch([Sample([5, i + 2], 2, LONG, ignore_eos=True)]))
         finally:
             ended.append(i)
 
     states = async_llm.output_processor.request_states
-    task = asyncio.create_task(values(driver.run_all(slow(i) for i in range(3))))
+    task = asyncio.create_task(values(driver.run_all(partial(slow, i) for i in range(3))))
     while len(states) < 6:
         await asyncio.sleep(0.01)
     task.cancel()
@@ -230,7 +212,7 @@ async def test_cancelling_or_leaving_aborts_everything(driver, async_llm):
         await task
     assert not states and sorted(ended) == [0, 1, 2]
 
-    run = driver.run_all([slow(3), ask(Next([5], 1))])
+    run = driver.run_all([partial(slow, 3), ask(Next([5], 1))])
     async with aclosing(run):
         assert (await anext(run))[0] == 1
     assert not states and ended[-1] == 3
@@ -248,17 +230,17 @@ async def test_a_batch_can_be_cancelled_while_it_is_being_sent(driver, async_llm
     assert not async_llm.output_processor.request_states
 
 
-async def test_an_exception_in_a_generator_leaves_the_run(driver):
-    def broken():
-        yield Batch([Next([5, 6], 1)])
+async def test_an_exception_in_a_problem_leaves_the_run(driver):
+    async def broken(reasoner):
+        await reasoner.run(Batch([Next([5, 6], 1)]))
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        await values(driver.run_all([ask(Sample([5], 1, LONG, ignore_eos=True)), broken()]))
+        await values(driver.run_all([ask(Sample([5], 1, LONG, ignore_eos=True)), broken]))
 
 
 async def test_reasoning_beside_other_clients(driver, async_llm, reference):
-    """Whole problems on the asynchronous driver: their first posteriors are Hugging Face's."""
+    """Whole problems on an asynchronous engine: their first posteriors are Hugging Face's."""
     from vllm.score.eig import AnswerFormat, EIGMetrics, EIGParameters, eig_problems
 
     answers, metrics = ["one", "two", "seven"], EIGMetrics()

@@ -1,18 +1,20 @@
-"""Generators of batches on a real engine, against Hugging Face in float64."""
+"""Problems on a real engine, against Hugging Face in float64."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from tests.eig.problems import ask, by_next, failing
 from tests.helpers import random_prompts, token_logprobs
-from vllm.score.eig.drivers import EngineDriver
-from vllm.score.eig.drivers.requests import BatchRequests, facts_of
-from vllm.score.eig.work import Batch, DeadlineExceeded, Next, Sample, Score, drive
+from vllm.score.eig.engines import BatchRequests, LLMReasoner
+from vllm.score.eig.reasoner import Batch, DeadlineExceeded, Next, Sample, Score
 from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine
@@ -31,28 +33,6 @@ def unfinished(llm):
     return llm.llm_engine.get_num_unfinished_requests()
 
 
-def ask(*work, deadline=None):
-    """A generator of one batch."""
-    return (yield Batch(work, deadline))
-
-
-def failing(*work, deadline=None):
-    """A generator that returns the error of its batch."""
-    try:
-        return (yield Batch(work, deadline))
-    except ScoreModeError as error:
-        return error
-
-
-def greedy_by_next(context, steps):
-    """As many batches as tokens."""
-    chain = list(context)
-    for _ in range(steps):
-        ((ids, _),) = yield Batch([Next(chain, 1)])
-        chain.append(int(ids[0]))
-    return chain[len(context) :]
-
-
 def greedy_chain(reference, context, steps):
     chain = list(context)
     for _ in range(steps):
@@ -60,16 +40,21 @@ def greedy_chain(reference, context, steps):
     return chain[len(context) :]
 
 
+def run(reasoner, batch):
+    """Outside of `run_all` the reasoner runs the engine itself."""
+    return asyncio.run(reasoner.run(batch))
+
+
 @pytest.fixture
 def driver(llm):
-    yield EngineDriver(llm)
+    yield LLMReasoner(llm)
     assert not unfinished(llm), "the engine must be left idle"
 
 
 def test_scores_are_those_of_hugging_face(driver, reference):
     contexts = prompts(1, 40, 300)
     targets = [[5], [7], [3, 4, 5], [5], [3, 4, 9], prompts(30, seed=1)[0], [3, 4, 5]]
-    results = driver.run(Batch([Score(c, targets) for c in contexts]))
+    results = run(driver, Batch([Score(c, targets) for c in contexts]))
     for context, found in zip(contexts, results, strict=True):
         for target, logprobs in zip(targets, found, strict=True):
             want = token_logprobs(reference("llama", context + target), context + target)
@@ -79,7 +64,7 @@ def test_scores_are_those_of_hugging_face(driver, reference):
 
 def test_equal_and_similar_targets_cost_one_request(llm):
     context = [8, 9]
-    facts = facts_of(llm.llm_engine)
+    facts = LLMReasoner(llm).facts
     score = Score(context, [[5], [7], [3, 4, 5], [5], [3, 4, 9], [3, 4, 5], [4, 4, 5]])
     sent = [r.prompt["prompt_token_ids"] for r in BatchRequests([score], facts).requests]
     assert sent == [[8, 9, 5], [8, 9, 3, 4, 5], [8, 9, 4, 4, 5]]
@@ -88,14 +73,16 @@ def test_equal_and_similar_targets_cost_one_request(llm):
 def test_requests_with_a_common_context_follow_each_other(llm):
     a, b = prompts(50, 60, seed=2)
     work = [Score(a, [[1]]), Next(b, 3), Sample(a, 2, 4), Score(b, [[1, 2], [2, 1]])]
-    batch = BatchRequests(work, facts_of(llm.llm_engine))
+    batch = BatchRequests(work, LLMReasoner(llm).facts)
     contexts = [batch.requests[i].ids[:50].tolist() for i in batch.order]
     assert contexts == [a, a, b[:50], b[:50], b[:50]]
 
 
 def test_next_tokens_are_those_of_hugging_face(driver, reference):
     contexts = prompts(1, 33, 280, seed=3)
-    results = driver.run(Batch([Next(c, top) for c, top in zip(contexts, (1, 7, 20), strict=True)]))
+    results = run(
+        driver, Batch([Next(c, top) for c, top in zip(contexts, (1, 7, 20), strict=True)])
+    )
     for context, top, (ids, logprobs) in zip(contexts, (1, 7, 20), results, strict=True):
         row = reference("llama", context)[-1]
         want = np.argsort(-row)[:top]
@@ -107,7 +94,7 @@ def test_next_tokens_are_those_of_hugging_face(driver, reference):
 def test_greedy_continuations_and_stop_texts(driver, reference):
     (context,) = prompts(20, seed=4)
     want = greedy_chain(reference, context, 12)
-    (drawn,) = driver.run(Batch([Sample(context, 3, 12, temperature=0)]))
+    (drawn,) = run(driver, Batch([Sample(context, 3, 12, temperature=0)]))
     assert [c.token_ids for c in drawn] == [want] * 3
     assert not any(c.finished for c in drawn)
 
@@ -116,7 +103,7 @@ def test_greedy_continuations_and_stop_texts(driver, reference):
     assert readable, "this test needs a token that is text by itself"
     stop = text([want[readable[-1]]])
     end = next(i for i, t in enumerate(want) if stop in text([t])) + 1
-    (drawn,) = driver.run(Batch([Sample(context, 1, 12, temperature=0, stop=(stop,))]))
+    (drawn,) = run(driver, Batch([Sample(context, 1, 12, temperature=0, stop=(stop,))]))
     assert drawn[0].token_ids == want[:end] and drawn[0].finished
     assert drawn[0].text.endswith(stop) and drawn[0].text.count(stop) == 1
 
@@ -132,7 +119,7 @@ def test_the_end_of_sequence_is_no_part_of_a_continuation(driver, reference):
     context = ids[: ends[0] + 1]
     plain = Sample(context, 2, 3, temperature=0)
     on = Sample(context, 1, 3, temperature=0, ignore_eos=True)
-    stopped, (went_on,) = driver.run(Batch([plain, on]))
+    stopped, (went_on,) = run(driver, Batch([plain, on]))
     assert [(c.token_ids, c.text, c.finished) for c in stopped] == [([], "", True)] * 2
     assert went_on.token_ids == greedy_chain(reference, context, 3)
     assert went_on.token_ids[0] == eos and not went_on.finished
@@ -141,7 +128,7 @@ def test_the_end_of_sequence_is_no_part_of_a_continuation(driver, reference):
 def test_draws_follow_the_policy(driver, reference):
     (context,) = prompts(2, seed=6)
     count, top_p = 1000, 0.9
-    (drawn,) = driver.run(Batch([Sample(context, count, 1, top_p=top_p, ignore_eos=True)]))
+    (drawn,) = run(driver, Batch([Sample(context, count, 1, top_p=top_p, ignore_eos=True)]))
     p = np.exp(reference("llama", context)[-1])
     order = np.argsort(-p)
     kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1]
@@ -160,24 +147,24 @@ def test_draws_follow_the_policy(driver, reference):
 def test_side_by_side_each_gets_what_it_gets_alone(llm, reference):
     contexts = prompts(*range(3, 19, 2), seed=7)
     steps = [1 + i % 4 for i in range(8)]
-    problems = [greedy_by_next(c, n) for c, n in zip(contexts, steps, strict=True)]
-    found = dict(EngineDriver(llm, concurrency=3).run_all(problems))
+    problems = [by_next(c, n) for c, n in zip(contexts, steps, strict=True)]
+    found = dict(LLMReasoner(llm, concurrency=3).run_all(problems))
     assert sorted(found) == list(range(8))
     for i, (context, n) in enumerate(zip(contexts, steps, strict=True)):
         assert found[i] == greedy_chain(reference, context, n)
-    alone = drive(greedy_by_next(contexts[4], steps[4]), EngineDriver(llm))
+    alone = asyncio.run(by_next(contexts[4], steps[4])(LLMReasoner(llm)))
     assert alone == found[4]
     assert not unfinished(llm)
 
 
-def test_no_more_generators_are_live_than_asked_for(llm):
+def test_no_more_problems_are_live_than_asked_for(llm):
     live, most = set(), []
 
-    def problem(i):
+    async def problem(i, reasoner):
         live.add(i)
         most.append(len(live))
         for _ in range(1 + i % 3):
-            yield Batch([Next([5, 6, i + 2], 1)])
+            await reasoner.run(Batch([Next([5, 6, i + 2], 1)]))
         live.remove(i)
         return i
 
@@ -187,19 +174,20 @@ def test_no_more_generators_are_live_than_asked_for(llm):
         for i in range(10):
             taken.append(i)
             assert len(taken) - (i - len(live)) <= 4, "taken before its turn"
-            yield problem(i)
+            yield partial(problem, i)
 
-    values = list(EngineDriver(llm, concurrency=3).run_all(problems()))
+    values = list(LLMReasoner(llm, concurrency=3).run_all(problems()))
     assert max(most) == 3 and not live
     assert sorted(values) == [(i, i) for i in range(10)]
 
 
-def test_generators_that_ask_for_nothing(driver):
-    def immediate(i):
+def test_problems_that_ask_for_nothing(driver):
+    async def immediate(i, reasoner):
         return i
-        yield
 
-    assert sorted(driver.run_all(immediate(i) for i in range(70))) == [(i, i) for i in range(70)]
+    assert sorted(driver.run_all(partial(immediate, i) for i in range(70))) == [
+        (i, i) for i in range(70)
+    ]
     assert list(driver.run_all([])) == []
 
 
@@ -209,7 +197,7 @@ def test_a_deadline_ends_its_own_batch_only(driver, reference):
     fast = Next(context, 2)
     problems = [
         failing(slow, fast, deadline=time.monotonic() + 0.2),
-        greedy_by_next(context, 6),
+        by_next(context, 6),
         ask(Sample(context, 1, 5, temperature=0), deadline=time.monotonic() + 300),
     ]
     found = dict(driver.run_all(problems))
@@ -221,7 +209,7 @@ def test_a_deadline_ends_its_own_batch_only(driver, reference):
 def test_what_is_late_already_is_not_sent(driver, llm):
     before = llm.request_counter.counter
     with pytest.raises(DeadlineExceeded, match="before the batch was sent"):
-        driver.run(Batch([Next([1, 2], 1)], deadline=time.monotonic() - 1))
+        run(driver, Batch([Next([1, 2], 1)], deadline=time.monotonic() - 1))
     assert llm.request_counter.counter == before
 
 
@@ -239,11 +227,11 @@ BAD = [
     (Next([1] * 2048, 1), "max_model_len"),
     (Sample([], 1, 1), "context is empty"),
     (Sample([-1], 1, 1), r"context\[0\] is -1, outside the vocabulary"),
-    (Sample([1], 0, 1), "count must be a whole number from 1 on, got 0"),
-    (Sample([1], 1, 0), "max_tokens must be a whole number from 1 on, got 0"),
+    (Sample([1], 0, 1), "count must be a whole number of at least 1, got 0"),
+    (Sample([1], 1, 0), "max_tokens must be a whole number of at least 1, got 0"),
     (Sample([1], 1, True), "max_tokens must be a whole number"),
     (Sample([1] * 2000, 1, 49), "context has 2000 tokens, with 49 of max_tokens 2049"),
-    (Sample([1], 1, 1, temperature=float("nan")), "temperature must be a finite number"),
+    (Sample([1], 1, 1, temperature=float("nan")), "temperature must be a number"),
     (Sample([1], 1, 1, temperature=-1.0), "temperature"),
     (Sample([1], 1, 1, top_p=0.0), "top_p"),
     (Sample([1], 1, 1, stop="text"), "stop must be a tuple of texts"),
@@ -255,66 +243,66 @@ BAD = [
 def test_bad_work_is_refused_before_anything_is_sent(driver, llm, work, message):
     before = llm.request_counter.counter
     with pytest.raises(ScoreModeError, match=message) as caught:
-        driver.run(Batch([Next([1], 1), work]))
+        run(driver, Batch([Next([1], 1), work]))
     assert "work[1]" in str(caught.value)
     assert llm.request_counter.counter == before
 
 
 def test_what_just_fits_runs(driver):
     ids = prompts(2047, seed=9)[0]
-    scores, top, drawn = driver.run(
-        Batch([Score(ids, [[5], [6]]), Next(ids, 2), Sample(ids, 1, 1, ignore_eos=True)])
+    scores, top, drawn = run(
+        driver, Batch([Score(ids, [[5], [6]]), Next(ids, 2), Sample(ids, 1, 1, ignore_eos=True)])
     )
     assert len(scores) == 2 and len(top[0]) == 2 and len(drawn[0].token_ids) == 1
 
 
-def test_bad_work_fails_its_own_generator_only(driver, reference):
+def test_bad_work_fails_its_own_problem_only(driver, reference):
     (context,) = prompts(9, seed=10)
-    problems = [failing(Next(context, 1), Next([], 1)), greedy_by_next(context, 3), failing()]
+    problems = [failing(Next(context, 1), Next([], 1)), by_next(context, 3), failing()]
     found = dict(driver.run_all(problems))
     assert "context is empty" in str(found[0]) and "work is empty" in str(found[2])
     assert found[1] == greedy_chain(reference, context, 3)
 
 
-def test_a_request_that_somebody_aborts_fails_its_generator_and_its_batch(driver, llm):
+def test_a_request_that_somebody_aborts_fails_its_problem_and_its_batch(driver, llm):
     """The engine gives an aborted request no output of its own: the driver must not wait."""
 
-    def problem():
-        yield Batch([Next([3], 1)])
+    async def problem(reasoner):
+        await reasoner.run(Batch([Next([3], 1)]))
         llm.llm_engine.abort_request(list(llm.llm_engine.output_processor.request_states), True)
         return "aborted"
 
-    run = driver.run_all([problem(), ask(Sample([5], 1, LONG, ignore_eos=True))])
+    run = driver.run_all([problem, ask(Sample([5], 1, LONG, ignore_eos=True))])
     assert next(run) == (0, "aborted")
-    with pytest.raises(ScoreModeError, match="lost the driver's requests"):
+    with pytest.raises(ScoreModeError, match="lost the reasoning's requests"):
         next(run)
 
 
 def test_leaving_early_aborts_what_is_running(llm):
     ended = []
 
-    def slow(i):
+    async def slow(i, reasoner):
         try:
-            yield Batch([Sample([5, i + 2], 2, LONG, ignore_eos=True)])
+            await reasoner.run(Batch([Sample([5, i + 2], 2, LONG, ignore_eos=True)]))
         finally:
             ended.append(i)
 
-    run = EngineDriver(llm).run_all([*(slow(i) for i in range(4)), ask(Next([5], 1))])
+    run = LLMReasoner(llm).run_all([*(partial(slow, i) for i in range(4)), ask(Next([5], 1))])
     assert next(run)[0] == 4
     assert unfinished(llm) == 8 and not ended
     run.close()
     assert unfinished(llm) == 0 and sorted(ended) == [0, 1, 2, 3]
 
 
-def test_an_exception_in_a_generator_leaves_the_run(llm):
-    def broken():
-        yield Batch([Next([5, 6], 1)])
+def test_an_exception_in_a_problem_leaves_the_run(llm):
+    async def broken(reasoner):
+        await reasoner.run(Batch([Next([5, 6], 1)]))
         raise KeyError("mine")
 
-    problems = [ask(Sample([5], 1, LONG, ignore_eos=True)), broken(), ask(Next([5, 6], 1))]
+    problems = [ask(Sample([5], 1, LONG, ignore_eos=True)), broken, ask(Next([5, 6], 1))]
     values = []
     with pytest.raises(KeyError, match="mine"):
-        for value in EngineDriver(llm).run_all(problems):
+        for value in LLMReasoner(llm).run_all(problems):
             values.append(value)
     assert unfinished(llm) == 0
 
@@ -325,7 +313,7 @@ def test_a_busy_engine_is_refused(driver, llm):
     prompt = {"type": "token", "prompt_token_ids": [5]}
     engine_id = llm.llm_engine.add_request("busy", prompt, SamplingParams())
     with pytest.raises(ScoreModeError, match="llm has unfinished requests"):
-        driver.run(Batch([Next([1], 1)]))
+        run(driver, Batch([Next([1], 1)]))
     assert unfinished(llm) == 1
     llm.llm_engine.abort_request([engine_id], internal=True)
 
@@ -333,17 +321,33 @@ def test_a_busy_engine_is_refused(driver, llm):
 def test_an_engine_that_is_used_meanwhile_is_noticed(llm):
     from vllm import SamplingParams
 
-    run = EngineDriver(llm).run_all([ask(Next([5], 1)), ask(Sample([5], 1, 12, ignore_eos=True))])
+    run = LLMReasoner(llm).run_all([ask(Next([5], 1)), ask(Sample([5], 1, 12, ignore_eos=True))])
     assert next(run)[0] == 0
     llm.generate([{"prompt_token_ids": [5]}], SamplingParams(max_tokens=1), use_tqdm=False)
     with pytest.raises(ScoreModeError, match="llm was used while run_all was running"):
         next(run)
 
 
+async def test_where_an_event_loop_runs(driver, reference):
+    """As in a notebook or a server: nothing is asked of the loop."""
+    (context,) = prompts(9, seed=11)
+    found = dict(driver.run_all([by_next(context, 2)] * 2))
+    assert found == dict.fromkeys(range(2), greedy_chain(reference, context, 2))
+    assert await by_next(context, 2)(driver) == found[0]
+
+
+def test_what_is_not_the_engine_s_is_not_waited_for(driver):
+    async def sleeping(reasoner):
+        await asyncio.sleep(0)
+
+    with pytest.raises(ScoreModeError, match=r"may await reasoner.run\(batch\) only"):
+        list(driver.run_all([ask(Sample([5], 1, LONG, ignore_eos=True)), sleeping]))
+
+
 def test_arguments(llm):
     from vllm.lora.request import LoRARequest
 
-    with pytest.raises(ScoreModeError, match="concurrency must be a whole number from 1 on, got 0"):
-        EngineDriver(llm, concurrency=0)
+    with pytest.raises(ScoreModeError, match=r"concurrency must be .* of at least 1, got 0"):
+        LLMReasoner(llm, concurrency=0)
     with pytest.raises(ScoreModeError, match="enable_lora=True"):
-        EngineDriver(llm, lora_request=LoRARequest("a", 1, "/nowhere"))
+        LLMReasoner(llm, lora_request=LoRARequest("a", 1, "/nowhere"))

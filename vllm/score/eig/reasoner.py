@@ -1,21 +1,22 @@
-"""What a decision asks of a model, said without saying which engine does it.
+"""What a decision asks of a model: batches of work for a `Reasoner`.
 
-The code that decides is written as generators: they yield a `Batch` and are sent its results. So
-it runs unchanged on an `LLM`, on an `AsyncLLM` beside thousands of other requests, and on an exact
-sampler; and whoever drives many generators keeps an engine full without threads or locks.
+Code that decides is coroutines that await `reasoner.run(batch)`. So it runs unchanged on an `LLM`,
+on an `AsyncLLM` beside thousands of other requests (`vllm.score.eig.engines`), and on an exact
+sampler; and many of them, side by side, keep an engine full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
+from vllm.v1.engine.exceptions import EngineDeadError
 
 T = TypeVar("T")
+
+MAX_TOP = 20
 
 
 class DeadlineExceeded(ScoreModeError):
@@ -93,10 +94,7 @@ Work = Sample | Score | Next
 
 @dataclass(frozen=True)
 class Batch:
-    """Work that can be done at once; the generator is sent a list of results in this order.
-
-    If a piece fails, or the deadline passes, the rest is aborted and the error is thrown into the
-    generator (unless it `ends_everything`).
+    """Work that can be done at once; the results are a list in this order.
 
     Attributes:
         work: independent pieces, at least one.
@@ -107,51 +105,28 @@ class Batch:
     deadline: float | None = None
 
 
-Steps = Generator[Batch, list[Any], T]
-
-
 class Reasoner(Protocol):
-    """A model that does one batch after the other, and its tokenizer."""
+    """A model that does batches of work, and its tokenizer."""
 
     tokenizer: Any
 
-    def run(self, batch: Batch) -> list[Any]:
-        """The results of a batch.
+    async def run(self, batch: Batch) -> list[Any]:
+        """The results of a batch. Where a piece fails, the rest is aborted.
 
         Raises:
-            DeadlineExceeded: it was not done in time.
+            DeadlineExceeded: it was not done in time; what was running is aborted.
+            ScoreModeError: the work is malformed, or it failed.
         """
         ...
 
 
-def ends_everything(error: Exception) -> bool:
+# Something to find out about a model, e.g. the reasoning about one question.
+Problem = Callable[[Reasoner], Coroutine[Any, Any, T]]
+
+
+def ends_everything(error: BaseException) -> bool:
     """Whether an error is the engine's and no batch's: score mode is off there, or it is dead.
 
-    It leaves the driver. Thrown into a generator it would count as a decision that failed, and a
-    run would go on to say so of every question.
+    Taken for a decision that failed, it would be said of every question of a run.
     """
-    from vllm.v1.engine.exceptions import EngineDeadError
-
     return isinstance(error, (ScoreModeUnavailable, EngineDeadError))
-
-
-def drive(steps: Steps[T], reasoner: Reasoner) -> T:
-    """Run one generator to its end."""
-    try:
-        batch = next(steps)
-        while True:
-            try:
-                results = reasoner.run(batch)
-            except Exception as error:
-                if ends_everything(error):
-                    raise
-                batch = steps.throw(error)
-            else:
-                batch = steps.send(results)
-    except StopIteration as stop:
-        return stop.value
-
-
-def total(logprobs: np.ndarray) -> float:
-    """Sum of float32 log-probabilities, in float64."""
-    return float(np.sum(logprobs, dtype=np.float64))

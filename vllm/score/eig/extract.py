@@ -31,26 +31,6 @@ class Found(NamedTuple):
     open: bool
 
 
-def extract_numbers(text: str) -> list[str]:
-    """The numbers in a text, normalised, in order.
-
-    Integers, decimals ("3.5", ".5", but the full stop of "3." is none), thousands with commas,
-    fractions of integers ("1/2", not reduced) and powers of ten ("1e5"), with a minus where it
-    does not stand between numbers ("7-5" has 7 and 5). Percent and dollar signs are left out.
-    Digits within a word, as in "x2", are none.
-    """
-    return [found.answer for found in find_numbers(text)]
-
-
-def extract_boxed(text: str) -> list[str]:
-    r"""What stands in \boxed{...} (or \fbox{...}), normalised, in order.
-
-    Braces within must be balanced (\{ and \} are characters). Of boxes in a box the inner ones
-    count. Empty and unclosed boxes are left out.
-    """
-    return [found.answer for found in find_boxed(text)]
-
-
 def normalise(text: str) -> str:
     """One text for answers that differ in their writing only.
 
@@ -74,7 +54,13 @@ def normalise(text: str) -> str:
 
 
 def find_numbers(text: str) -> list[Found]:
-    """As `extract_numbers`, with their places."""
+    """The numbers in a text, in order.
+
+    Integers, decimals ("3.5", ".5", but the full stop of "3." is none), thousands with commas,
+    fractions of integers ("1/2", not reduced) and powers of ten ("1e5"), with a minus where it
+    does not stand between numbers ("7-5" has 7 and 5). Percent and dollar signs are left out.
+    Digits within a word, as in "x2", are none.
+    """
     # A number goes on behind digits, and so it may behind a point, a comma or a bar.
     settled = len(text.rstrip("0123456789.,/eE+-"))
     return [
@@ -88,7 +74,11 @@ def find_numbers(text: str) -> list[Found]:
 
 
 def find_boxed(text: str) -> list[Found]:
-    """As `extract_boxed`, with their places."""
+    r"""What stands in \boxed{...} (or \fbox{...}), in order.
+
+    Braces within must be balanced (\{ and \} are characters). Of boxes in a box the inner ones
+    count. Empty and unclosed boxes are left out.
+    """
     found = []
     for box in _BOX.finditer(text):
         end = _closing_brace(text, box.end())

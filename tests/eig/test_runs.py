@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import Any
@@ -29,8 +30,9 @@ from vllm.score.eig import (
     expected_information_gain_reasoning,
     fixed_budget_reasoning,
 )
-from vllm.score.eig.scalers import run
-from vllm.score.eig.work import Batch, Score, drive
+from vllm.score.eig.engines import LLMReasoner
+from vllm.score.eig.reasoner import Batch, Score
+from vllm.score.eig.reasoning import run
 from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine
@@ -113,7 +115,7 @@ def test_a_posterior_normalised_by_length(llm, exact):
         estimator = AnswerPosteriorEstimator(
             GivenCandidates(ANSWERS), tokenizer, length_normalization=name
         )
-        found = estimator.estimate(EngineDriver(llm), State(ids))
+        found = asyncio.run(estimator.estimate(EngineDriver(llm), State(ids)))
         scaled = logs / np.array(divisor)
         np.testing.assert_allclose(found.log_posterior, scaled - logsumexp(scaled), atol=TOLERANCE)
         np.testing.assert_allclose(found.logprobs, logs, atol=TOLERANCE)
@@ -125,8 +127,8 @@ def test_the_likeliest_of_more_answers_than_beams_count(llm, exact):
     ids = tokenizer.encode(QUESTIONS[1])
     estimator = AnswerPosteriorEstimator(GivenCandidates(answers[:3]), tokenizer, beam_size=3)
     rule = ExpectedInformationGainCalculator(MonteCarloForecaster(estimator, sample_length=4))
-    steps = rule.decide_steps(State(ids), known=answers, final=True)
-    posterior = drive(steps, EngineDriver(llm)).posterior
+    decision = rule.decide(EngineDriver(llm), State(ids), known=answers, final=True)
+    posterior = asyncio.run(decision).posterior
     logs, _ = exact(ids, answers)
     best = sorted(np.argsort(-logs)[:3].tolist())
     assert posterior.answers == [answers[i] for i in best]
@@ -160,7 +162,7 @@ def test_candidates_that_a_model_does_not_end_are_a_counted_failure(llm):
 
 
 def test_out_of_range_is_corrected_with_a_warning_or_refused(llm):
-    with pytest.warns(RuntimeWarning, match="mc_samples is 50, out of its range 1 to 20"):
+    with pytest.warns(RuntimeWarning, match="mc_samples is 50, and must be .* from 1 to 20"):
         (trace,) = expected_information_gain_reasoning(
             llm,
             QUESTIONS[:1],
@@ -173,7 +175,7 @@ def test_out_of_range_is_corrected_with_a_warning_or_refused(llm):
             metrics=EIGMetrics(),
         )
     assert len(trace.steps[0].decision.forecast.continuations) == 20
-    with pytest.raises(ScoreModeError, match="mc_samples is 50, out of range"):
+    with pytest.raises(ScoreModeError, match=r"mc_samples must be .* from 1 to 20, got 50"):
         expected_information_gain_reasoning(
             llm, QUESTIONS, candidates=ANSWERS, mc_samples=50, strict=True
         )
@@ -189,10 +191,18 @@ def test_out_of_range_is_corrected_with_a_warning_or_refused(llm):
         (["a"], {"candidates": "beams"}, "beam"),
         (["a"], {"candidates": list("abcdefghi")}, r"questions\[0\]: 9 answers .*beam_size is 8"),
         (["a", "b"], {"candidates": [["x"], ["y\nz"]]}, r"questions\[1\]: .*holds the end"),
-        (["a"], {"lambda": 1}, "options has lambda"),
-        (["a"], {"decide_at": "once"}, "decide_at is 'once'"),
-        (["a"], {"estimator": "mean"}, "estimator is 'mean'"),
-        (["a"], {"length_normalization": "words"}, "length_normalization is 'words'"),
+        (["a"], {"lambda": 1}, "Options has no lambda"),
+        (["a"], {"decide_at": "once"}, "decide_at must be one of step, end, got 'once'"),
+        (
+            ["a"],
+            {"estimator": "mean"},
+            "estimator must be one of .*, got 'mean'",
+        ),
+        (
+            ["a"],
+            {"length_normalization": "words"},
+            "length_normalization must be one of .*, got 'words'",
+        ),
         (["a" * 6000], {}, "leaves no room for a step"),
         (["a"], {"concurrency": 0}, "concurrency"),
     ],
@@ -230,20 +240,20 @@ def test_debug_logs_each_decision(llm, caplog):
 
 
 def test_what_an_interrupted_run_has_computed_is_kept(llm, tmp_path, capsys):
-    """The third generator is interrupted once the first two have finished."""
+    """The third problem is interrupted once the first two have finished."""
     metrics = EIGMetrics()
     options: Any = {"candidates": ANSWERS, "max_tokens_thinking": 0, "metrics": metrics}
     problems = eig_problems(llm.get_tokenizer(), QUESTIONS[:2], EIGParameters(), options=options)
 
-    def interrupted():
+    async def interrupted(reasoner):
         while metrics.summary()["decisions"] < 2:
-            yield Batch([Score([5, 6], [[7]])])
-        yield Batch([Score([5, 6], [[7]])])
+            await reasoner.run(Batch([Score([5, 6], [[7]])]))
+        await reasoner.run(Batch([Score([5, 6], [[7]])]))
         raise KeyboardInterrupt
 
     finished: dict[int, Any] = {}
     with pytest.raises(KeyboardInterrupt):
-        run(llm, [*problems, interrupted()], 3, None, False, False, finished)
+        run(LLMReasoner(llm), [*problems, interrupted], use_tqdm=False, finished=finished)
     assert sorted(finished) == [0, 1] and not llm.llm_engine.has_unfinished_requests()
     questions = Questions(QUESTIONS, ["1", "2", "3"], ["one", None, "two"])
     path = keep_finished(finished, questions, tmp_path / "traces.jsonl")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.score.eig.prompts import ContinuationPrompts
+from vllm.score.eig.options import ContinuationPrompts
 from vllm.score.errors import ScoreModeError
 
 OWN = ContinuationPrompts(large="L", moderate="M", small="S", neutral="N")

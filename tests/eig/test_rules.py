@@ -1,28 +1,38 @@
-"""Bounds, types and corrections; what is expected is written here by hand."""
+"""Rules: bounds, types and corrections of their parameters, written here by hand; their names."""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
-from dataclasses import FrozenInstanceError, fields
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from fractions import Fraction
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
-from vllm.score.eig.parameters import (
-    BOUNDS,
-    RIVAL_BOUNDS,
-    Bound,
+from vllm.score.checks import Whole, settings
+from vllm.score.eig import (
+    RULES,
+    SCALERS,
+    Decision,
     EIGParameters,
-    check_values,
+    EntropyThreshold,
+    ExpectedInformationGain,
+    FixedBudget,
+    StoppingRule,
+    register_scaler,
 )
+from vllm.score.eig.rules import find_rule
 from vllm.score.errors import ScoreModeError
 
+EIG = "expected_information_gain_reasoning"
 # name, default, low, high, just below low, just above high
 TABLE = [
     ("lambda_cost", 0.05, 0.0, 10.0, -5e-324, 10.000000000000002),
@@ -37,18 +47,25 @@ RIVALS = [
     ("entropy_threshold", 0.5, 0.0, 10.0, -5e-324, 10.000000000000002),
     ("fixed_budget", 256, 0, 1_000_000, -1, 1_000_001),
 ]
-EVERY = {**BOUNDS, **RIVAL_BOUNDS}
+OF = {row[0]: ExpectedInformationGain for row in TABLE} | {
+    "entropy_threshold": EntropyThreshold,
+    "fixed_budget": FixedBudget,
+}
 WHOLE = ["beam_size", "mc_samples", "sample_length", "fixed_budget"]
 
 
 def check(name: str, value: Any, strict: bool = False) -> Any:
-    return check_values({name: value}, EVERY, strict=strict)[name]
+    return getattr(OF[name].checked(strict, **{name: value}), name)
 
 
-def test_the_tables_have_nothing_more():
-    assert list(BOUNDS) == [row[0] for row in TABLE]
-    assert list(RIVAL_BOUNDS) == [row[0] for row in RIVALS]
-    assert [field.name for field in fields(EIGParameters)] == [row[0] for row in TABLE]
+def test_the_built_in_ones_have_nothing_more():
+    assert SCALERS is RULES and EIGParameters is ExpectedInformationGain
+    shared = {row[0] for row in TABLE} - {"lambda_cost", "mc_samples"}
+    assert {name: set(rule.parameters()) for name, rule in RULES.items()} == {
+        EIG: {row[0] for row in TABLE} | {"estimator"},
+        "entropy_threshold_reasoning": shared | {"entropy_threshold"},
+        "fixed_budget_reasoning": shared | {"fixed_budget"},
+    }
 
 
 @pytest.mark.parametrize(("name", "default"), [row[:2] for row in TABLE])
@@ -67,9 +84,7 @@ def test_both_ends_are_allowed(name, end, strict):
         warnings.simplefilter("error")
         value = check(name, end, strict)
     assert value == end and type(value) is type(end)
-    if name in BOUNDS:
-        assert getattr(EIGParameters(**{name: end}), name) == end
-        assert getattr(EIGParameters.checked(strict, **{name: end}), name) == end
+    assert getattr(OF[name](**{name: end}), name) == end
 
 
 OUTSIDE = [
@@ -92,7 +107,7 @@ def test_outside_is_corrected_with_one_warning(name, value, end, caplog, recwarn
     assert str(warned.message) == record.getMessage()
     words = record.getMessage().rstrip(".").split()
     assert words[0] == name
-    assert f"{name} is {value!r}," in record.getMessage()
+    assert f"{name} is {value!r}, and must be a " in record.getMessage()
     assert words[-1] == repr(end)
 
 
@@ -100,19 +115,16 @@ def test_outside_is_corrected_with_one_warning(name, value, end, caplog, recwarn
 def test_outside_is_refused_in_strict_mode(name, value, end, recwarn):
     with pytest.raises(ScoreModeError) as refused:
         check(name, value, strict=True)
-    assert f"{name} is {value!r}, out of range" in str(refused.value)
+    assert f"{name} must be a " in str(refused.value) and f"got {value!r}" in str(refused.value)
     assert not recwarn.list
-    if name in BOUNDS:
-        with pytest.raises(ScoreModeError, match=name):
-            EIGParameters.checked(strict=True, **{name: value})
-        with pytest.raises(ScoreModeError, match=name):
-            EIGParameters(**{name: value})
+    with pytest.raises(ScoreModeError, match=name):
+        OF[name](**{name: value})
 
 
 def test_a_message_names_the_range(caplog, recwarn):
     assert EIGParameters.checked(sample_length=4096).sample_length == 512
     assert caplog.messages == [
-        "sample_length is 4096, out of its range 1 to 512; corrected to 512."
+        "sample_length is 4096, and must be a whole number from 1 to 512; corrected to 512."
     ]
     assert check("fixed_budget", 2e6) == 1_000_000
     assert "0 to 1,000,000" in caplog.messages[1]
@@ -128,20 +140,21 @@ def test_strict_mode_lists_everything():
     with pytest.raises(ScoreModeError) as refused:
         EIGParameters.checked(strict=True, beam_size=99, top_p="x", lambda_cost=1, mc_sample=3)
     message = str(refused.value)
-    assert "beam_size is 99" in message and "top_p is 'x'" in message
-    assert "mc_sample is no parameter, did you mean 'mc_samples'?" in message
-    assert "lambda_cost" not in message
+    assert "beam_size must be a whole number from 1 to 20, got 99" in message
+    assert "top_p must be a number from 0.1 to 1, got 'x'" in message
+    assert "ExpectedInformationGain has no mc_sample (did you mean 'mc_samples'?)" in message
+    assert "lambda_cost must" not in message
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", list(EVERY))
+@pytest.mark.parametrize("name", list(OF))
 @pytest.mark.parametrize(
     "value",
     ["", "many", "1,5", True, False, np.True_, math.nan, "nan", None, [1], 1 + 0j, np.ones(1)],
     ids=repr,
 )
 def test_what_is_no_number_is_refused(name, value, strict, recwarn):
-    with pytest.raises(ScoreModeError, match=f"{name} is .*, set a"):
+    with pytest.raises(ScoreModeError, match=f"{name} must be a .*, got"):
         check(name, value, strict)
     assert not recwarn.list
 
@@ -149,7 +162,7 @@ def test_what_is_no_number_is_refused(name, value, strict, recwarn):
 @pytest.mark.parametrize("value", [2.5, "2.5", np.float32(2.5), Fraction(5, 2), math.inf, "1e-3"])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_fraction_is_no_whole_number(name, value):
-    with pytest.raises(ScoreModeError, match=f"{name} is .*, set a whole number"):
+    with pytest.raises(ScoreModeError, match=f"{name} must be a whole number.*, got"):
         check(name, value)
 
 
@@ -176,7 +189,7 @@ def test_huge_is_out_of_range(huge, recwarn):
     assert check("beam_size", 10**400) == 20
 
 
-@given(st.sampled_from(sorted(EVERY)), st.integers() | st.floats(allow_nan=False))
+@given(st.sampled_from(sorted(OF)), st.integers() | st.floats(allow_nan=False))
 def test_what_comes_out_is_the_nearest_value_allowed(name, value):
     low, high = next(row[2:4] for row in TABLE + RIVALS if row[0] == name)
     with warnings.catch_warnings(record=True) as warned:
@@ -192,25 +205,83 @@ def test_what_comes_out_is_the_nearest_value_allowed(name, value):
     assert len(warned) == (not inside)
 
 
-def test_help_reads_the_table():
-    assert BOUNDS["lambda_cost"].help.endswith("; 0 to 10")
-    assert BOUNDS["top_p"].range == "0.1 to 1"
-    assert "tokens" in BOUNDS["sample_length"].help
-
-
-@pytest.mark.parametrize(
-    ("kind", "default", "low", "high", "named"),
-    [
-        (float, 2.0, 0.0, 1.0, "default"),
-        (float, 0.5, math.nan, 1, "default"),
-        (str, 1, 0, 2, "kind"),
-    ],
-)
-def test_an_impossible_bound_is_refused(kind, default, low, high, named):
-    with pytest.raises(ScoreModeError, match=named):
-        Bound(kind, default, low, high, "none")
+def test_help_reads_the_fields():
+    known = ExpectedInformationGain.parameters()
+    assert known["lambda_cost"].help == "cost of one more step, nats; a number from 0 to 10"
+    assert known["estimator"].help.endswith("one of entropy_difference, mutual_information")
+    assert known["top_p"].bounds == (0.1, 1) and known["mc_samples"].default == 5
+    assert "tokens" in known["sample_length"].help
 
 
 def test_frozen():
     with pytest.raises(FrozenInstanceError):
         EIGParameters().beam_size = 3  # type: ignore[misc]
+
+
+@settings
+class Patience(StoppingRule):
+    """Takes so many steps."""
+
+    patience: Annotated[Whole, Field(ge=1, le=9, description="steps to take")] = 2
+
+    async def decide(self, point: Any) -> Decision:
+        return Decision(point.position < self.patience * self.sample_length, "gain")
+
+
+@pytest.fixture
+def own_rules() -> Iterator[None]:
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+def test_a_rule_of_one_s_own(own_rules, recwarn):
+    assert register_scaler("patient", Patience) is find_rule("patient") is Patience
+    found = Patience.checked(patience="30", top_p=0.5)
+    assert (found.patience, found.top_p, found.beam_size) == (9, 0.5, 8)
+    assert "patience is '30', and must be" in str(recwarn.list[0].message)
+    with pytest.raises(ScoreModeError, match="registered already"):
+        register_scaler("patient", FixedBudget)
+    register_scaler("patient", FixedBudget, replace=True)
+    assert find_rule("patient") is FixedBudget
+
+
+def test_installed_packages_bring_rules(own_rules, tmp_path: Path, monkeypatch):
+    (tmp_path / "rule_of_a_user.py").write_text(
+        "from vllm.score.eig import FixedBudget\n\n\nclass Own(FixedBudget):\n    pass\n"
+    )
+    package = tmp_path / "rule_of_a_user-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: rule-of-a-user\nVersion: 1.0\n")
+    points = package / "entry_points.txt"
+    points.write_text("[vllm_score.rules]\nown = rule_of_a_user:Own\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_rule("own")().fixed_budget == 256 and list(RULES)[-1] == "own"
+    points.write_text("[vllm_score.rules]\nother = rule_of_a_user:Other\n")
+    with pytest.raises(ScoreModeError, match="'other' of an installed package, rule_of_a_user"):
+        find_rule("own")
+
+
+@pytest.mark.parametrize("wrong", ["expected_information_gain", "fixed_budget", "", 3, "xyz"])
+def test_an_unknown_rule_is_refused(wrong):
+    with pytest.raises(ScoreModeError, match=f"scaler {wrong!r} is unknown.*{EIG}") as refused:
+        find_rule(wrong)
+    nearest = {"fixed_budget": "fixed_budget_reasoning", "expected_information_gain": EIG}
+    if wrong in nearest:
+        assert f"did you mean {nearest[wrong]!r}?" in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("debug", bool), ("candidates", str), ("seed", int)])
+def test_parameters_are_not_named_like_options(own_rules, name, kind):
+    made = type("Own", (Patience,), {"__annotations__": {name: kind}, name: kind()})
+    with pytest.raises(ScoreModeError, match=f"names its parameters {name} like options"):
+        register_scaler("wrong", settings(made))
+    assert "wrong" not in RULES
+
+
+@pytest.mark.parametrize("wrong", [3, print, "json:dumps", EIGParameters()])
+def test_what_is_no_rule_is_refused(own_rules, wrong):
+    with pytest.raises(ScoreModeError, match="give a subclass of StoppingRule"):
+        register_scaler("wrong", wrong)
+    assert "wrong" not in RULES
