@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from vllm.score.cli.eig import keep_finished
-from vllm.score.cli.questions import Questions
+from vllm.score.cli.inputs import Questions
 from vllm.score.eig import (
     AnswerFormat,
     AnswerPosteriorEstimator,

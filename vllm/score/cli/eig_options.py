@@ -2,238 +2,147 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from argparse import ArgumentParser
 
-import typer
-
-from vllm.score.cli import options
 from vllm.score.eig.parameters import BOUNDS, RIVAL_BOUNDS
+from vllm_score_command import options
 
-QUESTIONS, RULE, ANSWERS, REASONING = "Questions", "When to stop", "Answers", "Reasoning"
 
+def declare(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = """\
+Let a model reason about questions as long as one more step is expected to tell more about the
+answer than it costs.
 
-def _parameter(name: str) -> Any:
-    """An option for a parameter of a scaler; None where it is not given."""
-    bound = {**BOUNDS, **RIVAL_BOUNDS}[name]
-    return typer.Option(
-        "--" + name.replace("_", "-"),
-        metavar="N" if bound.kind is int else "X",
-        help=f"{bound.help[0].upper()}{bound.help[1:]}.",
-        show_default=f"{bound.default:g}",
-        rich_help_panel=RULE,
+  vllm-score eig                             additions, by a small model made on this machine
+  vllm-score eig MODEL --file questions.jsonl --output traces.jsonl --plot traces.html"""
+    options.add_model(parser)
+    questions = parser.add_argument_group("Questions")
+    questions.add_argument(
+        "--question",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="may be repeated",
     )
-
-
-LambdaCost = Annotated[float | None, _parameter("lambda_cost")]
-BeamSize = Annotated[int | None, _parameter("beam_size")]
-McSamples = Annotated[int | None, _parameter("mc_samples")]
-SampleLength = Annotated[int | None, _parameter("sample_length")]
-Temperature = Annotated[float | None, _parameter("temperature")]
-TopP = Annotated[float | None, _parameter("top_p")]
-MaxComputationTime = Annotated[float | None, _parameter("max_computation_time")]
-EntropyThreshold = Annotated[float | None, _parameter("entropy_threshold")]
-FixedBudget = Annotated[int | None, _parameter("fixed_budget")]
-
-Question = Annotated[
-    list[str] | None,
-    typer.Option("--question", metavar="TEXT", help="May be repeated.", rich_help_panel=QUESTIONS),
-]
-File = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--file",
-        metavar="PATH",
-        help=".jsonl, .json, .csv, .tsv or .parquet with a question a row, plain or compressed. "
-        "Several: --file A B C.",
-        rich_help_panel=QUESTIONS,
-    ),
-]
-QuestionColumn = Annotated[
-    str | None,
-    typer.Option(
+    options.add_files(
+        questions,
+        f".jsonl, .json, .csv, .tsv or .parquet with a question per row, {options.FILES}",
+    )
+    questions.add_argument(
         "--question-column",
         metavar="NAME",
-        help="Column with the questions: texts, or (not in CSV) lists of chat messages.",
-        show_default="question",
-        rich_help_panel=QUESTIONS,
-    ),
-]
-AnswerColumn = Annotated[
-    str | None,
-    typer.Option(
+        help="column with the questions: texts, or (not in CSV) lists of chat messages "
+        "(default: question)",
+    )
+    questions.add_argument(
         "--answer-column",
         metavar="NAME",
-        help="Column with the right answers, to count what is correct.",
-        show_default="answer, where there is one",
-        rich_help_panel=QUESTIONS,
-    ),
-]
-SkipEmpty = Annotated[
-    bool,
-    typer.Option(
-        "--skip-empty",
-        help="Leave out rows whose question is null, missing or empty, and say how many.",
-        rich_help_panel=QUESTIONS,
-    ),
-]
-Chat = Annotated[
-    bool,
-    typer.Option(
+        help="column with the right answers, to count what is correct (default: answer, where "
+        "there is one)",
+    )
+    options.add_skip_empty(questions, "whose question is null, missing or empty")
+    questions.add_argument(
         "--chat",
-        help="Take each question as a user's message, through the model's chat template.",
-        rich_help_panel=QUESTIONS,
-    ),
-]
-
-ScalerName = Annotated[
-    str,
-    typer.Option(
+        action="store_true",
+        help="take each question for a user's message, through the model's chat template",
+    )
+    rule = parser.add_argument_group("When to stop")
+    rule.add_argument(
         "--scaler",
+        default="expected_information_gain_reasoning",
         metavar="NAME",
         help="expected_information_gain_reasoning, entropy_threshold_reasoning or "
-        "fixed_budget_reasoning.",
-        rich_help_panel=RULE,
-    ),
-]
-Strict = Annotated[
-    bool,
-    typer.Option(
+        "fixed_budget_reasoning (default: %(default)s)",
+    )
+    for name, bound in {**BOUNDS, **RIVAL_BOUNDS}.items():
+        rule.add_argument(
+            "--" + name.replace("_", "-"),
+            type=bound.kind,
+            metavar="N" if bound.kind is int else "X",
+            help=f"{bound.help} (default: {bound.default:g})".replace("%", "%%"),
+        )
+    rule.add_argument(
         "--strict",
-        help="Refuse values out of range, instead of taking the nearest one.",
-        rich_help_panel=RULE,
-    ),
-]
-Estimator = Annotated[
-    str | None,
-    typer.Option(
+        action="store_true",
+        help="refuse values out of range, instead of taking the nearest one",
+    )
+    rule.add_argument(
         "--estimator",
         metavar="NAME",
-        help="Of the gain: entropy_difference or mutual_information.",
-        show_default="entropy_difference",
-        rich_help_panel=RULE,
-    ),
-]
-DecideAt = Annotated[
-    str,
-    typer.Option(
+        help="of the gain: entropy_difference or mutual_information (default: entropy_difference)",
+    )
+    rule.add_argument(
         "--decide-at",
+        default="step",
         metavar="WHERE",
-        help="step (before every sample-length tokens) or end (where the model ends by itself).",
-        rich_help_panel=RULE,
-    ),
-]
-
-Candidates = Annotated[
-    str | None,
-    typer.Option(
+        help="step (before every sample-length tokens) or end (where the model ends by itself) "
+        "(default: %(default)s)",
+    )
+    answers = parser.add_argument_group("Answers")
+    answers.add_argument(
         "--candidates",
         metavar="SOURCE",
-        help="Where candidate answers come from: beam or sampled (the model's own, after the cue), "
-        "numeric or boxed (what its reasoning says).",
-        show_default="beam",
-        rich_help_panel=ANSWERS,
-    ),
-]
-ChoicesColumn = Annotated[
-    str | None,
-    typer.Option(
+        help="where candidate answers come from: beam or sampled (the model's own, after the "
+        "cue), numeric or boxed (what its reasoning says) (default: beam)",
+    )
+    answers.add_argument(
         "--choices-column",
         metavar="NAME",
-        help="Column with a list of candidate answers for each question.",
-        rich_help_panel=ANSWERS,
-    ),
-]
-AnswerCue = Annotated[
-    str | None,
-    typer.Option(
+        help="column with a list of candidate answers for each question",
+    )
+    answers.add_argument(
         "--answer-cue",
         metavar="TEXT",
-        help=r"Asks for the answer, after the reasoning; \n is a line break.",
-        show_default=r"\n\nThe answer is: ",
-        rich_help_panel=ANSWERS,
-    ),
-]
-AnswerEnd = Annotated[
-    str | None,
-    typer.Option(
+        help=r"asks for the answer, after the reasoning; \n is a line break "
+        r"(default: \n\nThe answer is: )",
+    )
+    answers.add_argument(
         "--answer-end",
         metavar="TEXT",
-        help=r"Ends an answer; '' for nothing, EOS for the end-of-sequence token.",
-        show_default=r"\n",
-        rich_help_panel=ANSWERS,
-    ),
-]
-LengthNormalization = Annotated[
-    str,
-    typer.Option(
+        help=r"ends an answer; '' for nothing, EOS for the end-of-sequence token (default: \n)",
+    )
+    answers.add_argument(
         "--length-normalization",
+        default="none",
         metavar="UNIT",
-        help="Divide the log-probability of an answer by its length: none, tokens or bytes.",
-        rich_help_panel=ANSWERS,
-    ),
-]
-
-MaxTokensThinking = Annotated[
-    int | None,
-    typer.Option(
+        help="divide the log-probability of an answer by its length: none, tokens or bytes "
+        "(default: %(default)s)",
+    )
+    reasoning = parser.add_argument_group("Reasoning")
+    reasoning.add_argument(
         "--max-tokens-thinking",
+        type=int,
         metavar="TOKENS",
-        help="Tokens of reasoning at most.",
-        show_default="1024",
-        rich_help_panel=REASONING,
-    ),
-]
-ThinkingNIgnore = Annotated[
-    int | None,
-    typer.Option(
+        help="tokens of reasoning at most (default: 1024)",
+    )
+    reasoning.add_argument(
         "--thinking-n-ignore",
+        type=int,
         metavar="N",
-        help="How often the model is told to go on where it ends its reasoning and a step pays.",
-        show_default="4",
-        rich_help_panel=REASONING,
-    ),
-]
-ThinkEnd = Annotated[
-    list[str] | None,
-    typer.Option(
+        help="how often the model is told to go on where it ends its reasoning and a step pays "
+        "(default: 4)",
+    )
+    reasoning.add_argument(
         "--think-end",
+        action="extend",
+        nargs="+",
         metavar="TEXT",
-        help="Ends the reasoning, as </think>. May be repeated.",
-        rich_help_panel=REASONING,
-    ),
-]
-Concurrency = Annotated[
-    int,
-    typer.Option(
-        "--concurrency", metavar="N", help="Questions side by side.", rich_help_panel=REASONING
-    ),
-]
-Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed",
+        help="ends the reasoning, e.g. </think>; may be repeated",
+    )
+    reasoning.add_argument(
+        "--concurrency",
+        type=int,
+        default=32,
         metavar="N",
-        help="Of what is sampled, and of the questions made without --file.",
-        rich_help_panel=REASONING,
-    ),
-]
-
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        metavar="FILE.jsonl",
-        help="Write one trace a line: each decision, its candidates, the reasoning.",
-        rich_help_panel=options.OUTPUT,
-    ),
-]
-Plot = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot",
-        metavar="FILE.html|.png|.svg|.pdf",
-        help="Draw entropy and expected gain along each trace.",
-        rich_help_panel=options.OUTPUT,
-    ),
-]
+        help="questions side by side (default: %(default)s)",
+    )
+    options.add_output(
+        parser,
+        ("FILE.jsonl", "write a trace per line: each decision, its candidates, the reasoning"),
+        ("FILE.html|.png|.svg|.pdf", "draw entropy and expected gain along each trace"),
+    )
+    parser.epilog = (
+        options.ENGINE + "\n  --seed is also of what is sampled, and of the questions made here."
+    )

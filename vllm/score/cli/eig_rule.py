@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from vllm.score.cli.questions import Questions
+from vllm.score.cli.inputs import Questions
 from vllm.score.eig.answers import AnswerFormat
 from vllm.score.eig.candidates import candidate_source
 from vllm.score.eig.entropy import ESTIMATORS, LENGTH_NORMALIZATIONS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -21,9 +21,8 @@ from vllm.score.eig.reasoning import ReasoningOptions, reason
 from vllm.score.eig.rules import EntropyThreshold, FixedBudget, StoppingRule
 from vllm.score.eig.types import Trace
 from vllm.score.eig.work import Steps
-from vllm.score.engine.request import read_token_ids
 from vllm.score.errors import ScoreModeError
-from vllm.score.sequence.contexts import context_token_ids
+from vllm.score.tokens import encode_inputs
 
 logger = logging.getLogger("vllm_score.eig")
 
@@ -249,11 +248,7 @@ def _bounded(
 
 def _token_ids(question: Any, tokenizer: Any, name: str, vocab_size: int) -> list[int]:
     """Token ids as given; a text with the tokenizer's special tokens; messages by the template."""
-    question = question.tolist() if hasattr(question, "tolist") else question
-    tokens = isinstance(question, Sequence) and not isinstance(question, (str, bytes, bytearray))
-    if tokens and question and not isinstance(question[0], Mapping):
-        return read_token_ids(question, vocab_size, name).tolist()
-    ids = context_token_ids(question, tokenizer, name)
+    ((ids, _),) = encode_inputs(tokenizer, [question], [name], vocab_size)
     if not ids:
         raise ScoreModeError(f"{name} has no tokens; give at least one.")
     return ids

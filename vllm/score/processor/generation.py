@@ -12,13 +12,12 @@ import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from vllm.score.engine.request import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.checks import positive
 from vllm.score.processor.head import causal_model, evaluating
 from vllm.score.processor.stop import StopAfterAnswer, response_length
 from vllm.score.processor.types import GenerationConfig
-from vllm.score.tokens import encode_texts
+from vllm.score.tokens import encode_inputs, read_token_ids
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -105,7 +104,7 @@ def prompt_ids(prompts: Prompts, tokenizer: Any, vocab_size: int) -> list[list[i
         )
     found = []
     texts = {f"prompts[{i}]": p for i, p in enumerate(listed) if isinstance(p, str)}
-    encoded = iter(encode_texts(tokenizer, list(texts.values()), list(texts)))
+    encoded = iter(encode_inputs(tokenizer, list(texts.values()), list(texts)))
     for number, prompt in enumerate(listed):
         ids: Any = next(encoded).ids if isinstance(prompt, str) else prompt
         found.append(read_token_ids(ids, vocab_size, f"prompts[{number}]").tolist())

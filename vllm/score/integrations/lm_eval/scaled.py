@@ -19,9 +19,13 @@ from vllm.score.eig.problems import ANSWER_ROOM
 from vllm.score.eig.registry import ScalerCall
 from vllm.score.eig.types import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.closing import Closing, make_closing, with_line_breaks
-from vllm.score.integrations.lm_eval.generation import Generation
-from vllm.score.integrations.lm_eval.truncation import fit_context
+from vllm.score.integrations.lm_eval.generation import (
+    Closing,
+    Generation,
+    make_closing,
+    with_line_breaks,
+)
+from vllm.score.integrations.lm_eval.requests import fit_context
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -199,7 +199,7 @@ def test_bad_arguments_are_named(hook):
     refused(r"^target_sequences\[1\] is NoneType; give a text", ["a"], ["b", None])
     refused(r"^contexts\[0\], target_sequences\[1\]: the continuation is empty", ["a"], ["b", ""])
     refused(r"^contexts\[0\], target_sequences\[1\]: .*lone surrogate", ["a"], ["b", "\ud800"])
-    refused("^boundary is 'loose'; it must be one of spanning", ["a"], ["b"], boundary="loose")
+    refused("^boundary 'loose' is unknown; there are spanning", ["a"], ["b"], boundary="loose")
     refused(
         r"^contexts\[0\], target_sequences\[1\]: \d+ tokens together, .* is 2048; shorten",
         ["a"],

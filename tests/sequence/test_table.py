@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,12 +16,24 @@ import pytest
 from rich.console import Console
 
 from vllm.score import ScoreModeError
-from vllm.score.data.rows import Skipped
-from vllm.score.sequence.files import WRITABLE, read_pairs, write_results
-from vllm.score.sequence.table import notes, results_table
+from vllm.score.cli import inputs
+from vllm.score.sequence.table import (
+    WRITABLE,
+    notes,
+    results_table,
+    write_results,
+)
 
 MESSAGES = [{"role": "user", "content": 'say "x", 漢'}]
 ROWS = [("a, b", " c"), ("", "NA"), ("two\nlines", "1"), ('"quoted"', "é漢😀"), ("null", "  ")]
+
+
+def read_pairs(paths, context_column=None, target_column=None, skip_empty=False):
+    """(pairs, their names, notes) of files, as `vllm-score sequence` reads them."""
+    columns = {"context_column": context_column, "target_column": target_column}
+    options = {"context": [], "target": [], "chat": False, "skip_empty": skip_empty}
+    found = inputs.read_pairs(Namespace(file=list(map(str, paths)), **columns, **options))
+    return list(found.rows), list(found.names), list(found.notes)
 
 
 def result(context, sequence, **changes):
@@ -55,7 +68,7 @@ def test_texts_are_read_as_they_stand(kind, tmp_path):
             writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
             writer.writerow(["more", "target", "context"])
             writer.writerows([1, t, c] for c, t in ROWS)
-    assert read_pairs([path]) == (ROWS, [f"{path}, row {n}" for n in range(1, 6)])
+    assert read_pairs([path]) == (ROWS, [f"{path}, row {n}" for n in range(1, 6)], [])
 
 
 def test_a_row_of_csv_may_be_long(tmp_path):
@@ -113,11 +126,10 @@ def test_pairs_without_a_target_are_skipped(tmp_path):
     two.write_bytes(gzip.compress(b'{"target": "c"}\n{"target": "d", "context": ""}\n'))
     with pytest.raises(ScoreModeError, match=r"'context' is not in .*gz', row 1; .* 'target'"):
         read_pairs([two, one])
-    skipped = Skipped(("target",))
-    pairs, names = read_pairs([one, two], skipped=skipped)
+    pairs, names, skipped = read_pairs([one, two], skip_empty=True)
     assert pairs == [("", "a"), ("", "d")]
     assert names == [f"{one}, row 1", f"{two}, row 2"]
-    assert skipped.notes() == [
+    assert skipped == [
         "2 rows were skipped, without a value in 'target' or 'context': the first is "
         f"file {str(one)!r}, row 2 (line 3)"
     ]

@@ -1,4 +1,4 @@
-"""The output of an engine's start, of this process and its children, in a file."""
+"""What long steps print: their lines on standard error, and an engine's output in a file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,36 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
+
+
+@contextmanager
+def long_step(begins: str, ended: str, progress: bool = True) -> Iterator[None]:
+    """Print `begins`, and after the step `ended` and its time; nothing more where it fails.
+
+    In a log, where no bar is drawn, these lines are all that a step shows.
+    """
+    say(begins, progress)
+    started = time.perf_counter()
+    yield
+    say(f"{ended} ({time.perf_counter() - started:.1f} s)", progress)
+
+
+def say(line: str, progress: bool) -> None:
+    """Print a line on standard error, if progress is wanted."""
+    if progress:
+        print(line, file=sys.stderr, flush=True)
+
+
+def shows_bars(progress: bool) -> bool:
+    """Whether commands draw bars: on a terminal only, as a log keeps every state of a bar."""
+    return progress and sys.stderr.isatty()
 
 
 class LogFile:
