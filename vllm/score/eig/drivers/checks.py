@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.engine.request import ModelFacts, read_token_ids
+from vllm.score.engine.request import ModelFacts
 from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import read_token_ids
 
 
 def token_ids(field: str, given: Any, facts: ModelFacts) -> np.ndarray:
