@@ -12,10 +12,15 @@ the lm-eval model, `echo` of the server).
 
 from __future__ import annotations
 
+import operator
+from array import array
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from numbers import Integral
 from typing import Any, NamedTuple
 
-from vllm.score.engine.token_ids import read_token_ids
+import numpy as np
+
 from vllm.score.errors import ScoreModeError
 
 
@@ -198,3 +203,95 @@ def _once(ids: list[int], prefix: list[int]) -> TextTokens:
     if ids[:size] == prefix and begins_with_prefix(ids[size:], prefix):
         return TextTokens(ids[size:], True)
     return TextTokens(ids, False)
+
+
+def read_token_ids(given: Any, vocab_size: int, field: str) -> np.ndarray:
+    """Checked token ids, int64 [n].
+
+    Args:
+        given: whole numbers as a list, tuple, array or tensor; truth values and floats are refused,
+            whatever they are equal to.
+        vocab_size: V.
+        field: for errors.
+
+    Raises:
+        ScoreModeError: no flat list of token ids of the vocabulary.
+    """
+    given = _sequence(given, field, "a list of token ids")
+    ids = _whole_numbers(given)
+    if ids is None or (len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size):
+        # One by one, which names the first that is wrong.
+        each = [_token_id(value, vocab_size, field, i) for i, value in enumerate(given)]
+        ids = np.array(each, dtype=np.int64)
+    return ids
+
+
+def read_token_id_rows(given: Any, vocab_size: int, field: str) -> np.ndarray:
+    """Checked token ids, int64 [m] or [m, k].
+
+    Raises:
+        ScoreModeError: neither a flat list of token ids nor lists of equal length.
+    """
+    what = "a list of token ids, or a list of lists for several candidates per position"
+    given = _sequence(given, field, what)
+    if not len(given) or not _is_sequence(_listed(given[0])):
+        return read_token_ids(given, vocab_size, field)
+    rows = [_sequence(row, f"{field}[{i}]", "a list of token ids") for i, row in enumerate(given)]
+    widths = sorted(set(map(len, rows)))
+    if len(widths) > 1 or widths == [0]:
+        raise ScoreModeError(
+            f"{field} must have the same number of candidates at every position, k of at least 1, "
+            f"got rows of {widths} candidates.",
+        )
+    matrix = isinstance(given, np.ndarray) and given.ndim == 2
+    ids = _whole_numbers(given.ravel() if matrix else list(chain.from_iterable(rows)))
+    if ids is None or not 0 <= ids.min() <= ids.max() < vocab_size:
+        each = [read_token_ids(row, vocab_size, f"{field}[{i}]") for i, row in enumerate(rows)]
+        ids = np.stack(each)
+    return ids.reshape(len(rows), widths[0])
+
+
+def _sequence(given: Any, field: str, what: str) -> Any:
+    """A sequence or an array with a dimension; tensors and their like as lists."""
+    if not isinstance(given, np.ndarray) or given.ndim == 0 or given.dtype == object:
+        given = _listed(given)
+    if not _is_sequence(given):
+        raise ScoreModeError(f"{field} must be {what}, got {type(given).__name__}.")
+    return given
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_sequence(value: Any) -> bool:
+    texts = (str, bytes, bytearray, memoryview)
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, texts)
+
+
+def _whole_numbers(given: Any) -> np.ndarray | None:
+    """Int64 [n] where all are plain whole numbers; None: they have to be looked at one by one."""
+    if isinstance(given, np.ndarray):
+        return given.astype(np.int64) if given.ndim == 1 and given.dtype.kind in "iu" else None
+    kinds = set(map(type, given))
+    if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
+        return None
+    try:
+        return np.frombuffer(array("q", given), dtype=np.int64)  # 3 times as fast as NumPy's
+    except OverflowError:
+        return None
+
+
+def _token_id(value: Any, vocab_size: int, field: str, place: int) -> int:
+    """A checked token id, the element `place` of `field`."""
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ScoreModeError(f"{field} must be integers, got {value!r:.60} at [{place}].") from None
+    if not 0 <= number < vocab_size:
+        raise ScoreModeError(
+            f"{field}[{place}] is {number}, outside the vocabulary 0..{vocab_size - 1}.",
+        )
+    return number

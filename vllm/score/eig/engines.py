@@ -44,9 +44,10 @@ from vllm.score.eig.reasoner import (
 )
 from vllm.score.engine.configuration import check_configuration, check_llm
 from vllm.score.engine.feed import shared_prefix_order
-from vllm.score.engine.request import ModelFacts, admit, read_token_ids
+from vllm.score.engine.request import ModelFacts, admit
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
+from vllm.score.tokens import read_token_ids
 
 if TYPE_CHECKING:
     from vllm import LLM

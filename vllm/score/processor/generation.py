@@ -12,13 +12,12 @@ import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from vllm.score.engine.request import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.checks import positive
 from vllm.score.processor.head import causal_model, evaluating
 from vllm.score.processor.stop import StopAfterAnswer, response_length
 from vllm.score.processor.types import GenerationConfig
-from vllm.score.tokens import encode_inputs
+from vllm.score.tokens import encode_inputs, read_token_ids
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 

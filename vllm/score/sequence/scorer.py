@@ -13,10 +13,9 @@ from vllm.score.api import score
 from vllm.score.checks import check_name
 from vllm.score.continuations import ContinuationScores, MergedContinuations
 from vllm.score.engine.configuration import check_llm
-from vllm.score.engine.request import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.boundary import RULES, BoundaryTokenizer, Pair, SplitTokens
-from vllm.score.tokens import is_token_ids, render_messages
+from vllm.score.tokens import is_token_ids, read_token_ids, render_messages
 
 if TYPE_CHECKING:
     from tqdm import tqdm
