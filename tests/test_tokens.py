@@ -14,7 +14,7 @@ from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
 from vllm.score.cli.questions import Questions
 from vllm.score.eig.problems import _token_ids
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.generation import prompt_ids
+from vllm.score.processor.sequences import prompt_ids
 from vllm.score.sequence.boundary import BoundaryTokenizer, Pair
 from vllm.score.tokens import automatic_prefix, encode_texts, prefix_once
 
