@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from tests.helpers_policy import policy_row
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.diagnostics import (
+from vllm.score.processor.config import GenerationConfig
+from vllm.score.processor.policy import StepValues, Wanted, step_values
+from vllm.score.processor.results import (
+    DiagnosticsPack,
     DistributionDiagnostics,
     baseline_features,
     diagnostics_pack,
 )
-from vllm.score.processor.policy import SamplingPolicy, step_values
-from vllm.score.processor.steps import StepValues
-from vllm.score.processor.types import DiagnosticsPack
 
 
 def response(steps: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ def response(steps: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def per_step(
-    logits: np.ndarray, tokens: list[int], policy: SamplingPolicy, eos: int
+    logits: np.ndarray, tokens: list[int], policy: GenerationConfig, eos: int
 ) -> list[dict[str, float]]:
     """The fields of `TokenStepDiagnostics`, and the surprisal, a dict a step."""
     rows = []
@@ -91,7 +91,7 @@ def check(pack: DiagnosticsPack, rows: list[dict[str, float]], tolerance: float)
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.6, 0.4)])
 def test_from_logits(steps: int, temperature: float, top_p: float) -> None:
     logits, tokens = response(steps, 23, steps)
-    policy = SamplingPolicy(temperature, top_p)
+    policy = GenerationConfig(temperature, top_p)
     rows = per_step(logits.numpy(), tokens.tolist(), policy, eos=5)
     own = DistributionDiagnostics(top_p=top_p, temperature=temperature, eos_token_id=5)
     check(own.compute_from_logits(logits, tokens), rows, 1e-10)
@@ -109,7 +109,7 @@ def test_from_logits(steps: int, temperature: float, top_p: float) -> None:
 def test_any_length(steps: int, size: int, seed: int) -> None:
     logits, tokens = response(steps, size, seed)
     pack = DistributionDiagnostics(eos_token_id=[0]).compute_from_logits(logits, tokens)
-    check(pack, per_step(logits.numpy(), tokens.tolist(), SamplingPolicy(), eos=0), 1e-9)
+    check(pack, per_step(logits.numpy(), tokens.tolist(), GenerationConfig(), eos=0), 1e-9)
 
 
 def test_exact_values() -> None:
@@ -147,8 +147,8 @@ def test_without_eos() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 7])
 def test_features(steps: int) -> None:
     logits, tokens = response(steps, 12, 3)
-    policy = SamplingPolicy(0.8, 0.7)
-    values = step_values(logits.requires_grad_(), tokens, policy)
+    policy = GenerationConfig(0.8, 0.7)
+    values = step_values(logits.requires_grad_(), tokens, Wanted(policy))
     found = baseline_features(values)
     assert found.shape == (steps, 7) and not found.requires_grad
     rows = per_step(logits.detach().numpy(), tokens.tolist(), policy, eos=0)
@@ -160,8 +160,8 @@ def test_features(steps: int) -> None:
 
 def test_incomplete_values() -> None:
     logits, tokens = response(2, 5, 0)
-    values = step_values(logits, tokens, SamplingPolicy(), diagnostics=False)
-    some = StepValues(values.logprob.numpy(), values.logq.numpy())
+    values = step_values(logits, tokens, Wanted(GenerationConfig(), diagnostics=False))
+    some = StepValues(values.logprob, values.logq)
     with pytest.raises(ScoreModeError, match=r"no diagnostics without rb_entropy, head_mass, top1"):
         diagnostics_pack(some)
     with pytest.raises(ScoreModeError, match=r"no diagnostics without head_mass, top1_prob"):
@@ -178,10 +178,10 @@ def ids(*tokens: int) -> torch.Tensor:
         (torch.zeros(3), ids(0), r"gen_logits must be floating-point \[T, V\]"),
         (torch.zeros(1, 0), ids(0), r"gen_logits must be .* got torch\.float32 \(1, 0\)"),
         (torch.zeros(1, 3).long(), ids(0), "got torch.int64"),
-        (torch.zeros(2, 3), ids(0), r"realized_tokens must be 2 token ids, .* \(1,\)"),
-        (torch.zeros(1, 3), torch.zeros(1), r"realized_tokens must be .* got torch\.float32"),
-        (torch.zeros(2, 3), ids(0, 3), "realized_tokens has ids from 0 to 3; .* for 0 to 2"),
-        (torch.zeros(2, 3), ids(-1, 2), "realized_tokens has ids from -1 to 2"),
+        (torch.zeros(2, 3), ids(0), "realized_tokens must be 2 token ids, .* got 1"),
+        (torch.zeros(1, 3), torch.zeros(1), "realized_tokens must be integers, got 0.0"),
+        (torch.zeros(2, 3), ids(0, 3), r"realized_tokens\[1\] is 3, outside the vocabulary 0..2"),
+        (torch.zeros(2, 3), ids(-1, 2), r"realized_tokens\[0\] is -1, outside"),
         (torch.tensor([[0.0, 1], [0, math.nan]]), ids(0, 0), r"gen_logits\[1\] has NaN"),
         (torch.zeros(2, 9), ids(0, 0), None),
     ],
@@ -190,13 +190,13 @@ def test_unusable_input(logits: torch.Tensor, tokens: torch.Tensor, message: str
     own = DistributionDiagnostics(eos_token_id=8 if message is None else None)
     if message is None:
         own.compute_from_logits(logits, tokens)
-        logits, message = logits[:, :8], "eos_token_id 8 is beyond the 8 columns of gen_logits"
+        logits, message = logits[:, :8], r"eos_token_id\[0\] is 8, outside the vocabulary 0..7"
     with pytest.raises(ScoreModeError, match=message):
         own.compute_from_logits(logits, tokens)
 
 
 def test_unusable_policies() -> None:
-    with pytest.raises(ScoreModeError, match=r"top_p must be in \(0, 1\], got 0"):
+    with pytest.raises(ScoreModeError, match=r"top_p must be a number above 0 .*, got 0"):
         DistributionDiagnostics(top_p=0)
     with pytest.raises(ScoreModeError, match="temperature must be a number above 0, got -1"):
         DistributionDiagnostics(temperature=-1)

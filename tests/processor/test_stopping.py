@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,15 @@ from hypothesis import strategies as st
 
 from tests.perplexity.texts import byte_level, other_tokenizers
 from tests.processor.character_models import EOS, bigram_model, chain_logits, character_tokenizer
-from vllm.score.processor.generation import generate
-from vllm.score.processor.stop import TAG, TAIL, StopAfterAnswer, response_length
-from vllm.score.processor.types import GenerationConfig
+from tests.processor.teacher_forced import generate
+from vllm.score.processor.config import GenerationConfig
+from vllm.score.processor.stopping import (
+    TAG,
+    TAIL,
+    StopAfterAnswer,
+    eos_token_ids,
+    response_length,
+)
 
 CHARACTERS = "x<answer/>yz"
 
@@ -146,3 +153,13 @@ def test_generation_without_the_tag_runs_on() -> None:
 
 def test_generation_stops_at_the_end_of_sequence() -> None:
     assert run([f"xyz{EOS}"], ["x", "y", "z"]) == [f"yz{EOS}", f"z{EOS}", EOS]
+
+
+def test_end_of_sequence_tokens() -> None:
+    tokenizer = SimpleNamespace(eos_token_id=5)
+    assert eos_token_ids(tokenizer, None) == [5]
+    assert eos_token_ids(tokenizer, 3) == [5, 3]
+    assert eos_token_ids(tokenizer, [3, 5, 9]) == [5, 3, 9]
+    nothing = SimpleNamespace(eos_token_id=None)
+    assert eos_token_ids(nothing, [3]) == [3]
+    assert eos_token_ids(nothing, None) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,18 @@ from tests.processor.teacher_forced import (
     SMALL,
     VOCAB,
     load,
+    moved_parameters,
     plain_logits,
     random_direction,
     random_responses,
 )
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.forward import call_with, fc_logits_noautocast, map_logits
-from vllm.score.processor.head import evaluating, head_of
-from vllm.score.processor.overrides import ZeroMapping, build_params_override
-from vllm.score.processor.row_batches import RowBatch, row_batches
+from vllm.score.processor.head import evaluating, head_of, map_logits
+from vllm.score.processor.overrides import ZeroMapping, call_with, forward_logits
+from vllm.score.processor.sequences import RowBatch, row_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "opt", "qwen3"]
-FLOAT64 = {"dtype": "float64"}
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +61,18 @@ def all_logits(model: Any, batch: RowBatch, rows: int, **options: Any) -> list[T
         model,
         batch,
         lambda logits, tokens: logits,
-        context=nullcontext,
         logits_bytes=rows * VOCAB * 4,
         **options,
     )
 
 
 def whole_batch() -> RowBatch:
-    return next(row_batches(random_responses(), 99, "cpu"))
+    return next(row_batches(random_responses(), 99, "cpu"))[1]
 
 
 def expected_logits(model: Any, batch: RowBatch) -> Tensor:
-    responses = random_responses()
     with torch.no_grad():
-        return torch.cat([plain_logits(model, responses[i]) for i in batch.places])
+        return torch.cat([plain_logits(model, response) for response in batch.responses])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -84,7 +81,7 @@ def test_logits_of_padded_sequences_are_those_of_each_alone(
     architecture: str, side: str, model_of: Callable[[str], Any]
 ) -> None:
     model = model_of(architecture)
-    mapping = build_params_override(model, random_direction(model), 0.02, FLOAT64)
+    mapping = moved_parameters(model, random_direction(model), 0.02)
     sequences = [r.ids for r in random_responses()]
     width = max(map(len, sequences))
     ids = torch.full((len(sequences), width), 5)
@@ -93,7 +90,7 @@ def test_logits_of_padded_sequences_are_those_of_each_alone(
         place = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
         ids[i, place], mask[i, place] = sequence, 1
     with torch.no_grad():
-        logits = fc_logits_noautocast(model, ids, mask, mapping)
+        logits = forward_logits(model, ids, mask, mapping)
     assert logits.shape == (len(sequences), width, VOCAB)
     assert logits.dtype == torch.float64
 
@@ -119,7 +116,7 @@ def test_autocast_is_off(model_of: Callable[[str], Any]) -> None:
     ids = random_responses()[0].ids[None]
     mapping = ZeroMapping(model).get(torch.float32)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        logits = fc_logits_noautocast(model, ids, torch.ones_like(ids), mapping)
+        logits = forward_logits(model, ids, torch.ones_like(ids), mapping)
     assert logits.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(logits.double(), model(ids).logits, rtol=0, atol=1e-4)
@@ -132,13 +129,13 @@ def test_logits_have_gradients_in_the_mapping(model_of: Callable[[str], Any]) ->
     mapping[name] = mapping[name].clone().requires_grad_()
     given = dict(mapping)
     ids = random_responses()[0].ids[None]
-    logits = fc_logits_noautocast(model, ids, torch.ones_like(ids), mapping)
+    logits = forward_logits(model, ids, torch.ones_like(ids), mapping)
     # What comes last before the head: the gradient of the sum is the sum of the head's rows.
     (grad,) = torch.autograd.grad(logits.sum(), mapping[name])
     torch.testing.assert_close(grad, model.lm_head.weight.detach().sum(0) * ids.shape[1])
     assert all(mapping[k] is given[k] for k in given)
     with pytest.raises(ScoreModeError, match="params_override names 'x'"):
-        fc_logits_noautocast(model, ids, torch.ones_like(ids), {"x": ids})
+        forward_logits(model, ids, torch.ones_like(ids), {"x": ids})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -165,7 +162,6 @@ def test_never_more_rows_than_asked_in_the_backward_pass(model_of: Callable[[str
             model,
             whole_batch(),
             lambda logits, tokens: logits.logsumexp(1),
-            context=nullcontext,
             logits_bytes=3 * VOCAB * 4,
             checkpointed=True,
         )
@@ -212,7 +208,7 @@ def test_the_parameters_of_a_mapping_hold_for_decoder_and_head(
     model_of: Callable[[str], Any],
 ) -> None:
     model = model_of("gpt2")
-    mapping = build_params_override(model, random_direction(model), 0.05, FLOAT64)
+    mapping = moved_parameters(model, random_direction(model), 0.05)
     with torch.no_grad():
         got = call_with(model, mapping, lambda: torch.cat(all_logits(model, whole_batch(), 3)))
     expected = expected_logits(load_moved(model, mapping), whole_batch())

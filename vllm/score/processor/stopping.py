@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 TAG = "</answer>"
 # Tokens of the tail that is looked through at every step: more than the tag's nine characters can
@@ -15,11 +16,22 @@ TAG = "</answer>"
 TAIL = 32
 
 
-class StopAfterAnswer(LogitsProcessor):
+def eos_token_ids(tokenizer: Any, of_model: Any) -> list[int]:
+    """All ids that end a sequence, the tokenizer's (if it names one) first.
+
+    Args:
+        of_model: `eos_token_id` of the model's generation_config: None, one or several.
+    """
+    more = [of_model] if isinstance(of_model, Integral) else of_model or []
+    listed = [tokenizer.eos_token_id, *more]
+    return list(dict.fromkeys(int(token) for token in listed if token is not None))
+
+
+class StopAfterAnswer:
     """Leaves nothing but the end-of-sequence token to a row whose response contains the tag.
 
-    The text decides, not the tokens: how a tag is split depends on what stands around it. A tag in
-    the prompt, or one begun there, does not count.
+    A logits processor of transformers. The text decides, not the tokens: how a tag is split depends
+    on what stands around it. A tag in the prompt, or one begun there, does not count.
 
     Args:
         prompt_length: columns of the padded prompts.
@@ -61,14 +73,7 @@ def response_length(ids: Sequence[int], tokenizer: Any, eos_token_ids: Collectio
     given = list(ids[:end])
     if not has_tag(given, tokenizer):
         return end
-    low, high = 0, end  # no tag in the first `low` tokens, a tag in the first `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        if has_tag(given[:middle], tokenizer):
-            high = middle
-        else:
-            low = middle
-    return high
+    return bisect_left(range(end), True, key=lambda n: has_tag(given[:n], tokenizer))
 
 
 def has_tag(ids: list[int], tokenizer: Any) -> bool:
