@@ -60,14 +60,17 @@ def text_file(tmp_path: Path) -> Path:
 # Options alone: neither model nor text are looked at.
 OPTIONS = [
     (["M", "--text", "a b", "--stride", "600", "--context-length", "512"], "stride is 600.*512"),
-    (["M", "--text", "a b", "--context-length", "1"], "context_length is 1; .*at least 2"),
-    (["M", "--text", "a b", "--stride", "0"], "stride is 0; .*at least 1"),
+    (["M", "--text", "a b", "--context-length", "1"], "context_length must be .*at least 2, got 1"),
+    (["M", "--text", "a b", "--stride", "0"], "stride must be .*at least 1, got 0"),
     (["M", "--text", "a b", "--limit", "0"], "--limit is 0; .*at least 1"),
     (["M", "--text", "a b", "-tp", "0"], "--tensor-parallel-size is 0; .*at least 1"),
     (["M", "--text", "a b", "--max-num-seqs", "-1"], "--max-num-seqs is -1; .*at least 1"),
-    (["M", "--text", "a b", "--convention", "gptg"], "'gptg' is unknown; did you mean 'gptq'"),
+    (["M", "--text", "a b", "--convention", "gptg"], "'gptg' is unknown .did you mean 'gptq'"),
     (["M", "--text", "a b", "--convention", "gptq:x"], "'gptq:x'.* number of tokens"),
-    (["M", "--text", "a b", "--bos", "maybe"], "--bos is 'maybe'; .*auto, start, window, never"),
+    (
+        ["M", "--text", "a b", "--bos", "maybe"],
+        "bos must be one of auto, start, .*'maybe'",
+    ),
     (["M", "--text", "a b", "--dtype", "float31"], "--dtype is 'float31'; .*bfloat16"),
     (["M", "--text", "a b", "--gpu-memory-utilization", "90"], "--gpu-memory-utilization is 90"),
     (["M", "--text", "a b", "--resume"], "--resume .*without --store"),

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.report.conftest import CONTEXT, STRIDE, TEXT
-from vllm.score.report.baseline import Baseline
-from vllm.score.report.machine import to_json
+from vllm.score.report.table import Baseline, to_json
 
 pytestmark = pytest.mark.engine
 

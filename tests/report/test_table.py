@@ -12,8 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.report.conftest import CONTEXT, STRIDE, TEXT
-from vllm.score.report.baseline import Baseline
-from vllm.score.report.table import print_result
+from vllm.score.report.table import Baseline, print_result
 
 pytestmark = pytest.mark.engine
 

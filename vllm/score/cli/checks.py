@@ -5,15 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vllm.score.data import Source
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import conventions as known
-from vllm.score.perplexity.job import check_windows, prepare
-from vllm.score.perplexity.plans import BOS_RULES
-from vllm.score.perplexity.run import GROUP_TOKENS
-from vllm.score.perplexity.windows import SlidingWindows
 
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 
@@ -23,25 +17,6 @@ def one_model(argument: str | None, option: str | None) -> str | None:
     if argument is not None and option not in (None, argument):
         raise ScoreModeError(f"two models are named, {argument!r} and --model {option!r}; name one")
     return option if argument is None else argument
-
-
-def check_sizes(
-    model: str | None,
-    *,
-    context_length: int,
-    stride: int,
-    bos: str,
-    conventions: Sequence[str],
-    **positive: int | None,
-) -> None:
-    """A model, windows, BOS rule and conventions that can be; numbers of at least 1."""
-    if model == "-":
-        raise ScoreModeError("model is '-'; standard input is named by --file -")
-    SlidingWindows(context_length, stride)
-    if bos not in BOS_RULES:
-        raise ScoreModeError(f"--bos is {bos!r}; it must be one of {', '.join(BOS_RULES)}")
-    known.longest_prompt(conventions, context_length)
-    check_positive(**positive)
 
 
 def check_positive(**numbers: int | None) -> None:
@@ -143,48 +118,6 @@ def check_fits_model(
                 f"--convention {name} has windows of {size} tokens, {takes}; ask for "
                 f"{bare}:{longest} or less"
             )
-
-
-def check_text(source: Source, limit: int | None) -> None:
-    """A text that can be read and is not empty.
-
-    Reads all of it; with a limit only up to its first character.
-    """
-    if limit is None:
-        source.check()
-    if not any(text for _, text in source.pieces()):
-        raise ScoreModeError(f"the text ({source.name}) is empty; there is nothing to score")
-
-
-def check_job(
-    source: Source,
-    tokenizer: Any,
-    *,
-    context_length: int,
-    stride: int,
-    bos: str,
-    separator: str | None,
-    conventions: Sequence[str],
-    max_tokens: int | None,
-) -> None:
-    """What needs the tokenizer: a BOS where one is asked for, a text long enough for each plan.
-
-    Without a tokenizer the run itself checks.
-    """
-    if tokenizer is None:
-        return
-    job = prepare(
-        source,
-        tokenizer,
-        context_length=context_length,
-        stride=stride,
-        bos=bos,
-        separator=separator,
-        conventions=conventions,
-        max_tokens=max_tokens,
-        group_tokens=GROUP_TOKENS,
-    )
-    check_windows(job)
 
 
 def _check_writable(option: str, path: Path, directory: Path) -> None:

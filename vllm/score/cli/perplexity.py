@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vllm.score.cli import options
 
 if TYPE_CHECKING:
-    from vllm.score.perplexity.result import PerplexityResult
-    from vllm.score.report.baseline import Baseline
+    from vllm.score.perplexity import PerplexityResult
+    from vllm.score.report.table import Baseline
     from vllm.score.tiny.embedded import EmbeddedModel
 
 
@@ -60,28 +60,39 @@ def perplexity(
     As published:  vllm-score perplexity MODEL --dataset wikitext
     --dataset-config wikitext-2-raw-v1 --convention all
     """
+    from typing import cast
+
     from vllm.score.cli import checks
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.sources import TextOptions
     from vllm.score.cli.streams import results_stream
     from vllm.score.data import file_source
+    from vllm.score.errors import ScoreModeError
     from vllm.score.launch.steps import long_step, shows_bars
     from vllm.score.patches.register import require_score_mode
+    from vllm.score.perplexity.conventions import longest_prompt, longest_window
+    from vllm.score.perplexity.job import Settings, prepare
+    from vllm.score.perplexity.run import run_job, tokenizer_of
 
     conventions = convention or []
     model = checks.one_model(model, model_option)
     texts = TextOptions(dataset, dataset_config, split, text, file or [], text_column, skip_empty)
-    checks.check_sizes(
-        model,
-        context_length=context_length,
-        stride=stride,
-        bos=bos,
-        conventions=conventions,
+    if model == "-":
+        raise ScoreModeError("model is '-'; standard input is named by --file -")
+    checks.check_positive(
         limit=limit,
         tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+    )
+    settings = Settings(
+        context_length=context_length,
+        stride=stride,
+        bos=cast(Any, bos),
+        separator=None if separate_documents else "\n\n",
+        conventions=cast(Any, conventions),
+        max_tokens=limit,
     )
     checks.check_store(store, resume)
     checks.check_engine(dtype, gpu_memory_utilization)
@@ -89,14 +100,6 @@ def perplexity(
         checks.check_no_model(quantization=quantization, tokenizer=tokenizer, revision=revision)
     checks.check_output("--output", output, (".parquet",), texts.files)
     checks.check_output("--plot", plot, (".png", ".html"), texts.files)
-    settings: dict[str, Any] = {
-        "context_length": context_length,
-        "stride": stride,
-        "bos": bos,
-        "separator": None if separate_documents else "\n\n",
-        "conventions": conventions,
-        "max_tokens": limit,
-    }
     loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
 
     with results_stream() as results:
@@ -105,7 +108,8 @@ def perplexity(
         embedded = None
         if texts.given or model is not None:
             source = texts.open()
-            checks.check_text(source, limit)
+            if limit is None:
+                source.check()
         if model is None:
             from vllm.score.tiny.embedded import embedded_model
 
@@ -121,11 +125,8 @@ def perplexity(
             loaded = load_tokenizer(model, **loading)
         else:  # the revision is the model's
             loaded = load_tokenizer(tokenizer, **{**loading, "revision": None})
-        checks.check_job(source, loaded, **settings)
-
-        from vllm.score.perplexity import perplexity as run
-        from vllm.score.perplexity.conventions import longest_prompt, longest_window
-
+        # Without a tokenizer (a single file, which only the engine opens) the job waits for it.
+        job = None if loaded is None else prepare(settings, source, loaded)
         llm = open_llm(
             model,
             context_length=longest_prompt(conventions, context_length),
@@ -144,7 +145,8 @@ def perplexity(
         )
         bars = shows_bars(not quiet)
         with long_step(f"Scoring {source.name}", "Scored", not quiet and not bars):
-            result = run(llm, source, store=store, resume=resume, use_tqdm=bars, **settings)
+            job = job or prepare(settings, source, tokenizer_of(llm))
+            result = run_job(llm, job, store=store, resume=resume, use_tqdm=bars)
         _report(result, _baselines(result, embedded), results, as_json=as_json)
         _write_files(result, output, plot, quiet=quiet)
 
@@ -154,7 +156,7 @@ def _baselines(result: PerplexityResult, embedded: EmbeddedModel | None) -> list
     training text is at hand."""
     if embedded is None:
         return []
-    from vllm.score.report.baseline import Baseline
+    from vllm.score.report.table import Baseline
 
     nats = 0.0
     for batch in result.batches():
@@ -171,7 +173,7 @@ def _report(
     result: PerplexityResult, baselines: list[Baseline], stream: TextIO, *, as_json: bool
 ) -> None:
     if as_json:
-        from vllm.score.report.machine import to_json
+        from vllm.score.report.table import to_json
 
         print(to_json(result, baselines), file=stream, flush=True)
         return

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vllm.score.data.streams import BOM, CONVERT, check_file, is_compressed, open_bytes
-from vllm.score.errors import ScoreModeError
+from vllm.score.errors import ScoreModeError, first_line
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -156,14 +156,14 @@ def read_rows(
                 skipped.add(row.where, without)
             elif without not in columns_seen:  # perhaps no row of the file has it
                 remedy = f"{columns.remedy}, or {SKIP}"
-                raise _no_column(row.where, without, row.columns, remedy)
+                raise no_column(row.where, without, row.columns, remedy)
             else:
                 raise _no_value(row, without)
         if first is not None:
             for column in columns.required:
                 if column not in columns_seen:
                     name = f"file {str(path)!r}"
-                    raise _no_column(name, column, first.columns, columns.remedy)
+                    raise no_column(name, column, first.columns, columns.remedy)
     names = ", ".join(str(path) for path in paths)
     if not any_row:
         raise ScoreModeError(f"file {names!r} has no rows; name a file with {content}")
@@ -188,7 +188,8 @@ def _no_value(row: Row, column: str) -> ScoreModeError:
     return ScoreModeError(f"{row.where}: {column!r} {what}; {FILL_IN}")
 
 
-def _no_column(where: str, column: str, columns: Sequence[str], remedy: str) -> ScoreModeError:
+def no_column(where: str, column: str, columns: Sequence[str], remedy: str) -> ScoreModeError:
+    """The error of a table without a wanted column."""
     listed = ", ".join(map(repr, columns))
     its = f"its columns are {listed}" if listed else "it has no columns"
     return ScoreModeError(f"column {column!r} is not in {where}; {its}; {remedy}")
@@ -215,7 +216,7 @@ def _wanted(path: Path, header: Sequence[str], columns: Columns) -> list[str]:
             )
     for column in columns.required:
         if column not in header:
-            raise _no_column(f"file {str(path)!r}", column, header, columns.remedy)
+            raise no_column(f"file {str(path)!r}", column, header, columns.remedy)
     return [column for column in wanted if column in header]
 
 
@@ -358,10 +359,9 @@ def _parquet(path: Path, columns: Columns, digest: Any) -> Iterator[Row]:
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, ScoreModeError):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ScoreModeError(
-                f"file {str(path)!r} cannot be read as Parquet: {reason}; it is damaged or of "
-                "another kind, make it anew"
+                f"file {str(path)!r} cannot be read as Parquet: {first_line(error)}; it is damaged "
+                "or of another kind, make it anew"
             ) from error
 
 

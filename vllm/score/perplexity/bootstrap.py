@@ -39,8 +39,8 @@ class MeanEstimate:
     """A mean with its block-bootstrap error.
 
     standard_error, interval: None below `MINIMUM_TERMS` terms.
-    block_length: terms a block, a multiple of the cell size.
-    interval: (low, high), percentiles of the resampled means at `level`.
+    block_length: terms per block, a multiple of the cell size.
+    interval: (low, high), percentiles of the resampled means.
     """
 
     mean: float
@@ -48,8 +48,6 @@ class MeanEstimate:
     standard_error: float | None
     block_length: int | None
     interval: tuple[float, float] | None
-    level: float
-    resamples: int
 
 
 class BlockBootstrap:
@@ -107,7 +105,7 @@ class BlockBootstrap:
         cells = self._cells[: self._used]
         mean = math.fsum([float(cells.sum()), float(self._rest.sum())]) / self.terms
         if self.terms < MINIMUM_TERMS:
-            return MeanEstimate(mean, self.terms, None, None, None, level, 0)
+            return MeanEstimate(mean, self.terms, None, None, None)
         # The terms of an incomplete last cell count in the mean, not in its error.
         length = optimal_block_length(np.concatenate(self._head), self.terms)
         cells_a_block = min(max(1, round(length / self._cell_size)), cells.size)
@@ -119,7 +117,7 @@ class BlockBootstrap:
         draws = _resampled_means(deviations, max(1, round(blocks)), resamples, seed)
         low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
         interval = (mean + float(low), mean + float(high))
-        return MeanEstimate(mean, self.terms, error, block_length, interval, level, resamples)
+        return MeanEstimate(mean, self.terms, error, block_length, interval)
 
     def _append(self, sums: np.ndarray) -> None:
         needed = self._used + sums.size
@@ -171,11 +169,9 @@ def optimal_block_length(head: np.ndarray, terms: int | None = None) -> float:
 
 def _first_quiet_lag(small: np.ndarray, in_a_row: int) -> int:
     """The last lag before the first `in_a_row` insignificant ones (small[i] is lag i + 1)."""
-    run = 0
-    for index, quiet in enumerate(small.tolist()):
-        run = run + 1 if quiet else 0
-        if run == in_a_row:
-            return index + 1 - in_a_row
+    quiet = np.lib.stride_tricks.sliding_window_view(small, min(in_a_row, small.size)).all(axis=-1)
+    if small.size >= in_a_row and quiet.any():
+        return int(quiet.argmax())
     loud = np.flatnonzero(~small)
     return int(loud[-1]) + 1 if loud.size else 0
 
