@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import engines
 from harness import judge, report_values
 
-# name: scheme of vllm.score.tiny.quantised, whether the head is quantised, dtype of the engine.
+# name: scheme of tests.support.quantised, whether the head is quantised, dtype of the engine.
 Case = tuple[str | None, bool, str]
 GPU_CASES: dict[str, Case] = {
     "bfloat16": (None, False, "bfloat16"),

@@ -19,6 +19,7 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # of tests.support
 
 import engines
 import numpy as np
@@ -57,8 +58,8 @@ def serve(folder: Path, spec: dict[str, Any]) -> tuple[np.ndarray, list[list[int
 
 def checkpoints(spec: dict[str, Any]) -> dict[str, Path]:
     """Folders of the model as it was ("source"), is served, and is meant ("plain", float32)."""
-    from vllm.score.tiny.dequantised import dequantise_model
-    from vllm.score.tiny.quantised import quantise_model
+    from tests.support.dequantised import dequantise_model
+    from tests.support.quantised import quantise_model
     from vllm.score.tiny.random_models import make_random_model
 
     root = Path(spec["folder"])
@@ -146,7 +147,7 @@ def weights(llm: Any, served: Path) -> dict[str, Any]:
 
     On a CPU some kernels keep their weights out of PyTorch's sight.
     """
-    from vllm.score.tiny.quantised import load_tensors
+    from tests.support.quantised import load_tensors
 
     stored = load_tensors(served)
     names = {n.rpartition(".")[0] for n, t in stored.items() if t.ndim == 2}
@@ -177,7 +178,7 @@ def differences(
     served: np.ndarray, prompts: list[list[int]], folders: dict[str, Path], spec: dict[str, Any]
 ) -> dict[str, Any]:
     """How far the engine is from Hugging Face, in nats, and the perplexities."""
-    from vllm.score.tiny.dequantised import activation_format
+    from tests.support.dequantised import activation_format
 
     to = activation_format(folders["served"]) if spec["scheme"] else None
     head = bool(spec["head"])
@@ -214,7 +215,7 @@ def reference(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vllm.score.tiny.dequantised import rounded_inputs
+    from tests.support.dequantised import rounded_inputs
 
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

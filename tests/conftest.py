@@ -78,8 +78,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     `scheme` (and `quantise_head`) among the options make a quantised copy of the model without
     them, `dequantised=True` the plain float32 model that this copy stands for.
     """
-    from vllm.score.tiny.dequantised import dequantise_model
-    from vllm.score.tiny.quantised import quantise_model
+    from tests.support.dequantised import dequantise_model
+    from tests.support.quantised import quantise_model
     from vllm.score.tiny.random_models import make_random_model
 
     made: dict[Any, Path] = {}

@@ -262,7 +262,7 @@ def test_without_a_model_it_adds_up(
     """On a model that has been trained for a moment only: its answers are poor, and all is real."""
     from vllm.score.cli import engine
     from vllm.score.tiny import additions_model
-    from vllm.score.tiny.additions_training import AdditionsRecipe
+    from vllm.score.tiny.additions_model import AdditionsRecipe
 
     brief = partial(
         additions_model.additions_model, tmp_path, recipe=AdditionsRecipe(steps=20, sequences=16)

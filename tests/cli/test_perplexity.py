@@ -262,8 +262,7 @@ def test_without_arguments_the_embedded_model_reads_its_held_out_text(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm.score.tiny.embedded import embedded_model
-    from vllm.score.tiny.recipe import Phase, Recipe
+    from vllm.score.tiny.embedded import Phase, Recipe, embedded_model
 
     # A model of seconds in the place of the one that takes a minute.
     small = Recipe(

@@ -26,8 +26,7 @@ from vllm.score.eig import (
     State,
 )
 from vllm.score.tiny.additions import random_problems
-from vllm.score.tiny.additions_model import additions_model
-from vllm.score.tiny.additions_training import AdditionsRecipe
+from vllm.score.tiny.additions_model import AdditionsRecipe, additions_model
 
 pytestmark = pytest.mark.engine
 

@@ -24,10 +24,10 @@ import pytest
 import torch
 
 from tests.helpers import random_prompts, token_logprobs
+from tests.support.dequantised import activation_format, rounded_inputs
 from vllm.score import score
 from vllm.score.engine.quantised_products import cpu_int8_error, cpu_runs_int4, int8_warning
 from vllm.score.perplexity import perplexity
-from vllm.score.tiny.dequantised import activation_format, rounded_inputs
 
 pytestmark = [
     pytest.mark.engine,

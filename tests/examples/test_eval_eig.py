@@ -69,7 +69,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> obj
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Path:
     """The folder that local_task.py writes, with a model trained for a moment only."""
     from vllm.score.tiny import additions_model
-    from vllm.score.tiny.additions_training import AdditionsRecipe
+    from vllm.score.tiny.additions_model import AdditionsRecipe
 
     brief = partial(
         additions_model.additions_model, tmp_path, recipe=AdditionsRecipe(steps=5, sequences=8)

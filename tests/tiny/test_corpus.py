@@ -120,7 +120,7 @@ def test_the_hash_sees_text_and_split() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
 def test_a_fraction_that_holds_out_nothing_sensible_is_refused(fraction: float) -> None:
-    with pytest.raises(ScoreModeError, match=r"held_out_fraction is .*between 0 and 1"):
+    with pytest.raises(ScoreModeError, match=r"held_out_fraction must be .*above 0 and below 1"):
         split_corpus([], held_out_fraction=fraction)
 
 

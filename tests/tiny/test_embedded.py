@@ -1,4 +1,4 @@
-"""The embedded model, by a recipe of seconds: made once, whole or not at all."""
+"""The embedded model, by a recipe of seconds: made once, whole or not at all; and its baselines."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.embedded import EmbeddedModel, default_cache_dir, embedded_model
-from vllm.score.tiny.recipe import Phase, Recipe
+from vllm.score.tiny.cache import default_cache_dir
+from vllm.score.tiny.embedded import (
+    EmbeddedModel,
+    Phase,
+    Recipe,
+    embedded_model,
+    unigram_perplexity,
+)
 
 SMALL = Recipe(
     vocab_size=512,
@@ -34,8 +43,7 @@ SMALL = Recipe(
 SCRIPT = f"""
 import json, sys
 from pathlib import Path
-from vllm.score.tiny.embedded import embedded_model
-from vllm.score.tiny.recipe import Phase, Recipe
+from vllm.score.tiny.embedded import Phase, Recipe, embedded_model
 model = embedded_model(Path(sys.argv[1]), progress=False, recipe={SMALL!r})
 print(json.dumps([str(model.directory), dict(model.facts)]))
 """
@@ -146,7 +154,7 @@ def test_a_model_with_a_file_missing_is_not_used(model: EmbeddedModel, tmp_path:
     (target / "facts.json").write_text("{}")
     impossible = dataclasses.replace(SMALL, held_out_fraction=2.0)
     target.rename(target.parent / impossible.key())
-    with pytest.raises(ScoreModeError, match=r"held_out_fraction is 2\.0"):
+    with pytest.raises(ScoreModeError, match=r"held_out_fraction must be .*got 2\.0"):
         embedded_model(tmp_path, progress=False, recipe=impossible)
     # The failed attempt left no half-made folder either.
     assert not [path for path in target.parent.iterdir() if path.name.startswith(".")]
@@ -171,3 +179,63 @@ def test_the_default_recipe_gives_a_model_for_contexts_of_2048() -> None:
     recipe = Recipe()
     assert recipe.max_position_embeddings >= 2048
     assert max(phase.sequence_length for phase in recipe.phases) == 2048
+
+
+# --- the unigram baseline against straightforward code in float64
+
+V = 7
+ids_of = st.lists(st.integers(0, V - 1), min_size=1, max_size=40)
+
+
+def count(tokens: list[int], vocab_size: int = V) -> np.ndarray:
+    return np.bincount(np.array(tokens, dtype=np.int64), minlength=vocab_size)
+
+
+@given(train=st.lists(st.integers(0, V - 1), max_size=60), held_out=ids_of)
+def test_unigram_perplexity_is_the_textbook_one(train: list[int], held_out: list[int]) -> None:
+    seen = Counter(train)
+    product = 1.0
+    for token in held_out:
+        product *= ((seen[token] + 1) / (len(train) + V)) ** (1 / len(held_out))
+    assert unigram_perplexity(held_out, count(train)) == pytest.approx(1 / product, rel=1e-12)
+
+
+def test_without_training_text_unigram_is_uniform() -> None:
+    assert unigram_perplexity([0, 3, 3], np.zeros(V, dtype=np.int64)) == pytest.approx(V)
+
+
+def test_on_its_own_training_text_it_tends_to_the_entropy() -> None:
+    # p = 1/2, 1/4, 1/4: entropy 1.5 bits; with many tokens the smoothing no longer shows.
+    tokens = [0, 0, 1, 2] * 100_000
+    result = unigram_perplexity(tokens, count(tokens, 3))
+    assert result == pytest.approx(2**1.5, rel=1e-5)
+
+
+def test_large_counts_do_not_overflow() -> None:
+    counts = np.full(2, 2**62 - 1, dtype=np.int64)
+    counts[1] //= 2
+    assert unigram_perplexity([0], counts) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([], "token_ids is empty"),
+        ([0, 7], "token_ids holds 7, outside the vocabulary of 7"),
+        ([-1], "token_ids holds -1, outside"),
+        ([0.5], "must be a vector of integers"),
+        ([[1, 2]], "must be a vector of integers"),
+        ([True], "must be a vector of integers"),
+    ],
+)
+def test_tokens_that_cannot_be_scored_are_refused(token_ids: list, message: str) -> None:
+    with pytest.raises(ScoreModeError, match=message):
+        unigram_perplexity(token_ids, np.ones(V, dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    "counts", [np.ones((2, 2), dtype=int), np.ones(3), np.array([1, -1]), np.array([], dtype=int)]
+)
+def test_counts_that_are_none_are_refused(counts: np.ndarray) -> None:
+    with pytest.raises(ScoreModeError, match="counts has shape"):
+        unigram_perplexity([0], counts)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.dequantised import (
+from tests.support.dequantised import (
     activation_format,
     dequantise_model,
     dequantise_tensors,
     round_tokens,
     rounded_inputs,
 )
-from vllm.score.tiny.quantised import SCHEMES, quantise_model
+from tests.support.quantised import SCHEMES, quantise_model
+from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.random_models import make_random_model
 
 LAYERS = 2

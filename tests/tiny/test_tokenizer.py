@@ -58,5 +58,5 @@ def test_training_twice_and_loading_give_the_same(
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ScoreModeError, match=r"vocab_size is 257; .*at least 258"):
+    with pytest.raises(ScoreModeError, match=r"vocab_size must be .*at least 258, got 257"):
         train_tokenizer(TEXTS, 257)

@@ -12,10 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.baselines import count_tokens, unigram_perplexity
-from vllm.score.tiny.recipe import Phase, Recipe
-from vllm.score.tiny.replicas import Replicas
-from vllm.score.tiny.training import held_out_nats, train
+from vllm.score.tiny.embedded import Phase, Recipe, held_out_nats, train, unigram_perplexity
+from vllm.score.tiny.training import Replicas
 
 SMALL = Recipe(
     vocab_size=300,
@@ -93,7 +91,7 @@ def test_what_is_learned_beats_the_unigram_figure_on_other_text() -> None:
     model, loss = train(tokens, recipe, bos=0, eos=1, progress=False)
     nats, scored = held_out_nats(model, held_out, window=100)
     assert scored == 10 * 99
-    unigram = unigram_perplexity(held_out[1:], count_tokens(tokens, 300))
+    unigram = unigram_perplexity(held_out[1:], np.bincount(tokens, minlength=300))
     assert unigram > 200
     assert math.exp(nats / scored) < unigram / 5
     assert math.exp(loss) < unigram / 5
@@ -131,12 +129,12 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 10}, "vocab_size is 10; it must be at least 258"),
+        ({"vocab_size": 10}, "vocab_size must be .* of at least 258, got 10"),
         ({"hidden_size": 100}, "hidden_size is 100; .*multiple of head_dim"),
         ({"phases": ()}, "phases is empty"),
         ({"phases": (Phase(16, 0, 1),)}, "its numbers must be 1 or more"),
         ({"phases": (Phase(4096, 1, 1),)}, "at most max_position_embeddings, 2048"),
-        ({"warmup_fraction": 1.0}, "warmup_fraction is 1.0"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction must be .* below 1, got 1.0"),
     ],
 )
 def test_recipes_that_cannot_be_followed_are_refused(change: dict, message: str) -> None:

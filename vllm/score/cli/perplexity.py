@@ -62,6 +62,7 @@ def perplexity(
     """
     from typing import cast
 
+    from vllm.score.armed import require_score_mode
     from vllm.score.cli import checks
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
@@ -70,7 +71,6 @@ def perplexity(
     from vllm.score.data import file_source
     from vllm.score.errors import ScoreModeError
     from vllm.score.launch.steps import long_step, shows_bars
-    from vllm.score.patches.register import require_score_mode
     from vllm.score.perplexity.conventions import longest_prompt, longest_window
     from vllm.score.perplexity.job import Settings, prepare
     from vllm.score.perplexity.run import run_job, tokenizer_of

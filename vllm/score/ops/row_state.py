@@ -31,7 +31,7 @@ from types import MappingProxyType
 
 import torch
 
-from vllm.score.engine.layout import RowLayout
+from vllm.score.ops.row_layout import RowLayout
 
 MAX, SUM_EXP, SUM_EXP_X, SUM_EXP2, SECOND, ARGMAX, MEAN, M2, COUNT, RANK, SUM_EXP_DEV2 = range(11)
 WIDTH = 11

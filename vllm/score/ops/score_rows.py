@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.head import Head
 from vllm.score.ops.operators import operators
 from vllm.score.ops.reference import product, transform
+from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.truncated import truncated_state
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not

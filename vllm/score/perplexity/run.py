@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm.auto import tqdm
 
+from vllm.score.armed import require_score_mode
 from vllm.score.data import TokenIdsSource, as_source
 from vllm.score.engine.support import check_llm
 from vllm.score.errors import ScoreModeError
-from vllm.score.patches.register import require_score_mode
 from vllm.score.perplexity.conventions import HF_STRIDE
 from vllm.score.perplexity.job import GROUP_TOKENS, Job, Settings, prepare
 from vllm.score.perplexity.metrics import (

@@ -24,10 +24,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from pydantic import Field
 
+from vllm.score.checks import Whole, check
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.tokenizer import BOS_TOKEN, EOS_TOKEN
 
@@ -41,9 +43,9 @@ CUE = "\n\nThe answer is: "
 END = "\n"
 
 PAD_TOKEN, UNKNOWN_TOKEN = "<|pad|>", "<|unk|>"
-_MISSING, _EQUALS = ".", "="
-_TERMS = range(MIN_TERM, MAX_TERM + 1)
-_SUMS = range(MIN_TERMS * MIN_TERM, MAX_TERMS * MAX_TERM + 1)
+MISSING, EQUALS = ".", "="
+TERMS = range(MIN_TERM, MAX_TERM + 1)
+SUMS = range(MIN_TERMS * MIN_TERM, MAX_TERMS * MAX_TERM + 1)
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,12 @@ class Problem:
     terms: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not MIN_TERMS <= len(self.terms) <= MAX_TERMS:
+        if not (
+            MIN_TERMS <= len(self.terms) <= MAX_TERMS and all(term in TERMS for term in self.terms)
+        ):
             raise ScoreModeError(
-                f"terms is {self.terms}; it must hold {MIN_TERMS} to {MAX_TERMS} numbers"
-            )
-        if not all(term in _TERMS for term in self.terms):
-            raise ScoreModeError(
-                f"terms is {self.terms}; each must be a whole number from {MIN_TERM} to {MAX_TERM}"
+                f"terms is {self.terms}; it must hold {MIN_TERMS} to {MAX_TERMS} whole numbers "
+                f"from {MIN_TERM} to {MAX_TERM}"
             )
 
     @property
@@ -77,8 +78,8 @@ class Problem:
     @property
     def question(self) -> str:
         """Such as "7+4+9+3....="."""
-        missing = _MISSING * (MAX_TERMS - len(self.terms))
-        return "+".join(map(str, self.terms)) + missing + _EQUALS
+        missing = MISSING * (MAX_TERMS - len(self.terms))
+        return "+".join(map(str, self.terms)) + missing + EQUALS
 
     @property
     def scratchpad(self) -> str:
@@ -102,8 +103,7 @@ def random_problems(
     Raises:
         ScoreModeError: for a negative count, or numbers of terms that are not in order from 2 to 8.
     """
-    if count < 0:
-        raise ScoreModeError(f"count is {count}; it must be 0 or more")
+    check("count", count, Annotated[Whole, Field(ge=0)])
     if not MIN_TERMS <= min_terms <= max_terms <= MAX_TERMS:
         raise ScoreModeError(
             f"min_terms is {min_terms} and max_terms {max_terms}; they must be in order, from "
@@ -119,11 +119,8 @@ def random_problems(
 
 def write_questions(path: Path, problems: Iterable[Problem]) -> None:
     """Write JSON lines with "question" and "answer"."""
-    lines = [
-        json.dumps({"question": problem.question, "answer": problem.answer}) + "\n"
-        for problem in problems
-    ]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    rows = ({"question": problem.question, "answer": problem.answer} for problem in problems)
+    Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -138,15 +135,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     cue = CUE.rstrip()
     words = [
         *(BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, UNKNOWN_TOKEN),
-        *(cue, END, _EQUALS, _MISSING),
-        *map(first_term, _TERMS),
-        *map(further_term, _TERMS),
-        *map(running_sum, _SUMS),
+        *(cue, END, EQUALS, MISSING),
+        *map(str, TERMS),
+        *(f"+{term}" for term in TERMS),
+        *(f" {total}" for total in SUMS),
     ]
     vocabulary = {word: token for token, word in enumerate(words)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     made.pre_tokenizer = pre_tokenizers.Split(
-        Regex(rf"{cue}|{END}|\+[0-9]| ?[0-9]+|[{_EQUALS}{_MISSING}]"), behavior="isolated"
+        Regex(rf"{cue}|{END}|\+[0-9]| ?[0-9]+|[{EQUALS}{MISSING}]"), behavior="isolated"
     )
     made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -157,18 +154,3 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN_TOKEN,
         clean_up_tokenization_spaces=False,
     )
-
-
-def first_term(term: int) -> str:
-    """The token of a question's first term."""
-    return str(term)
-
-
-def further_term(term: int) -> str:
-    """The token of any other term."""
-    return f"+{term}"
-
-
-def running_sum(total: int) -> str:
-    """The token of a sum, in the reasoning and as the answer."""
-    return f" {total}"

@@ -14,7 +14,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+
+from vllm.score.checks import Number, check
 from vllm.score.errors import ScoreModeError
 
 # Installed packages would make the text depend on the machine; tests hold hardly any prose.
@@ -56,12 +60,12 @@ class Corpus:
     @property
     def train_bytes(self) -> int:
         """UTF-8 bytes of the training text."""
-        return _size(self.train)
+        return sum(len(document.text.encode()) for document in self.train)
 
     @property
     def held_out_bytes(self) -> int:
         """UTF-8 bytes of the held-out text."""
-        return _size(self.held_out)
+        return sum(len(document.text.encode()) for document in self.held_out)
 
     def sha256(self) -> str:
         """Hash of all the text and of the way it is split."""
@@ -87,7 +91,6 @@ def standard_library_corpus(
         ScoreModeError: for a fraction outside (0, 1), or where less text is found than asked for
             (a Python without its sources), or where one side of the split is empty.
     """
-    _check_fraction(held_out_fraction)
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     corpus = split_corpus(read_documents(folder), held_out_fraction=held_out_fraction)
     found = corpus.train_bytes + corpus.held_out_bytes
@@ -106,18 +109,14 @@ def read_documents(root: Path) -> list[Document]:
     A docstring that occurs in several places is kept where it comes first. Files that cannot be
     read or parsed are skipped.
     """
-    paths = {}
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _EXCLUDED_FOLDERS.intersection(relative.parts[:-1]):
-            paths[relative.with_suffix("").as_posix()] = path
+    paths = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.py")}
     seen: set[str] = set()
     documents = []
     for module in sorted(paths):
-        if module.split("/", 1)[0] in _EXCLUDED_PACKAGES:
+        parts = module.split("/")
+        if parts[0] in _EXCLUDED_PACKAGES or _EXCLUDED_FOLDERS.intersection(parts[:-1]):
             continue
-        new = [text for text in _docstrings(paths[module]) if text not in seen]
-        new = list(dict.fromkeys(new))
+        new = [text for text in dict.fromkeys(_docstrings(paths[module])) if text not in seen]
         seen.update(new)
         if new:
             documents.append(Document(module, "\n\n".join(new) + "\n"))
@@ -133,20 +132,13 @@ def split_corpus(documents: Iterable[Document], *, held_out_fraction: float = 0.
     Raises:
         ScoreModeError: for a fraction outside (0, 1).
     """
-    _check_fraction(held_out_fraction)
+    check("held_out_fraction", held_out_fraction, Annotated[Number, Field(gt=0, lt=1)])
     train: list[Document] = []
     held_out: list[Document] = []
     for document in documents:
         below = _unit_hash(document.package) < held_out_fraction
         (held_out if below else train).append(document)
     return Corpus(tuple(train), tuple(held_out))
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0.0 < fraction < 1.0:
-        raise ScoreModeError(
-            f"held_out_fraction is {fraction!r}; it must lie between 0 and 1, e.g. 0.1"
-        )
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -177,7 +169,3 @@ def _walk(node: ast.AST) -> Iterator[str]:
 
 def _unit_hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def _size(documents: Iterable[Document]) -> int:
-    return sum(len(document.text.encode()) for document in documents)

@@ -11,46 +11,35 @@ import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from pydantic import BeforeValidator, Field
+
+from vllm.score.checks import Count, Flag, Number, Seed, Whole, settings
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.saving import save_model
-from vllm.score.tiny.tokenizer import MINIMUM_VOCABULARY, train_tokenizer
+from vllm.score.tiny.cache import save_model
+from vllm.score.tiny.corpus import read_documents
+from vllm.score.tiny.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-ARCHITECTURES = ("llama", "qwen3", "gpt2", "opt", "gemma2")
-DTYPES = ("float32", "bfloat16", "float16")
-_TIED_BY_DEFAULT = {"llama": False, "qwen3": False, "gpt2": True, "opt": True, "gemma2": True}
+Architecture = Literal["llama", "qwen3", "gpt2", "opt", "gemma2"]
+ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
+_Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    BeforeValidator(lambda dtype: str(dtype).removeprefix("torch.")),
+]
+_GATED = ("llama", "qwen3", "gemma2")
 _NORM_JITTER = 0.1
 _BIAS_STD = 0.1
 
 
-def make_random_model(
-    directory: str | Path,
-    architecture: str,
-    *,
-    vocab_size: int | None = None,
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    head_dim: int = 32,
-    intermediate_size: int | None = None,
-    max_position_embeddings: int = 2048,
-    logit_std: float = 3.0,
-    seed: int = 0,
-    dtype: str | torch.dtype = "float32",
-    tie_word_embeddings: bool | None = None,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a model of random weights, with its configuration and tokenizer, to a folder.
+@settings
+class RandomModel:
+    """What `make_random_model` makes.
 
-    The same arguments give the same bytes.
-
-    Args:
-        directory: folder to write to; made where it does not exist.
+    Attributes:
         architecture: one of `ARCHITECTURES`.
         vocab_size: rows of the embedding; by default the tokenizer's size, or 1024.
         hidden_size: a multiple of `head_dim`.
@@ -63,12 +52,63 @@ def make_random_model(
         logit_std: standard deviation of a logit over the vocabulary, in nats, before any soft cap
             (of tied models' logits: apart from that of the input token itself).
         seed: of the weights.
-        dtype: of the stored weights: float32, bfloat16 or float16.
+        dtype: of the stored weights: float32, bfloat16 or float16; torch's dtypes are names, too.
         tie_word_embeddings: whether the head is the input embedding; by default as the
             architecture's best-known models have it (llama and qwen3 untied, the others tied).
         tokenizer: saved beside the model; by default a byte-level BPE of at most `vocab_size`
             entries, trained on a few docstrings of the standard library.
         config_overrides: further fields of the Hugging Face configuration, by their own names.
+    """
+
+    architecture: Architecture
+    vocab_size: Count | None = None
+    hidden_size: Count = 128
+    num_layers: Count = 2
+    head_dim: Annotated[Whole, Field(ge=32, multiple_of=2)] = 32
+    intermediate_size: Count | None = None
+    max_position_embeddings: Count = 2048
+    logit_std: Annotated[Number, Field(gt=0)] = 3.0
+    seed: Seed = 0
+    dtype: _Dtype = "float32"
+    tie_word_embeddings: Flag | None = None
+    tokenizer: Any = None
+    config_overrides: Mapping[str, Any] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.head_dim:
+            raise ScoreModeError(
+                f"hidden_size is {self.hidden_size}; it must be a multiple of head_dim, "
+                f"{self.head_dim}"
+            )
+        if self.architecture == "gemma2" and not self.tied:
+            raise ScoreModeError(
+                "tie_word_embeddings=False with architecture='gemma2': vLLM's Gemma-2 always "
+                "computes its logits with the input embedding; leave it out, or choose another "
+                "architecture"
+            )
+        if self.tokenizer is not None and self.vocab_size and len(self.tokenizer) > self.vocab_size:
+            raise ScoreModeError(
+                f"vocab_size is {self.vocab_size}, but the tokenizer has {len(self.tokenizer)} "
+                "entries; raise vocab_size or leave it out"
+            )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the input embedding."""
+        if self.tie_word_embeddings is None:
+            return self.architecture not in ("llama", "qwen3")
+        return self.tie_word_embeddings
+
+
+def make_random_model(directory: str | Path, architecture: str, **options: Any) -> Path:
+    """Write a model of random weights, with its configuration and tokenizer, to a folder.
+
+    The same arguments give the same bytes.
+
+    Args:
+        directory: folder to write to; made where it does not exist.
+        architecture: one of `ARCHITECTURES`.
+        options: further fields of `RandomModel`.
 
     Returns:
         The folder, as a path.
@@ -77,42 +117,18 @@ def make_random_model(
         ScoreModeError: for an argument that names no model this function can make, or none that
             vLLM can run.
     """
-    _check_choice("architecture", architecture, ARCHITECTURES)
-    dtype_name = str(dtype).removeprefix("torch.")
-    _check_choice("dtype", dtype_name, DTYPES)
-    if vocab_size is None:
-        vocab_size = 1024 if tokenizer is None else len(tokenizer)
-    tied = _TIED_BY_DEFAULT[architecture] if tie_word_embeddings is None else tie_word_embeddings
-    if architecture == "gemma2" and not tied:
-        raise ScoreModeError(
-            "tie_word_embeddings=False with architecture='gemma2': vLLM's Gemma-2 always computes "
-            "its logits with the input embedding; leave it out, or choose another architecture"
-        )
-    sizes = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "head_dim": head_dim,
-        "max_position_embeddings": max_position_embeddings,
-        "intermediate_size": intermediate_size or (3 if _gated(architecture) else 4) * hidden_size,
-    }
-    _check_sizes(sizes, intermediate_size, logit_std, seed)
-    if tokenizer is None:
-        tokenizer = _default_tokenizer(vocab_size)
-    elif len(tokenizer) > vocab_size:
-        raise ScoreModeError(
-            f"vocab_size is {vocab_size}, but the tokenizer has {len(tokenizer)} entries; "
-            "raise vocab_size or leave it out"
-        )
+    wanted = RandomModel(architecture=architecture, **options)  # type: ignore[arg-type]
+    vocab_size = wanted.vocab_size or (1024 if wanted.tokenizer is None else len(wanted.tokenizer))
+    tokenizer = wanted.tokenizer or _default_tokenizer(vocab_size)
 
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _configuration(architecture, sizes, tied, tokenizer, config_overrides or {})
+    config = _configuration(wanted, tokenizer, vocab_size)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _draw_weights(model, architecture, logit_std=logit_std, seed=seed)
-    model.to(getattr(torch, dtype_name))
+    _draw_weights(model, wanted)
+    model.to(getattr(torch, wanted.dtype))
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, path)
@@ -120,56 +136,48 @@ def make_random_model(
 
 
 def _configuration(
-    architecture: str,
-    sizes: Mapping[str, int],
-    tied: bool,
-    tokenizer: PreTrainedTokenizerFast,
-    overrides: Mapping[str, Any],
+    wanted: RandomModel, tokenizer: PreTrainedTokenizerFast, vocab_size: int
 ) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    heads = sizes["hidden_size"] // sizes["head_dim"]
+    gated = wanted.architecture in _GATED
+    width = wanted.intermediate_size or (3 if gated else 4) * wanted.hidden_size
+    heads = wanted.hidden_size // wanted.head_dim
     fields: dict[str, Any] = {
-        "vocab_size": sizes["vocab_size"],
-        "hidden_size": sizes["hidden_size"],
-        "num_hidden_layers": sizes["num_layers"],
+        "vocab_size": vocab_size,
+        "hidden_size": wanted.hidden_size,
+        "num_hidden_layers": wanted.num_layers,
         "num_attention_heads": heads,
-        "max_position_embeddings": sizes["max_position_embeddings"],
-        "tie_word_embeddings": tied,
+        "max_position_embeddings": wanted.max_position_embeddings,
+        "tie_word_embeddings": wanted.tied,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,
     }
-    if _gated(architecture):
-        fields |= {
-            "intermediate_size": sizes["intermediate_size"],
-            "head_dim": sizes["head_dim"],
-            # Grouped-query attention where the number of heads allows it: the usual case today.
-            "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
-        }
-        if architecture == "gemma2":
-            fields["query_pre_attn_scalar"] = sizes["head_dim"]
-    elif architecture == "gpt2":
-        fields |= {"n_inner": sizes["intermediate_size"]}
-        fields |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    if gated:
+        fields |= {"intermediate_size": width, "head_dim": wanted.head_dim}
+        # Grouped-query attention where the number of heads allows it: the usual case today.
+        fields["num_key_value_heads"] = heads // 2 if heads % 2 == 0 else heads
+        if wanted.architecture == "gemma2":
+            fields["query_pre_attn_scalar"] = wanted.head_dim
+    elif wanted.architecture == "gpt2":
+        fields |= {"n_inner": width, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
-        fields |= {"ffn_dim": sizes["intermediate_size"], "dropout": 0.0}
-    known = AutoConfig.for_model(architecture)
-    for name in overrides:
+        fields |= {"ffn_dim": width, "dropout": 0.0}
+    known = AutoConfig.for_model(wanted.architecture)
+    for name in wanted.config_overrides:
         if not hasattr(known, name):
             raise ScoreModeError(
                 f"config_overrides names {name!r}, which {type(known).__name__} does not have"
             )
     try:
-        return AutoConfig.for_model(architecture, **(fields | dict(overrides)))
+        return AutoConfig.for_model(wanted.architecture, **(fields | dict(wanted.config_overrides)))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ScoreModeError(f"no {architecture} configuration: {error}") from error
+        raise ScoreModeError(f"no {wanted.architecture} configuration: {error}") from error
 
 
-def _draw_weights(
-    model: PreTrainedModel, architecture: str, *, logit_std: float, seed: int
-) -> None:
+def _draw_weights(model: PreTrainedModel, wanted: RandomModel) -> None:
     """Fill every parameter, each from a generator of its own: their order does not matter."""
     import torch
 
@@ -177,22 +185,22 @@ def _draw_weights(
     head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():
         # PyTorch's generator on the CPU takes 32 bits of a seed and drops the rest.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{wanted.seed} {name}".encode()))
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
         with torch.no_grad():
             if weight is head:
                 # The hidden state that the head sees is normed: its entries are of size 1.
-                weight.copy_(noise * (logit_std / math.sqrt(weight.shape[1])))
+                weight.copy_(noise * (wanted.logit_std / math.sqrt(weight.shape[1])))
             elif weight is embedding:
                 weight.copy_(noise)
             elif weight.dim() == 1 and name.endswith("bias"):
                 weight.copy_(noise * _BIAS_STD)
             elif weight.dim() == 1:
-                weight.copy_(noise * _NORM_JITTER + _norm_centre(architecture, name))
+                weight.copy_(noise * _NORM_JITTER + _norm_centre(wanted.architecture, name))
             elif "wpe" in name or "embed_positions" in name:
                 weight.copy_(noise * 0.5)
             else:
-                fan_in = weight.shape[0] if architecture == "gpt2" else weight.shape[1]
+                fan_in = weight.shape[0] if wanted.architecture == "gpt2" else weight.shape[1]
                 weight.copy_(noise / math.sqrt(fan_in))
 
 
@@ -209,41 +217,5 @@ def _default_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A BPE from one folder of the standard library: quick to read, and enough for a test."""
     import email
 
-    from vllm.score.tiny.corpus import read_documents
-
-    if vocab_size < MINIMUM_VOCABULARY:
-        return train_tokenizer([], vocab_size)  # says what is wrong
     documents = read_documents(Path(email.__file__).parent)
     return train_tokenizer([document.text for document in documents], vocab_size)
-
-
-def _gated(architecture: str) -> bool:
-    return architecture in ("llama", "qwen3", "gemma2")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ScoreModeError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-
-
-def _check_sizes(
-    sizes: Mapping[str, int], intermediate: int | None, logit_std: float, seed: int
-) -> None:
-    given = dict(sizes) if intermediate is None else {**sizes, "intermediate_size": intermediate}
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ScoreModeError(f"{name} is {value!r}; it must be a whole number above 0")
-    if sizes["head_dim"] < 32 or sizes["head_dim"] % 2:
-        raise ScoreModeError(
-            f"head_dim is {sizes['head_dim']}; it must be even and at least 32, the smallest head "
-            "that vLLM's CPU attention takes"
-        )
-    if sizes["hidden_size"] % sizes["head_dim"]:
-        raise ScoreModeError(
-            f"hidden_size is {sizes['hidden_size']}; it must be a multiple of head_dim, "
-            f"{sizes['head_dim']}"
-        )
-    if not (math.isfinite(logit_std) and logit_std > 0):
-        raise ScoreModeError(f"logit_std is {logit_std!r}; it must be a finite number above 0")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ScoreModeError(f"seed is {seed!r}; it must be a whole number from 0 to 2**31 - 1")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from vllm.score.errors import ScoreModeError
+from pydantic import Field
+
+from vllm.score.checks import Whole, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,11 +32,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises:
         ScoreModeError: for a `vocab_size` that cannot hold the 256 bytes and the special tokens.
     """
-    if vocab_size < MINIMUM_VOCABULARY:
-        raise ScoreModeError(
-            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least "
-            f"{MINIMUM_VOCABULARY} (256 bytes, BOS and EOS)"
-        )
+    check(
+        "vocab_size",
+        vocab_size,
+        Annotated[Whole, Field(ge=MINIMUM_VOCABULARY)],
+        "a byte-level tokenizer has 256 bytes, BOS and EOS",
+    )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

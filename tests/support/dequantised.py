@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.quantised import HEAD, copy_rest, load_tensors, save_tensors
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.quantised import HEAD, copy_rest, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
