@@ -220,7 +220,7 @@ class DatasetSource(_ColumnSource):
 
     def content_sha256(self) -> str | None:
         if not hasattr(self._dataset, "__len__"):
-            return None  # a stream: reading it twice may be dear
+            return None  # a stream: reading it twice may be costly
         if self._sha256 is None:
             self._sha256 = _hash_documents(
                 check_encodable(text, f"document {document}") for document, text in self.pieces()

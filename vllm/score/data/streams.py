@@ -163,7 +163,7 @@ def decompressed(
     Raises:
         ScoreModeError: it is no text; also later, where compressed data is damaged.
     """
-    stream = io.BufferedReader(_Raw(read), _BUFFER)
+    stream: io.BufferedReader = io.BufferedReader(_Raw(read), _BUFFER)
     head = stream.peek(_HEAD)[:_HEAD]
     codec = _codec(head)
     if codec is None:

@@ -14,6 +14,7 @@ from vllm.score.data.streams import is_pattern
 from vllm.score.errors import ScoreModeError, first_line
 
 _PROBE_SECONDS = 5.0
+_OFFLINE = "HF_HUB_OFFLINE"
 
 
 def hub_source(
@@ -120,18 +121,20 @@ def offline_if_unreachable(name: str) -> Iterator[bool]:
     if constants.HF_HUB_OFFLINE or Path(name).exists() or hub_reachable(constants.ENDPOINT):
         yield constants.HF_HUB_OFFLINE
         return
-    modules: list[Any] = [constants]
+    changed: list[tuple[Any, Any]] = [(os.environ, "1"), (vars(constants), True)]
     if "datasets" in sys.modules:  # has its own switch, read from the environment when imported
-        modules.append(sys.modules["datasets"].config)
-    for module in modules:
-        module.HF_HUB_OFFLINE = True
-    os.environ["HF_HUB_OFFLINE"] = "1"
+        changed.append((vars(sys.modules["datasets"].config), True))
+    before = [switches.get(_OFFLINE) for switches, _ in changed]
+    for switches, value in changed:
+        switches[_OFFLINE] = value
     try:
         yield True
     finally:
-        for module in modules:
-            module.HF_HUB_OFFLINE = False
-        del os.environ["HF_HUB_OFFLINE"]
+        for (switches, _), value in zip(changed, before, strict=True):
+            if value is None:
+                del switches[_OFFLINE]
+            else:
+                switches[_OFFLINE] = value
 
 
 def hub_reachable(endpoint: str) -> bool:
