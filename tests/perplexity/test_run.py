@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tests.perplexity import slow_run
 from tests.perplexity.bigram import IDENTITY, Bigram
 from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
-from vllm.score.data import as_source
+from vllm.score.data import TextSource, as_source
 from vllm.score.data.tokenize import BLOCK
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import Job, PerplexityResult, Settings, prepare
@@ -346,6 +346,23 @@ def test_a_limit_leaves_the_rest_unread(tmp_path: Path) -> None:
     assert result.nll == run(job_for(TEXT, max_tokens=200)).nll
     with pytest.raises(ScoreModeError, match="is not UTF-8"):
         run(job_for(path), Interrupting(1, calls=0))
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(None, 2), (500, 1)])
+def test_the_text_is_read_to_be_checked_and_once_to_be_scored(
+    limit: int | None, passes: int
+) -> None:
+    class Counting(TextSource):
+        begun = 0
+
+        def pieces(self) -> Iterator[tuple[int, str]]:
+            self.begun += 1
+            return super().pieces()
+
+    source = Counting(TEXT)
+    result = run(job_for(source, max_tokens=limit))
+    assert source.begun == passes
+    assert result.nll == run(job_for(max_tokens=limit)).nll
 
 
 def test_resume_needs_a_store() -> None:

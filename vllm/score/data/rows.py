@@ -12,9 +12,10 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -67,19 +68,16 @@ class Columns:
 
 @dataclass
 class Skipped:
-    """Rows that are left out because a required column is null or missing.
+    """Rows that one pass leaves out because a required column is null or missing.
 
     texts: columns in which an empty text is as good as none.
-    rows: how many were left out in the last pass; first: the first of them.
+    rows: how many were left out; first: the first of them.
     """
 
     texts: tuple[str, ...] = ()
     rows: int = 0
     first: str = ""
     columns: dict[str, int] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        self.rows, self.first, self.columns = 0, "", {}
 
     def add(self, where: str, column: str) -> None:
         self.rows += 1
@@ -123,14 +121,14 @@ def read_rows(
     content: str,
     *,
     skipped: Skipped | None = None,
-    digests: Sequence[Any] | None = None,
+    digests: Iterable[Any] = repeat(None),
 ) -> Iterator[Row]:
     """The rows of one or several files, at least one row.
 
     Args:
         content: what the rows are, for errors ("pairs").
         skipped: rows without a required value are counted here and left out; None: an error.
-        digests: for each file a hash that is given its bytes.
+        digests: for each file a hash that is given its bytes, or None.
 
     Raises:
         ScoreModeError: a file is not there, damaged or no table; it lacks a required column, or
@@ -138,11 +136,8 @@ def read_rows(
             left out.
     """
     any_row, all_skipped = False, True
-    if skipped is not None:
-        skipped.clear()
-    for index, path in enumerate(paths):
+    for path, digest in zip(paths, digests, strict=False):
         check_table(path, content)
-        digest = None if digests is None else digests[index]
         columns_seen: set[str] = set()
         first: Row | None = None
         for row in _file_rows(path, columns, digest):

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from numbers import Integral
 from pathlib import Path
 from typing import IO, Any
@@ -251,7 +251,7 @@ class _FileSource(_ColumnSource):
         self._checked: tuple[Any, str, int] | None = None  # state of the files, hash, bytes of text
 
     def pieces(self) -> Iterator[Piece]:
-        return self._pieces([None] * len(self._paths))
+        return self._pieces(repeat(None))
 
     def check(self) -> None:
         state, size = self._state(), 0
@@ -278,10 +278,10 @@ class _FileSource(_ColumnSource):
             return None
         return sum(path.stat().st_size for path in self._paths)
 
-    def _pieces(self, digests: Sequence[Any]) -> Iterator[Piece]:
+    def _pieces(self, digests: Iterable[Any]) -> Iterator[Piece]:
         """digests: for each file a hash that is given its bytes, or None."""
         if table_suffix(self._paths[0]) is None:
-            for document, (path, digest) in enumerate(zip(self._paths, digests, strict=True)):
+            for document, (path, digest) in enumerate(zip(self._paths, digests, strict=False)):
                 with open_bytes(path, digest) as stream:
                     for text in decode_utf8(stream, str(path)):
                         yield document, text
