@@ -22,7 +22,7 @@ from vllm.score.report.style import (
     style,
     svg,
 )
-from vllm.score.report.table import LABELS, headline, provenance_rows
+from vllm.score.report.table import figure_cells, headline, provenance_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,20 +174,7 @@ def render_page(result: PerplexityResult, summary: LossSummary, drawing: str) ->
         )
         for token in summary.hardest
     ]
-    figures = [
-        map(
-            escape,
-            (
-                LABELS.get(figure.name, figure.name),
-                significant(figure.value),
-                "" if figure.standard_error is None else significant(figure.standard_error, 3),
-                "" if figure.interval is None else " to ".join(map(significant, figure.interval)),
-                figure.unit,
-                figure.convention + (f" ({figure.variant})" if figure.variant else ""),
-            ),
-        )
-        for figure in result.figures
-    ]
+    figures = [map(escape, (*figure_cells(each), each.convention)) for each in result.figures]
     provenance = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>"
         for key, value in provenance_rows(result)

@@ -108,17 +108,21 @@ def figure_table(figures: Sequence[Metric]) -> Table:
         if several and figure.convention != seen:
             table.add_row(Text(_title(figure.convention), style="cyan"))
             seen = figure.convention
-        error = figure.standard_error
-        label = LABELS.get(figure.name, figure.name)
-        if figure.variant:
-            label += f", {figure.variant}"
-        table.add_row(
-            Padding(Text(label), (0, 0, 0, 2 if several else 0)),
-            significant(figure.value),
-            "" if error is None else significant(error, 3),
-            figure.unit,
-        )
+        label, value, error, _, unit = figure_cells(figure)
+        table.add_row(Padding(Text(label), (0, 0, 0, 2 if several else 0)), value, error, unit)
     return table
+
+
+def figure_cells(figure: Metric) -> tuple[str, str, str, str, str]:
+    """(what it is, value, standard error, interval, unit), "" for what is not there."""
+    label = LABELS.get(figure.name, figure.name)
+    return (
+        f"{label}, {figure.variant}" if figure.variant else label,
+        significant(figure.value),
+        "" if figure.standard_error is None else significant(figure.standard_error, 3),
+        "" if figure.interval is None else " to ".join(map(significant, figure.interval)),
+        figure.unit,
+    )
 
 
 def provenance_table(result: PerplexityResult) -> Table:
