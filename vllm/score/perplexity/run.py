@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from vllm.score.armed import require_score_mode
 from vllm.score.data import TokenIdsSource, as_source
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.conventions import HF_STRIDE
 from vllm.score.perplexity.job import GROUP_TOKENS, Job, Settings, prepare
