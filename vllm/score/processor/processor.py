@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm.score.checks import Count, Seed, check, check_name
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.config import GenerationConfig, Precision, read_config, read_profile
 from vllm.score.processor.datasets import Example, sample

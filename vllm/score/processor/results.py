@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm.score.engine.token_ids import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.config import GenerationConfig
 from vllm.score.processor.policy import StepValues, Wanted, step_values
 from vllm.score.processor.sequences import Response
+from vllm.score.tokens import read_token_ids
 
 Made = TypeVar("Made")
 EARLY_STEPS = 16

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm.score.checks import Count, Whole, check
-from vllm.score.engine.token_ids import read_token_ids
 from vllm.score.errors import ScoreModeError
-from vllm.score.tokens import encode_texts
+from vllm.score.tokens import encode_inputs
 
 
 @dataclass
@@ -151,15 +150,12 @@ def prompt_ids(prompts: Any, tokenizer: Any, vocab_size: int) -> list[list[int]]
             "prompts must be a list of at least one text, or list of token ids, got "
             f"{prompts!r:.80}."
         )
-    texts = {f"prompts[{i}]": p for i, p in enumerate(listed) if isinstance(p, str)}
-    encoded = iter(encode_texts(tokenizer, list(texts.values()), list(texts)))
-    found = []
-    for i, prompt in enumerate(listed):
-        ids: Any = next(encoded).ids if isinstance(prompt, str) else prompt
-        found.append(read_token_ids(ids, vocab_size, f"prompts[{i}]").tolist())
-        if not found[-1]:
+    names = [f"prompts[{i}]" for i in range(len(listed))]
+    found = [tokens.ids for tokens in encode_inputs(tokenizer, listed, names, vocab_size)]
+    for name, ids in zip(names, found, strict=True):
+        if not ids:
             raise ScoreModeError(
-                f"prompts[{i}] has no token: the first generated token would have no context; "
+                f"{name} has no token: the first generated token would have no context; "
                 "give at least one, such as the beginning-of-sequence token."
             )
     return found
