@@ -58,6 +58,7 @@ _WORDS = {
     bool: "True or False",
     str: "a text",
     dict: "a dict",
+    list: "a list",
 }
 
 

@@ -94,6 +94,9 @@ def _checked_profile(section: str) -> BeforeValidator:
     return BeforeValidator(complete)
 
 
+_DEFAULTS = Field(default_factory=dict, validate_default=True)  # completed by the validator
+
+
 @settings
 class Precision:
     """Dtypes of the Hugging Face path.
@@ -112,15 +115,9 @@ class Precision:
         entropy_fp64: without gradients, softmax, log-probabilities and entropies in float64.
     """
 
-    func_override: Annotated[dict[str, Any], _checked_profile("func_override")] = Field(
-        default_factory=dict, validate_default=True
-    )
-    tf_nograd: Annotated[dict[str, Any], _checked_profile("tf_nograd")] = Field(
-        default_factory=dict, validate_default=True
-    )
-    tf_withgrad: Annotated[dict[str, Any], _checked_profile("tf_withgrad")] = Field(
-        default_factory=dict, validate_default=True
-    )
+    func_override: Annotated[dict[str, Any], _checked_profile("func_override")] = _DEFAULTS
+    tf_nograd: Annotated[dict[str, Any], _checked_profile("tf_nograd")] = _DEFAULTS
+    tf_withgrad: Annotated[dict[str, Any], _checked_profile("tf_withgrad")] = _DEFAULTS
     allow_tf32: Flag = False
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     entropy_fp64: Flag = False

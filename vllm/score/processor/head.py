@@ -12,6 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -62,43 +63,35 @@ def map_logits(
         if found is not None:
             head, columns = found
             hidden = head.hidden_rows(batch)
-    if found is None:
-        return _map_whole_sequences(target, batch, compute, autocast)
+    tokens = batch.tokens
 
-    def score(hidden: Tensor, tokens: Tensor) -> Result:
+    def score(logits_of: Callable[[Any], Tensor], rows: Any, tokens: Tensor) -> Result:
         with autocast_to(autocast, device):
-            logits = head.logits(hidden)
+            logits = logits_of(rows)
         with autocast_to(None, device):
-            return compute(logits, tokens)
+            return compute(logits, tokens.to(logits.device))
 
+    if found is None:
+        whole = partial(_logits_of_response, target, batch)
+        return [score(whole, i, part) for i, part in enumerate(tokens.split(batch.lengths))]
     count = max(1, logits_bytes // (columns * itemsize))
-    parts = zip(hidden.split(count), batch.tokens.to(hidden.device).split(count), strict=True)
-    if checkpointed:
-        return [checkpoint(score, *part, use_reentrant=False) for part in parts]
-    return [score(*part) for part in parts]
+    parts = zip(hidden.split(count), tokens.to(hidden.device).split(count), strict=True)
+    run = partial(checkpoint, score, use_reentrant=False) if checkpointed else score
+    return [run(head.logits, *part) for part in parts]
 
 
-def _map_whole_sequences(
-    target: nn.Module,
-    batch: RowBatch,
-    compute: Callable[[Tensor, Tensor], Result],
-    autocast: torch.dtype | None,
-) -> list[Result]:
-    results = []
-    for i, tokens in enumerate(batch.tokens.split(batch.lengths)):
-        begin, end = batch.responses[i].prompt_length - 1, len(batch.responses[i].ids) - 1
-        part = (slice(i, i + 1), slice(end))
-        given = batch.input_ids[part], batch.attention_mask[part], batch.position_ids[part]
-        with autocast_to(autocast, batch.input_ids.device):
-            logits = model_logits(target, *given)
-        if logits.shape[1] != end:
-            raise ScoreModeError(
-                f"the model gives logits of {logits.shape[1]} positions for {end} tokens: models "
-                "that insert tokens, as prompt tuning does, cannot be scored here."
-            )
-        with autocast_to(None, batch.input_ids.device):
-            results.append(compute(logits[0, begin:], tokens.to(logits.device)))
-    return results
+def _logits_of_response(target: nn.Module, batch: RowBatch, i: int) -> Tensor:
+    """Logits [T, V] that score response i of a batch, by a forward pass of it alone."""
+    end = len(batch.responses[i].ids) - 1
+    part = (slice(i, i + 1), slice(end))
+    given = batch.input_ids[part], batch.attention_mask[part], batch.position_ids[part]
+    logits = model_logits(target, *given)[0]
+    if len(logits) != end:
+        raise ScoreModeError(
+            f"the model gives logits of {len(logits)} positions for {end} tokens: models that "
+            "insert tokens, as prompt tuning does, cannot be scored here."
+        )
+    return logits[batch.responses[i].prompt_length - 1 :]
 
 
 class Head:
@@ -165,40 +158,33 @@ class Head:
 def head_of(target: nn.Module) -> tuple[Head, int] | None:
     """The head and the columns of its logits, or None if it does not work on single rows.
 
-    Tried once a model, against an ordinary call.
+    Tried once per model, against an ordinary call.
     """
     if target not in _checked:
-        expected, found, why = _try_head(target)
-        if expected.isnan().any():
-            return None  # shows nothing, and the caller will refuse the logits
-        fits = not why and _equal(found, expected)
-        if not fits:
+        probe = _probe(next(target.parameters()).device)
+        some = probe.rows[[6, 1, 3]]  # in another order than the sequences'
+        given = probe.input_ids, probe.attention_mask, probe.position_ids
+        with torch.no_grad(), evaluating(target):
+            expected = model_logits(target, *given).flatten(0, 1)[some]
+            if expected.isnan().any():
+                return None  # shows nothing, and the caller will refuse the logits
+            try:
+                head = Head(target)
+                hidden = head.hidden_rows(probe)[some]
+                found = torch.cat([head.logits(hidden[:2]), head.logits(hidden[2:])])
+                why = "" if _equal(found, expected) else "on single rows it gives other logits"
+            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                why = f"{type(error).__name__}: {error}"
+        if why:
             _logger.warning(
                 "The head of %s cannot be run apart from its decoder (%s): the logits of one whole "
                 "sequence are held at a time.",
                 type(causal_model(target)).__name__,
-                why or "on single rows it gives other logits",
+                why,
             )
-        _checked[target] = expected.shape[1] if fits else None
+        _checked[target] = None if why else expected.shape[1]
     columns = _checked[target]
     return None if columns is None else (Head(target), columns)
-
-
-@torch.no_grad()
-def _try_head(target: nn.Module) -> tuple[Tensor, Tensor, str]:
-    """Logits of a few rows as the model gives them, as the head does, and why it cannot."""
-    probe = _probe(next(target.parameters()).device)
-    some = probe.rows[[6, 1, 3]]  # in another order than the sequences'
-    with evaluating(target):
-        whole = model_logits(target, probe.input_ids, probe.attention_mask, probe.position_ids)
-        expected = whole.flatten(0, 1)[some]
-        try:
-            head = Head(target)
-            hidden = head.hidden_rows(probe)[some]
-            found = torch.cat([head.logits(hidden[:2]), head.logits(hidden[2:])])
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            return expected, expected, f"{type(error).__name__}: {error}"
-    return expected, found, ""
 
 
 def _probe(device: torch.device) -> RowBatch:

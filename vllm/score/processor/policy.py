@@ -99,7 +99,8 @@ def step_values(
         # Rounding may lift the part above the whole.
         values["head_mass"] = (kept.total / row.total).clamp_max(1.0)
         values["top1_prob"] = row.e.amax(1) / kept.total
-        values["margin"] = _margin(a)
+        largest = a.topk(min(2, a.shape[1]), dim=1).values
+        values["margin"] = largest[:, 0] - largest[:, -1]
         values["collision"] = (kept.weights * row.e).sum(1) / kept.total.square()
         values["logit_mean"] = row.top + mean
         squares = (b - mean[:, None]).square()
@@ -152,10 +153,3 @@ class _Kept:
             return torch.ones_like(b, dtype=torch.bool)
         floor = self.floor if b.dim() == 1 else self.floor[:, None]
         return b.detach() >= floor
-
-
-def _margin(a: Tensor) -> Tensor:
-    if a.shape[1] == 1:
-        return torch.zeros_like(a[:, 0])
-    first, second = a.topk(2, dim=1).values.unbind(1)
-    return first - second

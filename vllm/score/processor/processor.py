@@ -245,13 +245,9 @@ class SequenceProcessor:
         examples: Sequence[Any] | None = None,
     ) -> list[list[float]]:
         """The `tag_pref` reward [B][G]; 0 where an example or its answer is missing."""
-        if examples is not None and not isinstance(examples, Sequence):
-            raise ScoreModeError(f"examples must be a list, got {type(examples).__name__}.")
-        if examples is not None and len(examples) != len(prompts):
-            raise ScoreModeError(
-                f"examples has {len(examples)} entries for {len(prompts)} prompts."
-            )
-        known = [None] * len(prompts) if examples is None else examples
+        known = [None] * len(prompts) if examples is None else check("examples", examples, list)
+        if len(known) != len(prompts):
+            raise ScoreModeError(f"examples has {len(known)} entries for {len(prompts)} prompts.")
         golds = [getattr(example, "answer", None) for example in known]
         return rewards(sequences.responses_text, golds, self._judge)
 
