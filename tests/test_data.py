@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm.score.data import Source, TokenIdsSource, as_source, file_source, hub_source, stdin_source
-from vllm.score.data.streams import decode_utf8
+from vllm.score.data.streams import atomic_write, decode_utf8
+from vllm.score.data.tables import offline_if_unreachable
 from vllm.score.errors import ScoreModeError
 
 DOCUMENTS = ["hello\nworld", "", "NA", "12", 'é漢😀 "quoted", x', " = Title = \n"]
@@ -234,6 +236,7 @@ def test_a_hub_out_of_reach_is_one_line_with_the_remedy(monkeypatch: pytest.Monk
 
     # Nothing listens on port 9; without the probe this would go through half a minute of retries.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    environment = dict(os.environ)
     for offline in (False, True):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
@@ -243,6 +246,21 @@ def test_a_hub_out_of_reach_is_one_line_with_the_remedy(monkeypatch: pytest.Monk
         assert "no-such-dataset' is not on this machine and the Hugging Face Hub cannot" in message
         assert "pass a local file" in message and "\n" not in message
         assert huggingface_hub.constants.HF_HUB_OFFLINE is offline
+        assert datasets.config.HF_HUB_OFFLINE is offline
+        assert os.environ == environment
+
+
+def test_within_child_processes_are_offline_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with offline_if_unreachable("no-such-owner/no-such-model") as offline:
+        assert offline and os.environ["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in os.environ
+    with offline_if_unreachable(str(Path(__file__).parent)) as offline:  # a path: nobody is asked
+        assert not offline and "HF_HUB_OFFLINE" not in os.environ
 
 
 @pytest.mark.parametrize("place", ["d[1]", "f::g", "h*"])
@@ -321,3 +339,15 @@ def test_a_path_is_a_file_and_a_str_never(tmp_path: Path) -> None:
 def test_what_is_no_source(value: Any, message: str) -> None:
     with pytest.raises(ScoreModeError, match=message):
         as_source(value)
+
+
+def test_a_file_is_written_entirely_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with pytest.raises(OSError, match="full"), atomic_write(path) as file:
+        file.write(b"half")
+        raise OSError("the disk is full")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.bin", b"before")]
+    with atomic_write(path, durable=True) as file:
+        file.write(b"after")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.bin", b"after")]

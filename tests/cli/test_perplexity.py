@@ -60,19 +60,19 @@ def text_file(tmp_path: Path) -> Path:
 # Options alone: neither model nor text are looked at.
 OPTIONS = [
     (["M", "--text", "a b", "--stride", "600", "--context-length", "512"], "stride is 600.*512"),
-    (["M", "--text", "a b", "--context-length", "1"], "context_length is 1; .*at least 2"),
-    (["M", "--text", "a b", "--stride", "0"], "stride is 0; .*at least 1"),
+    (["M", "--text", "a b", "--context-length", "1"], "context_length must be .*at least 2, got 1"),
+    (["M", "--text", "a b", "--stride", "0"], "stride must be .*at least 1, got 0"),
     (["M", "--text", "a b", "--limit", "0"], "--limit must be .* of at least 1.*got 0"),
     (["M", "--text", "a b", "-tp", "0"], "--tensor-parallel-size must be .* at least 1, got 0"),
     (
         ["M", "--text", "a b", "--max-num-seqs", "-1"],
         "--max-num-seqs must be .* at least 1, got -1",
     ),
-    (["M", "--text", "a b", "--convention", "gptg"], "'gptg' is unknown; did you mean 'gptq'"),
+    (["M", "--text", "a b", "--convention", "gptg"], "'gptg' is unknown .did you mean 'gptq'"),
     (["M", "--text", "a b", "--convention", "gptq:x"], "'gptq:x'.* number of tokens"),
     (
         ["M", "--text", "a b", "--bos", "maybe"],
-        "--bos 'maybe' is unknown.*auto, start, window, never",
+        "bos must be one of auto, start, window, never, got 'maybe'",
     ),
     (["M", "--text", "a b", "--dtype", "float31"], "--dtype: invalid choice: 'float31'.*bfloat16"),
     (

@@ -14,12 +14,10 @@ import pytest
 from tests.helpers import record_pairs, with_bos
 from tests.integrations.tasks import ROLLING, SENTENCES
 from vllm.score.data import as_source
+from vllm.score.perplexity import Job, PerplexityResult, Settings, prepare
 from vllm.score.perplexity.conventions import LM_EVAL_HF, LM_EVAL_VLLM
-from vllm.score.perplexity.job import Job, prepare
-from vllm.score.perplexity.result import PerplexityResult
-from vllm.score.perplexity.run import run_job
+from vllm.score.perplexity.run import score_job
 from vllm.score.perplexity.scoring import engine_scorer
-from vllm.score.perplexity.stream import TextStream
 
 pytestmark = pytest.mark.engine
 
@@ -65,29 +63,21 @@ def tool(
 
 
 def the_job(tokenizer: Any, documents: list[str], *names: str) -> Job:
-    return prepare(
-        as_source(documents),
-        tokenizer,
-        context_length=LENGTH,
-        stride=LENGTH // 2,
-        bos="auto",
-        separator="\n\n",
-        conventions=names,
-        max_tokens=None,
-        group_tokens=4096,
+    settings = Settings(
+        context_length=LENGTH, stride=LENGTH // 2, conventions=names, group_tokens=4096
     )
+    return prepare(settings, as_source(documents), tokenizer)
 
 
 def the_run(llm: Any, tokenizer: Any, documents: list[str], *names: str) -> PerplexityResult:
     job = the_job(tokenizer, documents, *names)
-    return run_job(job, engine_scorer(llm), IDENTITY, use_tqdm=False)
+    return score_job(job, engine_scorer(llm), IDENTITY, use_tqdm=False)
 
 
 def windows(job: Job) -> Iterator[tuple[list[int], list[int]]]:
     """(context, targets) of the windows of the convention."""
     plan = job.conventions[0].plan
-    stream = TextStream(job.chunks(plan))
-    for window in stream.windows(plan.windows, prefix=plan.prefix, added=plan.added):
+    for window in job.stream(plan).windows(plan):
         yield window.token_ids[: -window.num_targets], window.target_ids
 
 

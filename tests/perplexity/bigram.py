@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.perplexity.stream import Window
+from vllm.score.perplexity.windows import Window
 
 IDENTITY: dict[str, Any] = {
     "model": {"name": "bigram", "weights_sha256": "0" * 64},

@@ -11,10 +11,9 @@ import numpy as np
 
 from tests.perplexity.bigram import IDENTITY, Bigram
 from vllm.score.data import as_source
-from vllm.score.perplexity.job import Job, prepare
-from vllm.score.perplexity.result import PerplexityResult
-from vllm.score.perplexity.run import run_job
-from vllm.score.perplexity.stream import Window
+from vllm.score.perplexity import Job, PerplexityResult, Settings, prepare
+from vllm.score.perplexity.run import score_job
+from vllm.score.perplexity.windows import Window
 
 VOCABULARY = 300
 
@@ -31,22 +30,21 @@ class Slow(Bigram):
 
 def job() -> Job:
     """Token ids only: nothing heavy to import."""
-    return prepare(
-        as_source(np.random.default_rng(1).integers(0, VOCABULARY, 6000)),
-        None,
+    settings = Settings(
         context_length=96,
         stride=40,
-        bos="auto",
         separator=None,
         conventions=("hf-stride", "gptq:96", "llama.cpp:64"),
-        max_tokens=None,
         group_tokens=1000,
+    )
+    return prepare(
+        settings, as_source(np.random.default_rng(1).integers(0, VOCABULARY, 6000)), None
     )
 
 
 def run(model: Bigram, store: Path | None) -> PerplexityResult:
     resume = store is not None
-    return run_job(job(), model.score, IDENTITY, store=store, resume=resume, use_tqdm=False)
+    return score_job(job(), model.score, IDENTITY, store=store, resume=resume, use_tqdm=False)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ from tests.perplexity.bigram import IDENTITY
 from tests.perplexity.texts import PROSE
 from vllm.score.data import as_source
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.figures import EXACT, GUIDE_CURRENT, GUIDE_UNTIL_2024
-from vllm.score.perplexity.job import prepare
-from vllm.score.perplexity.result import PerplexityResult
-from vllm.score.perplexity.run import run_job
+from vllm.score.perplexity import PerplexityResult, Settings, prepare
+from vllm.score.perplexity.metrics import EXACT, GUIDE_CURRENT, GUIDE_UNTIL_2024
+from vllm.score.perplexity.run import score_job
 from vllm.score.perplexity.scoring import engine_scorer
 
 pytestmark = pytest.mark.engine
@@ -53,18 +52,9 @@ def tokenizer(request: pytest.FixtureRequest, model_dir: Callable[..., Path]) ->
 
 
 def run(llm: Any, tokenizer: Any, *names: str) -> PerplexityResult:
-    job = prepare(
-        as_source(DOCUMENTS),
-        tokenizer,
-        context_length=CONTEXT,
-        stride=STRIDE,
-        bos="auto",
-        separator="\n\n",
-        conventions=names,
-        max_tokens=None,
-        group_tokens=4096,
-    )
-    return run_job(job, engine_scorer(llm), IDENTITY, use_tqdm=False)
+    settings = Settings(context_length=CONTEXT, stride=STRIDE, conventions=names, group_tokens=4096)
+    job = prepare(settings, as_source(DOCUMENTS), tokenizer)
+    return score_job(job, engine_scorer(llm), IDENTITY, use_tqdm=False)
 
 
 def close(value: float) -> Any:

@@ -21,7 +21,7 @@ from tests.perplexity.engine_run import SETTINGS, TEXT
 from tests.perplexity.texts import PROSE
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import perplexity
-from vllm.score.perplexity.figures import EXACT
+from vllm.score.perplexity.metrics import EXACT
 
 pytestmark = pytest.mark.engine
 

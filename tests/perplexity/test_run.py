@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,39 +15,35 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tqdm import tqdm
 
 from tests.perplexity import slow_run
 from tests.perplexity.bigram import IDENTITY, Bigram
 from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
-from vllm.score.data import as_source
+from vllm.score.data import TextSource, as_source
+from vllm.score.data.tokenize import BLOCK
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity import resync
-from vllm.score.perplexity.job import Job, check_fits, check_windows, prepare
-from vllm.score.perplexity.result import PerplexityResult
-from vllm.score.perplexity.run import run_job
-from vllm.score.perplexity.stream import Window
+from vllm.score.perplexity import Job, PerplexityResult, Settings, prepare
+from vllm.score.perplexity.run import score_job
+from vllm.score.perplexity.windows import Window
 
 TEXT = PROSE[:20_000]
 NAMES = ("hf-stride", "gptq:96", "llama.cpp:64", "lm-eval-rolling")
 
 
-def job_for(source: Any = TEXT, tokenizer: Any = None, **options: Any) -> Job:
-    settings: dict[str, Any] = {
-        "context_length": 96,
-        "stride": 40,
-        "bos": "auto",
-        "separator": "\n\n",
-        "conventions": (),
-        "max_tokens": None,
-        "group_tokens": 1000,
-        **options,
-    }
-    return prepare(as_source(source), tokenizer or byte_level(), **settings)
+SIZES: dict[str, Any] = {"context_length": 96, "stride": 40, "group_tokens": 1000}
+
+
+def job_for(
+    source: Any = TEXT, tokenizer: Any = None, max_model_len: int | None = None, **options: Any
+) -> Job:
+    settings = Settings(**{**SIZES, **options})
+    return prepare(settings, as_source(source), tokenizer or byte_level(), max_model_len)
 
 
 def run(job: Job, model: Bigram | None = None, **options: Any) -> PerplexityResult:
     model = model or Bigram(len(byte_level()))
-    return run_job(job, model.score, IDENTITY, use_tqdm=False, **options)
+    return score_job(job, model.score, IDENTITY, use_tqdm=False, **options)
 
 
 class Interrupted(Exception):
@@ -154,7 +151,7 @@ def test_another_model_refuses_to_resume(
     run(job_for(), store=tmp_path)
     model = Bigram(len(byte_level()))
     with pytest.raises(ScoreModeError, match=message):
-        run_job(job_for(), model.score, {**IDENTITY, **identity}, store=tmp_path, resume=True)
+        score_job(job_for(), model.score, {**IDENTITY, **identity}, store=tmp_path, resume=True)
     assert model.prompts == []
 
 
@@ -185,7 +182,7 @@ def test_a_text_without_end_is_read_as_it_is_scored() -> None:
     model = Bigram(len(byte_level()))
     result = run(job_for(documents(), max_tokens=5000), model)
     assert result.provenance.scored_tokens == 4999
-    assert read < 3 * resync.BLOCK
+    assert read < 3 * BLOCK
 
 
 def test_rows_of_the_result() -> None:
@@ -240,19 +237,44 @@ def test_max_tokens_scores_the_beginning() -> None:
 
 def test_progress_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     job = job_for()
-    run_job(job, Bigram(len(job.tokenizer)).score, IDENTITY)
+    score_job(job, Bigram(len(job.tokenizer)).score, IDENTITY)
     shown = capsys.readouterr().err
     assert "Scoring: 100%" in shown and "tok/s" in shown
+
+
+def test_the_bar_shows_the_perplexity_so_far() -> None:
+    shown: list[str] = []
+
+    class Bar(tqdm):
+        def refresh(self, *arguments: Any, **options: Any) -> None:
+            shown.append(str(self))
+
+    job, model = job_for(), Bigram(len(byte_level()))
+    result = score_job(job, model.score, IDENTITY, use_tqdm=lambda **options: Bar(**options))
+    losses = -result.tokens()["logprob"].to_numpy().astype(float)
+    found = [re.search(r"perplexity ([\d.]+)", text) for text in shown]
+    values = [float(match[1]) for match in found if match]
+    assert len(values) > 5
+    first_group = sum(targets for _, targets in model.prompts[: 1000 // 96])
+    assert values[0] == pytest.approx(np.exp(losses[:first_group].mean()), rel=1e-5)
+    assert values[-1] == pytest.approx(result.perplexity, rel=1e-5)
+    assert len(set(values)) > 5  # it settles, group by group
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"stride": 97}, "stride is 97, more than context_length 96"),
-        ({"bos": "both"}, "bos is 'both'; it must be one of 'auto'"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"group_tokens": 1.5}, r"group_tokens is 1\.5"),
-        ({"group_tokens": 1 << 21}, "it must be at most 1048576"),
+        ({"stride": 0}, "stride must be a whole number of at least 1, got 0"),
+        ({"context_length": 1}, "context_length must be a whole number of at least 2, got 1"),
+        ({"context_length": True}, "context_length must be a whole number .* got True"),
+        ({"context_length": 96.0}, r"context_length must be a whole number .* got 96\.0"),
+        ({"bos": "both"}, "bos must be one of auto, start, window, never, got 'both'"),
+        ({"separator": 1}, "separator must be a text or None, got 1"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1 or None, got 0"),
+        ({"group_tokens": 1.5}, r"group_tokens must be a whole number .* got 1\.5"),
+        ({"group_tokens": 1 << 21}, "group_tokens must be a whole number .* 1,?048,?576"),
+        ({"strid": 5}, "Settings has no strid .did you mean 'stride'"),
         ({"conventions": "gtpq"}, "did you mean 'gptq'"),
     ],
 )
@@ -268,27 +290,16 @@ def test_nothing_to_score_is_an_error(source: Any) -> None:
 
 
 def test_windows_longer_than_the_model() -> None:
-    check_fits(job_for(), 96)
+    job_for(max_model_len=96)
     with pytest.raises(ScoreModeError, match="context_length is 96, more than the engine's max_mo"):
-        check_fits(job_for(), 95)
+        job_for(max_model_len=95)
     with pytest.raises(ScoreModeError, match=r"convention 'gptq' .* 2048 .* ask for 'gptq:96'"):
-        check_fits(job_for(conventions="gptq"), 96)
+        job_for(conventions="gptq", max_model_len=96)
 
 
 def test_text_without_a_tokenizer_is_an_error() -> None:
-    job = job_for()
     with pytest.raises(ScoreModeError, match="the engine has no tokenizer"):
-        prepare(
-            job.source,
-            None,
-            context_length=8,
-            stride=4,
-            bos="auto",
-            separator=None,
-            conventions=(),
-            max_tokens=None,
-            group_tokens=8,
-        )
+        prepare(Settings(), as_source(TEXT), None)
 
 
 def test_token_ids_without_a_tokenizer() -> None:
@@ -335,6 +346,23 @@ def test_a_limit_leaves_the_rest_unread(tmp_path: Path) -> None:
     assert result.nll == run(job_for(TEXT, max_tokens=200)).nll
     with pytest.raises(ScoreModeError, match="is not UTF-8"):
         run(job_for(path), Interrupting(1, calls=0))
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(None, 2), (500, 1)])
+def test_the_text_is_read_to_be_checked_and_once_to_be_scored(
+    limit: int | None, passes: int
+) -> None:
+    class Counting(TextSource):
+        begun = 0
+
+        def pieces(self) -> Iterator[tuple[int, str]]:
+            self.begun += 1
+            return super().pieces()
+
+    source = Counting(TEXT)
+    result = run(job_for(source, max_tokens=limit))
+    assert source.begun == passes
+    assert result.nll == run(job_for(max_tokens=limit)).nll
 
 
 def test_resume_needs_a_store() -> None:
@@ -415,14 +443,14 @@ def test_the_remedy_for_a_text_with_nothing_to_score_leads_somewhere() -> None:
     from transformers import PreTrainedTokenizerFast
 
     with pytest.raises(ScoreModeError, match="longer text, or put a BOS in front"):
-        check_windows(job_for("a"))
-    check_windows(job_for("a", bos="start"))
+        job_for("a")
+    job_for("a", bos="start")
     bare = PreTrainedTokenizerFast(tokenizer_object=byte_level().backend_tokenizer)
     for bos in ("auto", "never"):
         with pytest.raises(ScoreModeError, match=r"give a longer text$"):
-            check_windows(job_for("a", bare, bos=bos))
+            job_for("a", bare, bos=bos)
     with pytest.raises(ScoreModeError, match=r"give a longer text$"):
-        check_windows(job_for("", bos="start"))
+        job_for("", bos="start")
     with pytest.raises(ScoreModeError, match="use bos='never'"):
         job_for("a", bare, bos="start")
 
@@ -431,8 +459,8 @@ def test_the_remedy_for_a_text_with_nothing_to_score_leads_somewhere() -> None:
 def test_the_size_that_a_convention_is_offered_fits(name: str) -> None:
     text = "word " * 100
     with pytest.raises(ScoreModeError, match=f"convention '{name}'") as error:
-        check_windows(job_for(text, conventions=name))
+        job_for(text, conventions=name)
     size = str(error.value).rpartition("NAME:")[2].rstrip(")")
-    check_windows(job_for(text, conventions=f"{name}:{size}"))
+    job_for(text, conventions=f"{name}:{size}")
     with pytest.raises(ScoreModeError, match="need at least"):
-        check_windows(job_for(text, conventions=f"{name}:{int(size) + 1}"))
+        job_for(text, conventions=f"{name}:{int(size) + 1}")

@@ -8,9 +8,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.score.perplexity.stream import TextStream, Window
-from vllm.score.perplexity.tokenize import TokenChunk
-from vllm.score.perplexity.windows import RowWindows, SlidingWindows
+from vllm.score.data.tokenize import TokenChunk
+from vllm.score.perplexity.windows import (
+    RowWindows,
+    ScoringPlan,
+    SlidingWindows,
+    TextStream,
+    Window,
+)
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 99), max_size=60), min_size=1, max_size=4)
 
@@ -37,7 +42,7 @@ def test_each_token_is_a_target_once_with_its_text(
     plan = SlidingWindows(context, data.draw(st.integers(1, context - 1)))
     prefix = data.draw(st.sampled_from([[], [500]]))
     stream = TextStream(chunks(documents, chunk))
-    windows = list(stream.windows(plan, prefix=prefix))
+    windows = list(stream.windows(ScoringPlan(plan, prefix=tuple(prefix))))
     scored = [
         (w.document, w.position + i, token, text)
         for w in windows
@@ -63,7 +68,7 @@ def test_each_token_is_a_target_once_with_its_text(
 def test_chunks_do_not_matter(
     documents: list[list[int]], chunk: int, context: int, texts: bool
 ) -> None:
-    plan = SlidingWindows(context, 2)
+    plan = ScoringPlan(SlidingWindows(context, 2))
     one = TextStream(chunks(documents, 1, texts))
     other = TextStream(chunks(documents, chunk, texts))
     assert list(one.windows(plan)) == list(other.windows(plan))
@@ -72,7 +77,8 @@ def test_chunks_do_not_matter(
 
 def test_a_token_before_every_window() -> None:
     stream = TextStream(chunks([[1, 2, 3, 4, 5]], 2))
-    windows = list(stream.windows(SlidingWindows(4, 2, reserved=1), every_window=[9]))
+    plan = ScoringPlan(SlidingWindows(4, 2, reserved=1), every_window=(9,))
+    windows = list(stream.windows(plan))
     assert [(w.token_ids, w.num_targets, w.position) for w in windows] == [
         ([9, 1, 2, 3], 3, 0),
         ([9, 3, 4, 5], 2, 3),
@@ -81,7 +87,8 @@ def test_a_token_before_every_window() -> None:
 
 def test_a_token_in_the_place_of_each_first() -> None:
     stream = TextStream(chunks([[1, 2, 3, 4, 5, 6, 7]], 3))
-    windows = list(stream.windows(RowWindows(3), prefix=[9], replace_first=9))
+    plan = ScoringPlan(RowWindows(3), prefix=(9,), replace_first=9)
+    windows = list(stream.windows(plan))
     assert [(w.token_ids, w.target_ids, w.position) for w in windows] == [
         ([9, 1, 2], [1, 2], 0),
         ([9, 4, 5], [4, 5], 3),
@@ -91,21 +98,21 @@ def test_a_token_in_the_place_of_each_first() -> None:
 def test_hash_is_that_of_the_text() -> None:
     text = "é 漢"
     stream = TextStream([TokenChunk(0, [1, 2], ["é", " 漢"], text)])
-    list(stream.windows(SlidingWindows(8, 4)))
+    list(stream.windows(ScoringPlan(SlidingWindows(8, 4))))
     assert stream.sha256() == hashlib.sha256(text.encode()).hexdigest()
     assert stream.bytes == len(text.encode())
 
 
 def test_hash_of_ids_where_there_is_no_text() -> None:
     stream = TextStream(chunks([[3, 1, 2]], 2, texts=False))
-    (window,) = stream.windows(SlidingWindows(8, 4))
+    (window,) = stream.windows(ScoringPlan(SlidingWindows(8, 4)))
     assert window.texts is None
     assert stream.sha256() == hashlib.sha256(np.array([3, 1, 2], dtype="<i8")).hexdigest()
 
 
 def test_a_plan_that_stops_early_still_reads_to_the_end() -> None:
     stream = TextStream(chunks([list(range(50))], 7))
-    windows: list[Window] = list(stream.windows(RowWindows(5, max_rows=2)))
+    windows: list[Window] = list(stream.windows(ScoringPlan(RowWindows(5, max_rows=2))))
     assert len(windows) == 2
     assert stream.tokens == 50
 
@@ -119,6 +126,7 @@ def test_only_a_window_is_kept() -> None:
             produced += 10
             yield TokenChunk(0, [1] * 10, None, None)
 
-    windows = TextStream(endless()).windows(SlidingWindows(64, 16))  # type: ignore[arg-type]
+    plan = ScoringPlan(SlidingWindows(64, 16))
+    windows = TextStream(endless()).windows(plan)  # type: ignore[arg-type]
     for number, window in zip(range(500), windows, strict=False):
         assert produced <= window.position + window.num_targets + 20, number

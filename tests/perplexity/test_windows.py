@@ -15,7 +15,6 @@ from vllm.score.perplexity.windows import (
     SlidingWindows,
     Span,
     WindowPlan,
-    known_length,
 )
 
 LENGTHS = st.integers(0, 200)
@@ -28,7 +27,7 @@ def sliding(draw: st.DrawFn) -> SlidingWindows:
 
 
 def spans(plan: WindowPlan, length: int, lead: int = 0) -> list[Span]:
-    return list(plan.spans(known_length(length), lead=lead))
+    return list(plan.spans(lambda wanted: min(wanted, length), lead=lead))
 
 
 def targets(plan: WindowPlan, length: int, lead: int = 0) -> list[int]:
@@ -78,7 +77,7 @@ def test_a_bos_a_window_leaves_no_token_out(size: int, data: st.DataObject, leng
 def test_sliding_context_is_at_least_the_overlap(plan: SlidingWindows, length: int) -> None:
     for span in spans(plan, length)[1:]:
         assert span.first_target - span.begin >= max(1, plan.context_length - plan.stride)
-        assert span.num_targets <= plan.stride
+        assert span.end - span.first_target <= plan.stride
 
 
 def test_last_window_keeps_the_grid() -> None:
@@ -161,19 +160,3 @@ def test_spans_move_forward_and_have_context(plan: WindowPlan, length: int) -> N
     for span in found:
         assert span.begin < span.first_target < span.end <= length
         assert span.end - span.begin <= plan.context_length
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SlidingWindows(8, 9), "stride is 9, more than context_length 8"),
-        (lambda: SlidingWindows(8, 0), "stride is 0"),
-        (lambda: SlidingWindows(1, 1), "context_length is 1"),
-        (lambda: SlidingWindows(True, 1), "context_length is True"),
-        (lambda: SlidingWindows(8.0, 1), "context_length is 8.0"),  # type: ignore[arg-type]
-        (lambda: RowWindows(8, first_scored=8), "first_scored is 8"),
-    ],
-)
-def test_impossible_plans_are_refused(make: object, message: str) -> None:
-    with pytest.raises(ScoreModeError, match=message):
-        make()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and characters as people read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm.score.report.characters import PART, head, tail, visible, visible_token
 from vllm.score.report.numbers import significant
 
 
@@ -40,3 +41,38 @@ def test_special_values(value):
 )
 def test_examples(value, digits, text):
     assert significant(value, digits) == text
+
+
+@given(st.text())
+def test_nothing_breaks_the_line_and_nothing_is_lost(text):
+    shown = visible(text)
+    assert shown.isprintable()
+    assert len(shown) >= len(text)
+    assert [char for char in text if char.isprintable()] == [
+        char for char in text if char.isprintable() and char in shown
+    ]
+
+
+def test_spaces_of_a_token_are_marked():
+    assert visible_token(" a\n", 7) == "␣a↵"
+    assert visible(" a\n") == " a↵"
+
+
+def test_what_a_font_lacks_is_escaped():
+    assert visible("a漢😀", drawable=str.isascii) == "a\\u6f22\\U0001f600"
+
+
+def test_tokens_without_characters_of_their_own():
+    assert visible_token("", 7) == PART
+    assert visible_token(None, 7) == "[7]"
+
+
+@given(st.text(), st.integers(2, 20))
+def test_cut_to_a_width(text, width):
+    beginning, end = head(text, width), tail(text, width)
+    if len(text) <= width:
+        assert beginning == end == text
+    else:
+        assert len(beginning) == len(end) == width
+        assert beginning[-1] == end[0] == "…"
+        assert text.startswith(beginning[:-1]) and text.endswith(end[1:])

@@ -14,3 +14,8 @@ class ScoreModeError(ValueError):
 
 class ScoreModeUnavailable(RuntimeError):
     """Score mode cannot run in this installation; the message says why and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says first, to be put into a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -6,28 +6,21 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 
 from vllm.score.armed import require_score_mode
-from vllm.score.checks import Count, check, check_name
+from vllm.score.checks import Count, check
 from vllm.score.cli.common import check_output, check_writable
 from vllm.score.cli.inputs import check_text, open_text
 from vllm.score.cli.model import Model
-from vllm.score.data import Source, file_source
+from vllm.score.data import file_source
 from vllm.score.errors import ScoreModeError
 from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.perplexity import PerplexityResult, Settings, prepare, run_job
 from vllm.score.perplexity import conventions as known
-from vllm.score.perplexity import perplexity as run
-from vllm.score.perplexity.job import check_windows, prepare
-from vllm.score.perplexity.plans import BOS_RULES
-from vllm.score.perplexity.result import PerplexityResult
-from vllm.score.perplexity.run import GROUP_TOKENS
-from vllm.score.perplexity.windows import SlidingWindows
-from vllm.score.report.baseline import Baseline
-from vllm.score.report.machine import to_json
-from vllm.score.report.table import print_result
+from vllm.score.report.table import Baseline, print_result, to_json
 from vllm.score.tiny.embedded import EmbeddedModel, embedded_model
 
 
@@ -36,19 +29,16 @@ def perplexity(options: Namespace, results: TextIO) -> None:
     require_score_mode()
     progress = not options.quiet
     model = Model(options)
-    settings: dict[str, Any] = {
-        "context_length": options.context_length,
-        "stride": options.stride,
-        "bos": options.bos,
-        "separator": None if options.separate_documents else "\n\n",
-        "conventions": options.convention,
-        "max_tokens": options.limit,
-    }
     is_named = check_text(options)
-    SlidingWindows(options.context_length, options.stride)
-    check_name("--bos", options.bos, BOS_RULES)
-    length = known.longest_prompt(options.convention, options.context_length)
     check("--limit", options.limit, Count | None)
+    settings = Settings(
+        context_length=options.context_length,
+        stride=options.stride,
+        bos=options.bos,
+        separator=None if options.separate_documents else "\n\n",
+        conventions=options.convention,
+        max_tokens=options.limit,
+    )
     _check_store(options.store, options.resume)
     output = check_output("output", options.output, (".parquet",), options.file)
     plot = check_output("plot", options.plot, (".png", ".html"), options.file)
@@ -62,17 +52,20 @@ def perplexity(options: Namespace, results: TextIO) -> None:
     source = None
     if is_named or model.name is not None:
         source = open_text(options)
-        _check_text(source, options.limit)
+        if options.limit is None:
+            source.check()
     model.read(make)
     if source is None:
         source = file_source(embedded[0].held_out_text)
     _check_fits(model, options.context_length, options.convention)
-    check_windows(prepare(source, model.tokenizer, group_tokens=GROUP_TOKENS, **settings))
-    llm = model.start(length, known.longest_window(options.convention, options.context_length))
+    job = prepare(settings, source, model.tokenizer)
+    llm = model.start(
+        known.longest_prompt(options.convention, options.context_length),
+        known.longest_window(options.convention, options.context_length),
+    )
     bars = shows_bars(progress)
     with long_step(f"Scoring {source.name}", "Scored", progress and not bars):
-        store = {"store": options.store, "resume": options.resume}
-        result = run(llm, source, **store, use_tqdm=bars, **settings)
+        result = run_job(llm, job, store=options.store, resume=options.resume, use_tqdm=bars)
     baselines = _baselines(result, embedded[0]) if embedded else []
     if options.json:
         print(to_json(result, baselines), file=results)
@@ -106,17 +99,6 @@ def _check_store(name: str | None, resume: bool) -> None:
         )
     existing = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
     check_writable(said, store, existing)
-
-
-def _check_text(source: Source, limit: int | None) -> None:
-    """A text that can be read and is not empty.
-
-    Reads all of it; with a limit only up to its first character.
-    """
-    if limit is None:
-        source.check()
-    if not any(text for _, text in source.pieces()):
-        raise ScoreModeError(f"the text ({source.name}) is empty; there is nothing to score")
 
 
 def _check_fits(model: Model, context_length: int, conventions: Sequence[str]) -> None:

@@ -12,14 +12,15 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vllm.score.data.streams import BOM, CONVERT, check_file, is_compressed, open_bytes
-from vllm.score.errors import ScoreModeError
+from vllm.score.errors import ScoreModeError, first_line
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -67,19 +68,16 @@ class Columns:
 
 @dataclass
 class Skipped:
-    """Rows that are left out because a required column is null or missing.
+    """Rows that one pass leaves out because a required column is null or missing.
 
     texts: columns in which an empty text is as good as none.
-    rows: how many were left out in the last pass; first: the first of them.
+    rows: how many were left out; first: the first of them.
     """
 
     texts: tuple[str, ...] = ()
     rows: int = 0
     first: str = ""
     columns: dict[str, int] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        self.rows, self.first, self.columns = 0, "", {}
 
     def add(self, where: str, column: str) -> None:
         self.rows += 1
@@ -123,14 +121,14 @@ def read_rows(
     content: str,
     *,
     skipped: Skipped | None = None,
-    digests: Sequence[Any] | None = None,
+    digests: Iterable[Any] = repeat(None),
 ) -> Iterator[Row]:
     """The rows of one or several files, at least one row.
 
     Args:
         content: what the rows are, for errors ("pairs").
         skipped: rows without a required value are counted here and left out; None: an error.
-        digests: for each file a hash that is given its bytes.
+        digests: for each file a hash that is given its bytes, or None.
 
     Raises:
         ScoreModeError: a file is not there, damaged or no table; it lacks a required column, or
@@ -138,11 +136,8 @@ def read_rows(
             left out.
     """
     any_row, all_skipped = False, True
-    if skipped is not None:
-        skipped.clear()
-    for index, path in enumerate(paths):
+    for path, digest in zip(paths, digests, strict=False):
         check_table(path, content)
-        digest = None if digests is None else digests[index]
         columns_seen: set[str] = set()
         first: Row | None = None
         for row in _file_rows(path, columns, digest):
@@ -156,14 +151,14 @@ def read_rows(
                 skipped.add(row.where, without)
             elif without not in columns_seen:  # perhaps no row of the file has it
                 remedy = f"{columns.remedy}, or {SKIP}"
-                raise _no_column(row.where, without, row.columns, remedy)
+                raise no_column(row.where, without, row.columns, remedy)
             else:
                 raise _no_value(row, without)
         if first is not None:
             for column in columns.required:
                 if column not in columns_seen:
                     name = f"file {str(path)!r}"
-                    raise _no_column(name, column, first.columns, columns.remedy)
+                    raise no_column(name, column, first.columns, columns.remedy)
     names = ", ".join(str(path) for path in paths)
     if not any_row:
         raise ScoreModeError(f"file {names!r} has no rows; name a file with {content}")
@@ -188,7 +183,8 @@ def _no_value(row: Row, column: str) -> ScoreModeError:
     return ScoreModeError(f"{row.where}: {column!r} {what}; {FILL_IN}")
 
 
-def _no_column(where: str, column: str, columns: Sequence[str], remedy: str) -> ScoreModeError:
+def no_column(where: str, column: str, columns: Sequence[str], remedy: str) -> ScoreModeError:
+    """The error of a table without a wanted column."""
     listed = ", ".join(map(repr, columns))
     its = f"its columns are {listed}" if listed else "it has no columns"
     return ScoreModeError(f"column {column!r} is not in {where}; {its}; {remedy}")
@@ -215,7 +211,7 @@ def _wanted(path: Path, header: Sequence[str], columns: Columns) -> list[str]:
             )
     for column in columns.required:
         if column not in header:
-            raise _no_column(f"file {str(path)!r}", column, header, columns.remedy)
+            raise no_column(f"file {str(path)!r}", column, header, columns.remedy)
     return [column for column in wanted if column in header]
 
 
@@ -358,10 +354,9 @@ def _parquet(path: Path, columns: Columns, digest: Any) -> Iterator[Row]:
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, ScoreModeError):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ScoreModeError(
-                f"file {str(path)!r} cannot be read as Parquet: {reason}; it is damaged or of "
-                "another kind, make it anew"
+                f"file {str(path)!r} cannot be read as Parquet: {first_line(error)}; it is damaged "
+                "or of another kind, make it anew"
             ) from error
 
 

@@ -1,6 +1,6 @@
 """Files as streams of bytes: decompressed where they are compressed, named where they are no text.
 
-What a file is, its first bytes say; its name may say something else.
+What a file is, its first bytes say; its name may say something else. `atomic_write` writes one.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import codecs
 import io
 import lzma
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from vllm.score.errors import ScoreModeError
+from vllm.score.errors import ScoreModeError, first_line
 
 BOM = "\ufeff"
 _BUFFER = 1 << 18
@@ -86,6 +87,37 @@ def is_pattern(name: str) -> bool:
 
 
 @contextmanager
+def atomic_write(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write, which is there entirely or not at all: it is written as PATH.tmp and renamed
+    at the end; after an error nothing is left of it.
+
+    Args:
+        durable: when the context is left, the file survives a crash of the machine.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if durable:
+        synchronise(path.parent)
+
+
+def synchronise(directory: Path) -> None:
+    """Names in the directory survive a crash of the machine."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def open_bytes(path: Path, digest: Any = None, *, text: bool = True) -> Iterator[io.BufferedReader]:
     """The content of a file, decompressed.
 
@@ -131,13 +163,15 @@ def decompressed(
     Raises:
         ScoreModeError: it is no text; also later, where compressed data is damaged.
     """
-    head, stream = _look_ahead(read)
+    stream: io.BufferedReader = io.BufferedReader(_Raw(read), _BUFFER)
+    head = stream.peek(_HEAD)[:_HEAD]
     codec = _codec(head)
     if codec is None:
         if text:
             _check_kind(head, name)
         return stream
-    head, stream = _look_ahead(_decompress(stream, codec, name))
+    stream = io.BufferedReader(_Raw(_decompress(stream, codec, name)), _BUFFER)
+    head = stream.peek(_HEAD)[:_HEAD]
     if _codec(head) is not None:
         raise ScoreModeError(f"{name} is compressed twice; decompress it once, and name the result")
     if text:
@@ -182,7 +216,7 @@ CONVERT = "convert the text, e.g. with iconv -f LATIN1 -t UTF-8 if it is in Lati
 
 
 class _Raw(io.RawIOBase):
-    """`read(size)` as a stream."""
+    """`read(size)` as a stream, which fills every buffer as far as there is something."""
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
         self._read = read
@@ -191,26 +225,11 @@ class _Raw(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _look_ahead(read: Callable[[int], bytes]) -> tuple[bytes, io.BufferedReader]:
-    """The first bytes, and a stream of all."""
-    head = b""
-    while len(head) < _HEAD and (more := read(_HEAD - len(head))):
-        head += more
-    waiting = head
-
-    def again(size: int) -> bytes:
-        nonlocal waiting
-        if not waiting:
-            return read(size)
-        data, waiting = waiting[:size], waiting[size:]
-        return data
-
-    return head, io.BufferedReader(_Raw(again), _BUFFER)
+        filled = 0
+        while filled < len(buffer) and (data := self._read(len(buffer) - filled)):
+            buffer[filled : filled + len(data)] = data
+            filled += len(data)
+        return filled
 
 
 def _decompress(stream: io.BufferedReader, codec: str, name: str) -> Callable[[int], bytes]:
@@ -226,10 +245,9 @@ def _decompress(stream: io.BufferedReader, codec: str, name: str) -> Callable[[i
         try:
             return bytes(opened.read(size))
         except (OSError, EOFError, lzma.LZMAError) as error:  # pyarrow's are OSErrors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ScoreModeError(
-                f"{name} cannot be decompressed by {codec}: {reason}; it is incomplete or damaged, "
-                "make it anew"
+                f"{name} cannot be decompressed by {codec}: {first_line(error)}; it is incomplete "
+                "or damaged, make it anew"
             ) from error
 
     return read

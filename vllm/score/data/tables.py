@@ -1,91 +1,20 @@
-"""`datasets` objects, in memory, on disk or on the Hugging Face Hub."""
+"""Datasets on the Hugging Face Hub or saved in a folder, and whether the hub can be reached."""
 
 from __future__ import annotations
 
-import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm.score.data.columns import NAME_ANOTHER, text_column
-from vllm.score.data.rows import FILL_IN, Skipped
-from vllm.score.data.source import Piece, Source
+from vllm.score.data.sources import DatasetSource, Source
 from vllm.score.data.streams import is_pattern
-from vllm.score.errors import ScoreModeError
-from vllm.score.tokens import check_encodable
+from vllm.score.errors import ScoreModeError, first_line
 
 _PROBE_SECONDS = 5.0
-
-
-class DatasetSource(Source):
-    """A `datasets.Dataset` or `datasets.IterableDataset`: one document a row.
-
-    Args:
-        dataset: the rows.
-        column: the text column; by default "text".
-        skip_empty: leave out rows whose text is null or empty.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        column: str | None = None,
-        name: str = "dataset",
-        *,
-        skip_empty: bool = False,
-    ) -> None:
-        self.name = name
-        self.skip_empty = skip_empty
-        self._sha256: str | None = None
-        self._dataset = dataset
-        names = dataset.column_names
-        if names is None:  # a stream that has not been looked into
-            names = list(next(iter(dataset), {}))
-        self._column = text_column(names, column, name)
-        self._skipped = Skipped((self._column,)) if skip_empty else None
-
-    def pieces(self) -> Iterator[Piece]:
-        return enumerate(self._texts())
-
-    def check(self) -> None:
-        self.content_sha256()
-
-    def notes(self) -> list[str]:
-        return [] if self._skipped is None else self._skipped.notes()
-
-    def content_sha256(self) -> str | None:
-        if not hasattr(self._dataset, "__len__"):
-            return None  # a stream: reading it twice may be dear
-        if self._sha256 is None:
-            digest = hashlib.sha256()
-            for document, text in self.pieces():
-                data = check_encodable(text, f"document {document}")
-                digest.update(len(data).to_bytes(8, "little"))
-                digest.update(data)
-            self._sha256 = digest.hexdigest()
-        return self._sha256
-
-    def _texts(self) -> Iterator[str]:
-        if self._skipped is not None:
-            self._skipped.clear()
-        for number, text in enumerate(self._values(), 1):
-            if isinstance(text, str) and (text or self._skipped is None):
-                yield text
-                continue
-            where = f"{self.name}, row {number}"
-            if text is not None and text != "":
-                raise ScoreModeError(
-                    f"{where}: {self._column!r} is {text!r:.80} ({type(text).__name__}), not "
-                    f"text; {NAME_ANOTHER}"
-                )
-            if self._skipped is None:
-                raise ScoreModeError(f"{where}: {self._column!r} is null; {FILL_IN}")
-            self._skipped.add(where, self._column)
-
-    def _values(self) -> Iterator[Any]:
-        for batch in self._dataset.select_columns([self._column]).iter(batch_size=1000):
-            yield from batch[self._column]
+_OFFLINE = "HF_HUB_OFFLINE"
 
 
 def hub_source(
@@ -138,9 +67,9 @@ def hub_source(
             "set HF_ENDPOINT to a mirror"
         ) from error
     except Exception as error:  # ValueError for configs and splits, datasets' and HTTP errors
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScoreModeError(
-            f"dataset {name!r} cannot be loaded: {text} (check dataset, config and split)"
+            f"dataset {name!r} cannot be loaded: {first_line(error)} (check dataset, config and "
+            "split)"
         ) from error
     return DatasetSource(loaded, text_column, name, skip_empty=skip_empty)
 
@@ -177,25 +106,35 @@ def _is_saved(directory: Path) -> bool:
 
 
 @contextmanager
-def offline_if_unreachable(dataset: str) -> Iterator[None]:
-    """Switch the hub libraries to offline mode where the hub does not answer.
+def offline_if_unreachable(name: str) -> Iterator[bool]:
+    """Within, the Hugging Face libraries use only what is on this machine, here and in child
+    processes, if the hub does not answer. Without this they retry for minutes before they look.
 
-    Without this a machine without network waits through minutes of retries before the local cache
-    is looked into.
+    Args:
+        name: of a model or dataset; where it is a local path, nobody is asked.
+
+    Yields:
+        whether they are offline, by this or by the user's HF_HUB_OFFLINE.
     """
-    import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    constants = huggingface_hub.constants
-    if Path(dataset).exists() or constants.HF_HUB_OFFLINE or hub_reachable(constants.ENDPOINT):
-        yield
+    if constants.HF_HUB_OFFLINE or Path(name).exists() or hub_reachable(constants.ENDPOINT):
+        yield constants.HF_HUB_OFFLINE
         return
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    changed: list[tuple[Any, Any]] = [(os.environ, "1"), (vars(constants), True)]
+    if "datasets" in sys.modules:  # has its own switch, read from the environment when imported
+        changed.append((vars(sys.modules["datasets"].config), True))
+    before = [switches.get(_OFFLINE) for switches, _ in changed]
+    for switches, value in changed:
+        switches[_OFFLINE] = value
     try:
-        yield
+        yield True
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        for (switches, _), value in zip(changed, before, strict=True):
+            if value is None:
+                del switches[_OFFLINE]
+            else:
+                switches[_OFFLINE] = value
 
 
 def hub_reachable(endpoint: str) -> bool:

@@ -39,8 +39,8 @@ class MeanEstimate:
     """A mean with its block-bootstrap error.
 
     standard_error, interval: None below `MINIMUM_TERMS` terms.
-    block_length: terms a block, a multiple of the cell size.
-    interval: (low, high), percentiles of the resampled means at `level`.
+    block_length: terms per block, a multiple of the cell size.
+    interval: (low, high), percentiles of the resampled means.
     """
 
     mean: float
@@ -48,8 +48,6 @@ class MeanEstimate:
     standard_error: float | None
     block_length: int | None
     interval: tuple[float, float] | None
-    level: float
-    resamples: int
 
 
 class BlockBootstrap:
@@ -64,7 +62,7 @@ class BlockBootstrap:
             raise ScoreModeError(f"max_cells is {max_cells}; it must be at least 4")
         self._max_cells = max_cells + max_cells % 2
         self._cell_size = 1
-        self._cells = np.empty(0, dtype=np.float64)
+        self._cells: list[np.ndarray] = []  # of sums; `_used` in all
         self._used = 0
         self._rest = np.empty(0, dtype=np.float64)
         self._head: list[np.ndarray] = []
@@ -84,11 +82,14 @@ class BlockBootstrap:
         while pending.size - position >= self._cell_size:
             room = self._max_cells - self._used
             if room == 0:
-                self._halve()
+                self._cells = [np.concatenate(self._cells).reshape(-1, 2).sum(axis=1)]
+                self._used //= 2
+                self._cell_size *= 2
                 continue
             count = min((pending.size - position) // self._cell_size, room)
             stop = position + count * self._cell_size
-            self._append(pending[position:stop].reshape(count, self._cell_size).sum(axis=1))
+            self._cells.append(pending[position:stop].reshape(count, -1).sum(axis=1))
+            self._used += count
             position = stop
         self._rest = pending[position:].copy()
 
@@ -104,36 +105,22 @@ class BlockBootstrap:
             raise ScoreModeError("no terms: there is no mean to estimate")
         if not 0 < level < 1:
             raise ScoreModeError(f"level is {level}; it must lie between 0 and 1")
-        cells = self._cells[: self._used]
+        cells = np.concatenate(self._cells)
         mean = math.fsum([float(cells.sum()), float(self._rest.sum())]) / self.terms
         if self.terms < MINIMUM_TERMS:
-            return MeanEstimate(mean, self.terms, None, None, None, level, 0)
+            return MeanEstimate(mean, self.terms, None, None, None)
         # The terms of an incomplete last cell count in the mean, not in its error.
         length = optimal_block_length(np.concatenate(self._head), self.terms)
-        cells_a_block = min(max(1, round(length / self._cell_size)), cells.size)
-        block_length = cells_a_block * self._cell_size
-        deviations = _block_means(cells / self._cell_size, cells_a_block)
+        cells_per_block = min(max(1, round(length / self._cell_size)), cells.size)
+        block_length = cells_per_block * self._cell_size
+        deviations = _block_means(cells / self._cell_size, cells_per_block)
         deviations -= deviations.mean()
         blocks = self.terms / block_length
         error = math.sqrt(float(np.mean(np.square(deviations))) / blocks)
         draws = _resampled_means(deviations, max(1, round(blocks)), resamples, seed)
         low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
         interval = (mean + float(low), mean + float(high))
-        return MeanEstimate(mean, self.terms, error, block_length, interval, level, resamples)
-
-    def _append(self, sums: np.ndarray) -> None:
-        needed = self._used + sums.size
-        if needed > self._cells.size:
-            grown = np.empty(min(max(needed, 2 * self._cells.size), self._max_cells))
-            grown[: self._used] = self._cells[: self._used]
-            self._cells = grown
-        self._cells[self._used : needed] = sums
-        self._used = needed
-
-    def _halve(self) -> None:
-        self._used //= 2
-        self._cells[: self._used] = self._cells.reshape(-1, 2).sum(axis=1)
-        self._cell_size *= 2
+        return MeanEstimate(mean, self.terms, error, block_length, interval)
 
 
 def optimal_block_length(head: np.ndarray, terms: int | None = None) -> float:
@@ -171,11 +158,9 @@ def optimal_block_length(head: np.ndarray, terms: int | None = None) -> float:
 
 def _first_quiet_lag(small: np.ndarray, in_a_row: int) -> int:
     """The last lag before the first `in_a_row` insignificant ones (small[i] is lag i + 1)."""
-    run = 0
-    for index, quiet in enumerate(small.tolist()):
-        run = run + 1 if quiet else 0
-        if run == in_a_row:
-            return index + 1 - in_a_row
+    quiet = np.lib.stride_tricks.sliding_window_view(small, min(in_a_row, small.size)).all(axis=-1)
+    if small.size >= in_a_row and quiet.any():
+        return int(quiet.argmax())
     loud = np.flatnonzero(~small)
     return int(loud[-1]) + 1 if loud.size else 0
 

@@ -1,150 +1,235 @@
-"""The arguments of a run, checked and resolved before a model has to do anything."""
+"""The settings of a run, and a job: settings that have been checked against a text and a model.
+
+`prepare` finds all that can be wrong before a model has to do anything.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import tee
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator, Field
+
+from vllm.score.checks import Count, Whole, settings
 from vllm.score.data import Source, TokenIdsSource
+from vllm.score.data.tokenize import TokenChunk, limit_tokens, tokenize_documents
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.conventions import ConventionRequest, resolve
-from vllm.score.perplexity.plans import ScoringPlan, bos_tokens, join_documents
-from vllm.score.perplexity.scoring import MAX_GROUP_TOKENS
-from vllm.score.perplexity.stream import TextStream
-from vllm.score.perplexity.tokenize import TokenChunk, limit_tokens, tokenize_documents
-from vllm.score.perplexity.windows import SlidingWindows
+from vllm.score.perplexity.conventions import ConventionRequest, convention_names, resolve
+from vllm.score.perplexity.store import UNKNOWN, describe_tokenizer
+from vllm.score.perplexity.windows import ScoringPlan, SlidingWindows, TextStream
+from vllm.score.tokens import automatic_prefix
+
+GROUP_TOKENS = 131072
+
+
+@settings
+class Settings:
+    """What a run scores.
+
+    context_length: tokens of a window, BOS included.
+    stride: tokens scored in each window but the first; at most context_length.
+    bos: the rule for the BOS: "auto": what tokenizer(text) itself puts in front of the text;
+        "start": a BOS in front of the text, whatever the tokenizer does by itself; "window": a BOS
+        in front of every window (for models that cannot do without one, e.g. Gemma); "never":
+        nothing in front of the text.
+    separator: joins documents into one text; None: each is a text of its own.
+    conventions: of `CONVENTIONS`, or names with a window size, or "all".
+    max_tokens: score only the first tokens of the text.
+    group_tokens: prompt tokens sent to the engine at a time; as many as `score` keeps in flight.
+    """
+
+    context_length: Annotated[Whole, Field(ge=2)] = 2048
+    stride: Count = 512
+    bos: Literal["auto", "start", "window", "never"] = "auto"
+    separator: str | None = "\n\n"
+    conventions: Annotated[tuple[str, ...], BeforeValidator(convention_names)] = ()
+    max_tokens: Count | None = None
+    group_tokens: Annotated[Count, Field(le=1 << 20)] = GROUP_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.stride > self.context_length:
+            raise ScoreModeError(
+                f"stride is {self.stride}, more than context_length {self.context_length}: tokens "
+                "between the windows would never be scored; choose a stride of at most "
+                "context_length."
+            )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run with all settings resolved; `run_job` needs no model but a scorer."""
+    """A run with all settings resolved, made by `prepare`.
 
+    plan: the run's own windows. conventions: those asked for.
+    """
+
+    settings: Settings
     source: Source
     tokenizer: Any
     plan: ScoringPlan
-    bos: str
     conventions: tuple[ConventionRequest, ...]
-    max_tokens: int | None
-    group_tokens: int
+    # separator -> a pass over the text of which the first windows have been read, to be continued
+    _begun: dict[str | None, Iterator[TokenChunk]] = field(default_factory=dict, compare=False)
 
-    def settings(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What the prompts and their grouping depend on."""
+        chosen = self.settings
+        text: dict[str, Any] = {"sha256": self.source.content_sha256() or UNKNOWN}
+        if self.source.skip_empty:
+            text["skip_empty"] = True
         return {
-            **self.plan.describe(),
-            "bos": self.bos,
-            "max_tokens": "all" if self.max_tokens is None else self.max_tokens,
-            "group_tokens": self.group_tokens,
+            "tokenizer": describe_tokenizer(self.tokenizer),
+            "settings": {
+                **self.plan.describe(),
+                "bos": chosen.bos,
+                "max_tokens": "all" if chosen.max_tokens is None else chosen.max_tokens,
+                "group_tokens": chosen.group_tokens,
+            },
+            "text": text,
         }
 
-    def chunks(self, plan: ScoringPlan) -> Iterator[TokenChunk]:
-        """The tokens of the source, as the plan joins the documents."""
+    def stream(self, plan: ScoringPlan) -> TextStream:
+        """The tokens of the text, its documents joined as the plan says."""
+        begun = self._begun.pop(plan.separator, None)
+        return TextStream(begun or self._chunks(plan.separator))
+
+    def check_windows(self) -> None:
+        """Raise ScoreModeError where the text is too short for the run's windows or a convention's.
+
+        Reads as much of the text as the first windows need, and keeps it for `stream`.
+        """
+        named = [("", self.plan), *((f"convention {r.label!r}", r.plan) for r in self.conventions)]
+        for name, plan in named:
+            chunks = self._begun.get(plan.separator) or self._chunks(plan.separator)
+            self._begun[plan.separator], probe = tee(chunks)
+            stream = TextStream(probe)
+            try:
+                enough = next(stream.windows(plan), None) is not None
+            except ScoreModeError as error:
+                raise ScoreModeError(f"{name}: {error}" if name else str(error)) from error
+            if not enough and name:
+                raise ScoreModeError(
+                    f"{name}: the text ({self.source.name}) is too short for its windows; give a "
+                    "longer text, or leave the convention out"
+                )
+            if not enough:
+                raise self._nothing_to_score(stream)
+
+    def check_fits(self, max_model_len: int) -> None:
+        """Raise ScoreModeError for a window longer than the model's."""
+        size = self.settings.context_length
+        if size > max_model_len:
+            raise ScoreModeError(
+                f"context_length is {size}, more than the engine's max_model_len {max_model_len}; "
+                f"pass context_length={max_model_len} or less (and a stride of at most that), or "
+                "start the engine with a larger max_model_len if the model allows it"
+            )
+        for request in self.conventions:
+            if request.prompt_length > max_model_len:
+                name = request.convention.name
+                raise ScoreModeError(
+                    f"convention {name!r} has windows of {request.prompt_length} tokens, more than "
+                    f"the engine's max_model_len {max_model_len}; ask for "
+                    f"'{name}:{max_model_len - request.convention.predicted}', or start the engine "
+                    "with a larger max_model_len"
+                )
+
+    def _chunks(self, separator: str | None) -> Iterator[TokenChunk]:
+        """A new pass over the text."""
+        chunks: Iterator[TokenChunk]
         if isinstance(self.source, TokenIdsSource):
-            chunks: Iterator[TokenChunk] = (
-                TokenChunk(0 if plan.separator is not None else index, ids, None, None)
-                for index, ids in enumerate(self.source.documents)
+            joined = separator is not None
+            chunks = (
+                TokenChunk(0 if joined else number, ids, None, None)
+                for number, ids in enumerate(self.source.documents)
             )
         else:
-            pieces = join_documents(self.source.pieces(), plan.separator)
-            chunks = tokenize_documents(self.tokenizer, pieces)
-        return limit_tokens(chunks, self.max_tokens)
+            chunks = tokenize_documents(self.tokenizer, _joined(self.source.pieces(), separator))
+        return limit_tokens(chunks, self.settings.max_tokens)
+
+    def _nothing_to_score(self, stream: TextStream) -> ScoreModeError:
+        """The error of a text without a token that has a token of context."""
+        what = "has no token with a token of context" if stream.tokens else "is empty"
+        remedy = "give a longer text"
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is not None and not (self.plan.prefix or self.plan.every_window):
+            remedy += ", or put a BOS in front of it (bos='start', --bos start)"
+        return ScoreModeError(
+            f"the text ({self.source.name}) {what}: nothing can be scored; {remedy}"
+        )
 
 
 def prepare(
-    source: Source,
-    tokenizer: Any,
-    *,
-    context_length: int,
-    stride: int,
-    bos: str,
-    separator: str | None,
-    conventions: str | Iterable[str],
-    max_tokens: int | None,
-    group_tokens: int,
+    settings: Settings, source: Source, tokenizer: Any, max_model_len: int | None = None
 ) -> Job:
-    """Check and resolve the arguments of `perplexity`."""
-    for field, value in (("max_tokens", max_tokens), ("group_tokens", group_tokens)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ScoreModeError(f"{field} is {value!r}; it must be an integer of at least 1")
-    if group_tokens > MAX_GROUP_TOKENS:
-        raise ScoreModeError(
-            f"group_tokens is {group_tokens}; it must be at most {MAX_GROUP_TOKENS}"
-        )
+    """Resolve settings for a text and a model, and check all of it: the BOS, the conventions, that
+    the windows fit the model, that the text can be read (to its end, but with max_tokens) and is
+    long enough.
+
+    Args:
+        tokenizer: the model's; None only for token ids.
+        max_model_len: of the engine; None: it will be started with what the job needs.
+
+    Raises:
+        ScoreModeError: something does not fit.
+    """
     ids_given = isinstance(source, TokenIdsSource)
     if tokenizer is None and not ids_given:
         raise ScoreModeError(
             "the engine has no tokenizer (skip_tokenizer_init=True): give token ids, or start it "
             "with its tokenizer"
         )
-    rule = "never" if ids_given and bos == "auto" else bos
-    prefix, every_window = bos_tokens(rule, tokenizer)
+    prefix, every_window = _bos_tokens(settings.bos, tokenizer, ids_given)
+    windows = SlidingWindows(settings.context_length, settings.stride, reserved=len(every_window))
     plan = ScoringPlan(
-        SlidingWindows(context_length, stride, reserved=len(every_window)),
-        separator=separator,
+        windows,
+        separator=settings.separator,
         prefix=prefix,
         every_window=every_window,
         prefix_once=bool(prefix or every_window),
     )
     requests = resolve(
-        conventions, tokenizer, context_length=context_length, stride=stride, ids_given=ids_given
+        settings.conventions,
+        tokenizer,
+        context_length=settings.context_length,
+        stride=settings.stride,
+        ids_given=ids_given,
     )
-    return Job(source, tokenizer, plan, bos, tuple(requests), max_tokens, group_tokens)
+    job = Job(settings, source, tokenizer, plan, tuple(requests))
+    if max_model_len is not None:
+        job.check_fits(max_model_len)
+    if settings.max_tokens is None:  # else what is not scored is not looked at
+        source.check()
+    job.check_windows()
+    return job
 
 
-def check_windows(job: Job) -> None:
-    """Raise ScoreModeError where the text is too short for the run's windows or a convention's.
-
-    Reads as much of the text as the first windows need.
-    """
-    if not _has_window(job, job.plan):
-        raise nothing_to_score(job)
-    for request in job.conventions:
-        name = f"convention {request.label!r}"
-        try:
-            enough = _has_window(job, request.plan)
-        except ScoreModeError as error:
-            raise ScoreModeError(f"{name}: {error}") from error
-        if not enough:
-            raise ScoreModeError(
-                f"{name}: the text ({job.source.name}) is too short for its windows; give a longer "
-                "text, or leave the convention out"
-            )
-
-
-def nothing_to_score(job: Job) -> ScoreModeError:
-    """The error of a text without a token that has a token of context."""
-    remedy = "give a longer text"
-    bos = getattr(job.tokenizer, "bos_token_id", None)
-    if bos is not None and not (job.plan.prefix or job.plan.every_window):
-        remedy += ", or put a BOS in front of it (bos='start', --bos start)"
-    return ScoreModeError(
-        f"the text ({job.source.name}) has no token with a token of context: nothing can be "
-        f"scored; {remedy}"
-    )
-
-
-def _has_window(job: Job, plan: ScoringPlan) -> bool:
-    stream = TextStream(job.chunks(plan))
-    windows = stream.windows_of(plan)
-    return next(windows, None) is not None
-
-
-def check_fits(job: Job, max_model_len: int) -> None:
-    """Raise ScoreModeError for a window longer than the model's."""
-    if job.plan.windows.context_length > max_model_len:
+def _bos_tokens(
+    rule: str, tokenizer: Any, ids_given: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The BOS rule as (tokens in front of the text, tokens in front of every window)."""
+    if rule == "never" or (rule == "auto" and ids_given):
+        return (), ()
+    if rule == "auto":
+        return tuple(automatic_prefix(tokenizer)), ()
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
         raise ScoreModeError(
-            f"context_length is {job.plan.windows.context_length}, more than the engine's "
-            f"max_model_len {max_model_len}; pass context_length={max_model_len} or less (and a "
-            "stride of at most that), or start the engine with a larger max_model_len if the "
-            "model allows it"
+            f"bos is {rule!r} and asks for a BOS token, but the model's tokenizer has none; use "
+            "bos='never'"
         )
-    for request in job.conventions:
-        prompt = request.context_length + request.convention.predicted
-        if prompt > max_model_len:
-            name = request.convention.name
-            fitting = max_model_len - request.convention.predicted
-            raise ScoreModeError(
-                f"convention {name!r} has windows of {prompt} tokens, more than the engine's "
-                f"max_model_len {max_model_len}; ask for '{name}:{fitting}', or start the engine "
-                "with a larger max_model_len"
-            )
+    return ((int(bos),), ()) if rule == "start" else ((), (int(bos),))
+
+
+def _joined(pieces: Iterable[tuple[int, str]], separator: str | None) -> Iterator[tuple[int, str]]:
+    """Documents as one text with `separator` between them, or as they are (None)."""
+    previous: int | None = None
+    for document, text in pieces:
+        if separator is None:
+            yield document, text
+            continue
+        if previous not in (None, document):
+            yield 0, separator
+        previous = document
+        yield 0, text

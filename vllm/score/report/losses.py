@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.perplexity.result import PerplexityResult
-
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from vllm.score.perplexity.metrics import PerplexityResult
 
 MOST_BLOCKS = 200  # points of the curve: more cannot be told apart on a page
 SMALLEST_BLOCK = 16  # tokens; a mean of fewer follows the single tokens

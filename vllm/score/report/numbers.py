@@ -1,8 +1,10 @@
-"""Numbers as people read them."""
+"""Numbers as people and JSON read them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 HASH_DIGITS = 12  # of a sha256, where people compare by eye
 
@@ -31,3 +33,14 @@ def count(number: int) -> str:
 def short_hash(digest: str) -> str:
     """The first digits of a hash; words such as "unknown" as they are."""
     return digest[:HASH_DIGITS]
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with each infinity, which JSON does not have, as the string "Infinity"."""
+    if isinstance(value, Mapping):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,22 +1,34 @@
-"""Drawings of a run's losses, with matplotlib and no display."""
+"""A run's losses as drawings, with matplotlib and no display, or as a page with a table."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.result import PerplexityResult
-from vllm.score.report.characters import visible, visible_token
+from vllm.score.report.characters import head, tail, visible, visible_token
 from vllm.score.report.losses import LossSummary, summarize
 from vllm.score.report.numbers import count, significant
-from vllm.score.report.page import render_page
-from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, layout, style
+from vllm.score.report.style import (
+    BLUE,
+    GREY,
+    LIGHT,
+    RED,
+    drawable,
+    html_page,
+    layout,
+    style,
+    svg,
+)
+from vllm.score.report.table import figure_cells, headline, provenance_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from vllm.score.perplexity.metrics import PerplexityResult
 
 FORMATS = (".png", ".html")
 HARDEST_DRAWN = 12
@@ -31,15 +43,12 @@ def write_plot(result: PerplexityResult, path: Path) -> None:
     """
     check_format(path)
     summary = summarize(result)
-    with style():
-        if path.suffix.lower() == ".png":
+    if path.suffix.lower() == ".png":
+        with style():
             draw_all(result, summary).savefig(path, dpi=150)
-            return
-        drawing = io.StringIO()
-        draw_curves(summary).savefig(drawing, format="svg", metadata={"Date": None})
-    svg = drawing.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the declarations of a file of its own
-    path.write_text(render_page(result, summary, svg), encoding="utf-8")
+        return
+    page = render_page(result, summary, svg(draw_curves(summary)))
+    path.write_text(page, encoding="utf-8")
 
 
 def check_format(path: Path) -> None:
@@ -139,8 +148,8 @@ def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
     text_axes.axis("off")
     share = _CONTEXT_WIDTH / (_CONTEXT_WIDTH + _TOKEN_WIDTH)
     for row, token in enumerate(tokens):
-        context = _tail(visible(token.context, drawable), _CONTEXT_WIDTH)
-        text = _head(visible_token(token.text, token.token_id, drawable), _TOKEN_WIDTH)
+        context = tail(visible(token.context, drawable), _CONTEXT_WIDTH)
+        text = head(visible_token(token.text, token.token_id, drawable), _TOKEN_WIDTH)
         text_axes.text(share - 0.005, row, context, ha="right", color=GREY, **style)
         text_axes.text(share + 0.005, row, text, ha="left", color=RED, weight="bold", **style)
     losses = [token.loss for token in tokens]
@@ -152,18 +161,55 @@ def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
     bar_axes.grid(visible=False)
 
 
+def render_page(result: PerplexityResult, summary: LossSummary, drawing: str) -> str:
+    """A drawing (an <svg> element), the hardest tokens in their context, figures, provenance."""
+    number = "number"
+    hardest = [
+        (
+            f"{token.loss:.3f}",
+            count(token.position),
+            f'<span class="context">{escape(visible(token.context))}</span>'
+            f'<span class="token" title="token {token.token_id}">'
+            f"{escape(visible_token(token.text, token.token_id))}</span>",
+        )
+        for token in summary.hardest
+    ]
+    figures = [map(escape, (*figure_cells(each), each.convention)) for each in result.figures]
+    provenance = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>"
+        for key, value in provenance_rows(result)
+    )
+    tables = (
+        ("loss (nats)", "position", "token, after what precedes it"),
+        ("figure", "value", "standard error", "95 % interval", "unit", "convention"),
+    )
+    body = (
+        drawing,
+        "<h2>Hardest tokens</h2>",
+        _html_table(tables[0], (number, number, "text"), hardest),
+        "<h2>Figures</h2>",
+        _html_table(tables[1], ("", number, number, number, "", ""), figures),
+        f"<h2>Where they come from</h2><table>{provenance}</table>",
+        *(f"<p>{escape(note)}</p>" for note in result.notes),
+    )
+    return html_page(headline(result).plain, "\n".join(body))
+
+
+def _html_table(names: Sequence[str], classes: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells are HTML; each column has a class, or "" for none."""
+    lines = [zip(("th",) * len(names), classes, names, strict=True)]
+    lines += [zip(("td",) * len(names), classes, row, strict=True) for row in rows]
+    made = (
+        "".join(f'<{tag} class="{kind}">{cell}</{tag}>' for tag, kind, cell in line)
+        for line in lines
+    )
+    return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in made), "</table>"])
+
+
 def _title(result: PerplexityResult) -> str:
     of = result.provenance
-    model = _tail(of.model, 50)
+    model = tail(of.model, 50)
     return (
         f"Perplexity {significant(result.perplexity)} of {model} ({of.dtype}), "
         f"{count(of.scored_tokens)} tokens, windows {of.context_length}, stride {of.stride}"
     )
-
-
-def _tail(text: str, width: int) -> str:
-    return text if len(text) <= width else "…" + text[1 - width :]
-
-
-def _head(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

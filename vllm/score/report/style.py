@@ -1,10 +1,15 @@
-"""What all drawings have in common."""
+"""What all drawings, and the pages that hold them, have in common."""
 
 from __future__ import annotations
 
+import io
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, LIGHT, RED, GREY = "#1f5a94", "#a9c7e4", "#b3261e", "#5f6368"
 _STYLE = {
@@ -26,6 +31,20 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vllm-score",
 }
+
+_PAGE_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #202124; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+svg { width: 100%; height: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e6e6e6;
+         vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .86rem;
+        white-space: pre-wrap; overflow-wrap: anywhere; }
+.context { color: #5f6368; } .token { color: #b3261e; font-weight: bold; }
+"""
 
 
 def style() -> AbstractContextManager[None]:
@@ -49,3 +68,30 @@ def drawable(char: str) -> bool:
 
     font = get_font(findfont("DejaVu Sans Mono"))
     return char.isprintable() and font.get_char_index(ord(char)) != 0
+
+
+def svg(figure: Figure) -> str:
+    """The drawing as an <svg> element: the same for the same drawing."""
+    drawing = io.StringIO()
+    with style():
+        figure.savefig(drawing, format="svg", metadata={"Date": None})
+    text = drawing.getvalue()
+    return text[text.index("<svg") :]  # without the declarations of a file of its own
+
+
+def html_page(title: str, body: str) -> str:
+    """An HTML file that needs nothing besides.
+
+    Args:
+        title: plain text, also the headline.
+        body: HTML.
+    """
+    name = escape(title)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{_PAGE_STYLE}</style></head><body>
+<h1>{name}</h1>
+{body}
+</body></html>
+"""

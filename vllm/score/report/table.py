@@ -1,17 +1,21 @@
-"""A result as a table for people: 80 columns are enough, colours only on a terminal."""
+"""A result as a table for people (80 columns are enough, colours on a terminal), or as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm.score.perplexity.result import RUN, Figure, PerplexityResult, Provenance
-from vllm.score.report.baseline import Baseline
-from vllm.score.report.numbers import count, short_hash, significant
+from vllm.score.report.numbers import count, json_safe, short_hash, significant
+
+if TYPE_CHECKING:
+    from vllm.score.perplexity.metrics import Metric, PerplexityResult, Provenance
 
 LABELS = {
     "nll": "loss",
@@ -21,6 +25,49 @@ LABELS = {
     "byte_perplexity": "perplexity per byte",
     "bits_per_byte": "bits per byte",
 }
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The perplexity per token of a guess without the model, on the same tokens.
+
+    name: a word, e.g. "uniform".
+    meaning: what is guessed, in words.
+    """
+
+    name: str
+    meaning: str
+    perplexity: float
+
+
+def plain_table(*columns: str, right: Collection[str] = (), fold: Collection[str] = ()) -> Table:
+    """A table without borders, to which rows are added.
+
+    Args:
+        columns: their names.
+        right: those of numbers, which stand at the right.
+        fold: those whose texts may go over several lines.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            no_wrap=name not in fold,
+            overflow="fold",
+        )
+    return table
+
+
+def to_json(result: PerplexityResult, baselines: Sequence[Baseline] = ()) -> str:
+    """Everything but the tokens, as one JSON object.
+
+    Its keys are those of `PerplexityResult.to_dict`, and "baselines": name -> perplexity. JSON has
+    no infinity: a perplexity beyond float64 is the string "Infinity".
+    """
+    content = result.to_dict()
+    content["baselines"] = {baseline.name: baseline.perplexity for baseline in baselines}
+    return json.dumps(json_safe(content), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def print_result(
@@ -51,27 +98,31 @@ def headline(result: PerplexityResult) -> Text:
     return text.append(f"   95 % interval {low} to {high}")
 
 
-def figure_table(figures: Sequence[Figure]) -> Table:
-    """One row a figure, under the name of its convention."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("figure", overflow="fold")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("std. error", justify="right", no_wrap=True)
-    table.add_column("unit", no_wrap=True)
+def figure_table(figures: Sequence[Metric]) -> Table:
+    """One row per figure, under the name of its convention."""
+    numbers = ("value", "std. error")
+    table = plain_table("figure", *numbers, "unit", right=numbers, fold=("figure",))
     several = len({figure.convention for figure in figures}) > 1
     seen: str | None = None
     for figure in figures:
         if several and figure.convention != seen:
             table.add_row(Text(_title(figure.convention), style="cyan"))
             seen = figure.convention
-        error = figure.standard_error
-        table.add_row(
-            Padding(Text(_label(figure)), (0, 0, 0, 2 if several else 0)),
-            significant(figure.value),
-            "" if error is None else significant(error, 3),
-            figure.unit,
-        )
+        label, value, error, _, unit = figure_cells(figure)
+        table.add_row(Padding(Text(label), (0, 0, 0, 2 if several else 0)), value, error, unit)
     return table
+
+
+def figure_cells(figure: Metric) -> tuple[str, str, str, str, str]:
+    """(what it is, value, standard error, interval, unit), "" for what is not there."""
+    label = LABELS.get(figure.name, figure.name)
+    return (
+        f"{label}, {figure.variant}" if figure.variant else label,
+        significant(figure.value),
+        "" if figure.standard_error is None else significant(figure.standard_error, 3),
+        "" if figure.interval is None else " to ".join(map(significant, figure.interval)),
+        figure.unit,
+    )
 
 
 def provenance_table(result: PerplexityResult) -> Table:
@@ -114,14 +165,9 @@ def _procedure(of: Provenance) -> str:
         f"{documents}, hash {short_hash(of.text_sha256)}",
     ]
     if of.block_length is not None:
-        parts.append(f"errors: block bootstrap, {of.block_length} tokens a block")
+        parts.append(f"errors: block bootstrap, {of.block_length} tokens per block")
     return "; ".join(parts)
 
 
 def _title(convention: str) -> str:
-    return "this run" if convention == RUN else convention
-
-
-def _label(figure: Figure) -> str:
-    label = LABELS.get(figure.name, figure.name)
-    return f"{label}, {figure.variant}" if figure.variant else label
+    return "this run" if convention == "run" else convention

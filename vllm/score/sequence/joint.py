@@ -3,7 +3,7 @@
 The tokens of a text depend on what follows only near its end. So a context with several
 continuations is tokenised once, and with each of them only its end. The end's tokens take over at
 a space where both have the same tokens all around; where there is no such place, the whole text is
-tokenised. `vllm.score.perplexity.resync` reads long documents in the same way, and says more.
+tokenised. `vllm.score.data.tokenize` reads long documents in the same way, and says more.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
+
+from vllm.score.data.tokenize import Token, place_to_go_over, tokens_within
 
 # Characters of a context's end that are tokenised with each continuation; its first and last
 # quarter are not compared.
 END = 256
 _LONG = 4 * END
-_AGREEING_TOKENS = 8  # fewer prove nothing
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Shared:
     over: int
     low: int
     high: int
-    agreed: list[tuple[int, int, int]]
+    agreed: list[Token]
 
 
 class JointEncoder:
@@ -113,15 +113,10 @@ def _share(text: str, ids: list[int], offsets: list[tuple[int, int]]) -> _Shared
     starts = [start for start, _ in offsets]
     begin = starts[max(0, bisect_left(starts, len(text) - END + 1) - 1)]
     low, high = begin + END // 4, len(text) - END // 4
-    agreed = _within(ids, offsets, low, high)
-    places = [
-        start
-        for (_, before, end), (_, start, after) in pairwise(agreed)
-        if before < start < after and end <= start and _word_ends(text, end)
-    ]
-    if len(agreed) < _AGREEING_TOKENS or not places:
+    agreed = tokens_within(ids, offsets, low, high)
+    over = place_to_go_over(agreed, text, (low + high) / 2)
+    if over is None:
         return None
-    over = min(places, key=lambda place: abs(place - (low + high) / 2))
     relative = [(token, start - begin, end - begin) for token, start, end in agreed]
     kept = bisect_left(starts, over)
     return _Shared(begin, ids[:kept], kept, over - begin, low - begin, high - begin, relative)
@@ -131,21 +126,7 @@ def _join(shared: _Shared | None, ids: list[int], offsets: list[tuple[int, int]]
     """None if the end's tokens do not agree with the context's."""
     if shared is None:
         return Joint(ids, 0, 0, offsets)
-    if _within(ids, offsets, shared.low, shared.high) != shared.agreed:
+    if tokens_within(ids, offsets, shared.low, shared.high) != shared.agreed:
         return None
     over = bisect_left(offsets, (shared.over, 0))
     return Joint(shared.ids + ids[over:], shared.kept, shared.begin, offsets[over:])
-
-
-def _within(
-    ids: list[int], offsets: list[tuple[int, int]], low: int, high: int
-) -> list[tuple[int, int, int]]:
-    """(id, start, end) of the tokens that lie in [low, high]."""
-    first = bisect_left(offsets, (low, 0))
-    last = bisect_left(offsets, (high, 0))
-    rows = zip(ids[first:last], offsets[first:last], strict=True)
-    return [(token, start, end) for token, (start, end) in rows if start >= low and end <= high]
-
-
-def _word_ends(text: str, position: int) -> bool:
-    return text[position].isspace() and not text[position - 1].isspace()

@@ -19,12 +19,12 @@ from tests.perplexity.texts import (
     other_tokenizers,
 )
 from tests.sequence.tokenizers import WithoutOffsets, metaspace
-from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.tokenize import (
+from vllm.score.data.tokenize import (
     TokenChunk,
     limit_tokens,
     tokenize_documents,
 )
+from vllm.score.errors import ScoreModeError
 from vllm.score.tokens import automatic_prefix
 
 # Small enough that a text of a few thousand characters has many blocks.

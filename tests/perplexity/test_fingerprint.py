@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.perplexity.texts import ODD, byte_level, byte_level_with_bos
-from vllm.score.perplexity import identity
-from vllm.score.perplexity.identity import describe_tokenizer, versions, weights_hash
+from vllm.score.perplexity import store
+from vllm.score.perplexity.store import describe_tokenizer, versions, weights_hash
 
 
 def test_weights_hash_follows_contents_and_names(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_weights_hash_follows_contents_and_names(tmp_path: Path) -> None:
 
 
 def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "_WHOLE_FILE", 1000)
-    monkeypatch.setattr(identity, "_SAMPLE_BYTES", 10)
+    monkeypatch.setattr(store, "_WHOLE_FILE", 1000)
+    monkeypatch.setattr(store, "_SAMPLE_BYTES", 10)
     content = bytearray(os.urandom(100_000))
     path = tmp_path / "model.bin"
     path.write_bytes(content)
@@ -85,12 +85,12 @@ def test_versions_name_what_computes_a_score() -> None:
 
 @pytest.mark.engine
 def test_model_and_engine(llm: Any, model_dir: Callable[..., Path]) -> None:
-    model = identity.describe_model(llm)
+    model = store.describe_model(llm)
     assert model["name"] == str(model_dir("llama"))
     assert model["weights_sha256"] == weights_hash(model_dir("llama"))
     assert len(model["config_sha256"]) == 64
-    assert identity.describe_model(llm) == model
-    engine = identity.describe_engine(llm)
+    assert store.describe_model(llm) == model
+    engine = store.describe_engine(llm)
     assert engine["dtype"] == "float32"
     assert engine["max_num_batched_tokens"] == 256
     assert "unknown" not in engine.values()
