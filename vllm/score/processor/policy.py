@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops.nucleus import nucleus
+from vllm.score.ops.top_p import nucleus
 from vllm.score.processor.steps import StepValues
 from vllm.score.processor.types import GenerationConfig
 
