@@ -58,7 +58,7 @@ def test_refused_scores_are_exit_code_one():
 
 def test_a_kernel_that_is_not_built_is_a_problem(monkeypatch):
     from vllm import SamplingParams  # noqa: F401 - arms this process
-    from vllm.score.engine.status import process_status
+    from vllm.score.patches.status import process_status
 
     assert process_status("front end")["problem"] is None
     for role in ("front end", "worker"):

@@ -180,14 +180,14 @@ def test_an_engine_that_fails_while_it_starts(
 @pytest.fixture
 def off(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process as it is where vLLM has not loaded the plugin."""
+    from vllm.score import armed
     from vllm.score.cli import engine
-    from vllm.score.patches import register
     from vllm.score.tiny import additions_model, embedded
 
     def begun(*_: Any, **__: Any) -> None:
         raise AssertionError("something was made or started")
 
-    monkeypatch.setattr(register, "_applications", {})
+    monkeypatch.setattr(armed, "APPLICATIONS", [])
     monkeypatch.setenv("VLLM_PLUGINS", "others")
     for module, name in (
         (engine, "open_llm"),

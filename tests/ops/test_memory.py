@@ -11,7 +11,7 @@ PROGRAM = """
 import resource, sys
 import numpy as np
 import torch
-from vllm.score.engine.layout import RowLayout
+from vllm.score.ops.row_layout import RowLayout
 from vllm.score.engine.request_scores import RequestScores
 from vllm.score.engine.worker import Progress, score_step
 

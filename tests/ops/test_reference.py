@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.score.engine.layout import RowLayout
 from vllm.score.engine.statistics import STATISTICS
 from vllm.score.errors import ScoreModeError
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.reference import reduce_logits, score_head, target_logits
+from vllm.score.ops.row_layout import RowLayout
 from vllm.score.ops.row_state import Reduction, Transform
 
 # The others are not of the row state.

@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 from vllm.score.engine.model_head import _whole_head
 from vllm.score.engine.statistics import STATISTICS
 from vllm.score.ops.head import Head
+from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import LOGITS_BYTES, block_rows, score_rows
 
 VOCAB, SPLIT = 50, (0, 23, 50, 50)  # the last of three ranks holds padding only

@@ -10,6 +10,7 @@ import pytest
 import wrapt
 
 import vllm.score.patches as patches
+from vllm.score import armed
 from vllm.score.patches import register
 from vllm.score.patches.patch import Patch, _static
 
@@ -63,18 +64,18 @@ def test_a_patch_is_documented(patch: Patch) -> None:
 @pytest.mark.parametrize("patch", REGISTER, ids=lambda patch: patch.target)
 def test_a_patch_is_applied_in_this_process(patch: Patch) -> None:
     module = import_module(patch.target)
-    (application,) = (a for a in register.applications() if a.patch is patch)
+    (application,) = (a for a in armed.applications() if a.patch is patch)
     assert (application.state, application.reason) == ("applied", "")
     assert application.module is module
 
 
 def test_arming_again_changes_nothing() -> None:
-    before, applications = amended(), register.applications()
+    before, applications = amended(), armed.applications()
     assert len(applications) == len(REGISTER)
     patches.arm()
     patches.verify()
     register.arm()
-    assert [id(a) for a in register.applications()] == [id(a) for a in applications]
+    assert [id(a) for a in armed.applications()] == [id(a) for a in applications]
     after = amended()
     assert all(after[name] is before[name] for name in before)
 

@@ -64,7 +64,7 @@ def test_without_the_plug_in_score_names_cause_and_cure(
 def test_an_installation_without_plug_in_or_with_a_broken_one_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from vllm.score.patches.causes import why_not_armed
+    from vllm.score.armed import why_not_armed
 
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)

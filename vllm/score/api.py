@@ -65,10 +65,10 @@ def score(
         ScoreModeError: a request is malformed (before anything runs), or came back unsound.
         ScoreModeUnavailable: score mode is off in this installation.
     """
+    from vllm.score.armed import require_score_mode
     from vllm.score.engine.feed import run_requests
     from vllm.score.engine.output import FailedScores
     from vllm.score.engine.support import check_llm
-    from vllm.score.patches.register import require_score_mode
 
     require_score_mode()
     check_llm(llm)

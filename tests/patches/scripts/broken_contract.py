@@ -46,13 +46,13 @@ def main() -> None:
     wrapt.register_post_import_hook(rename_a_method, "vllm.v1.core.sched.scheduler")
     llm = start(sys.argv[1])
 
-    from vllm.score.patches import register
+    from vllm.score import armed
 
     def states() -> dict[str, list[str]]:
-        return {a.patch.target: [a.state, a.reason] for a in register.applications()}
+        return {a.patch.target: [a.state, a.reason] for a in armed.applications()}
 
     def problems() -> dict[str, str | None]:
-        return {r: register.problem(r) for r in ("front end", "engine core", "worker")}
+        return {r: armed.problem(r) for r in ("front end", "engine core", "worker")}
 
     found: dict[str, Any] = {
         "states": states(),

@@ -34,12 +34,12 @@ def main() -> None:
     wrapt.register_post_import_hook(rename_a_parameter, target)
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-    from vllm.score.patches import register
+    from vllm.score import armed
 
     empty = object.__new__(OpenAIServingCompletion)  # whatever reads it fails
     score = CompletionRequest(prompt=[1, 2], score_mode=True)
     ordinary = CompletionRequest(prompt=[1, 2])
-    states = {a.patch.target: [a.state, a.reason] for a in register.applications()}
+    states = {a.patch.target: [a.state, a.reason] for a in armed.applications()}
     found = {
         "state": states[target],
         "completion endpoint": outcome(lambda: asyncio.run(empty.create_completion(score))),

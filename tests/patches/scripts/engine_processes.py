@@ -19,9 +19,9 @@ from engines import (
 def main() -> None:
     model, children = sys.argv[1:]
     from vllm import SamplingParams  # arms this process
-    from vllm.score.patches import register
+    from vllm.score import armed
 
-    front_end = register.problem("front end")
+    front_end = armed.problem("front end")
     if children == "without us":
         os.environ["VLLM_PLUGINS"] = ""  # inherited by what is spawned from now on
     llm = start(model)

@@ -10,15 +10,16 @@ import typing
 
 exec(sys.argv[1])
 
+from vllm.score import armed  # noqa: E402
 from vllm.score.patches import register  # noqa: E402
 
 # Before anything of vLLM is read that the statement did not read: what is imported is amended.
 after_first = {
-    a.patch.target: a.state for a in register.applications() if a.patch.target in sys.modules
+    a.patch.target: a.state for a in armed.applications() if a.patch.target in sys.modules
 }
 for patch in register.REGISTER:
     importlib.import_module(patch.target)
-states = {a.patch.target: [a.state, a.reason] for a in register.applications()}
+states = {a.patch.target: [a.state, a.reason] for a in armed.applications()}
 
 import vllm  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest  # noqa: E402
@@ -58,7 +59,7 @@ print(
             "score": importlib.import_module("vllm.score").__file__,
             "after first": after_first,
             "states": states,
-            "problems": [register.problem(role) for role in ("front end", "engine core", "worker")],
+            "problems": [armed.problem(role) for role in ("front end", "engine core", "worker")],
             "holders": {
                 "vllm.sampling_params": sys.modules["vllm.sampling_params"].SamplingParams is ours,
                 "vllm.entrypoints.llm": importlib.import_module(

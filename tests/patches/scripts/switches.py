@@ -14,7 +14,7 @@ if len(sys.argv) > 1:
     vllm.version.__version__ = sys.argv[1]
 
 from vllm import SamplingParams
-from vllm.score import score
+from vllm.score import armed, score
 from vllm.score.patches import register
 from vllm.score.patches.patch import contract_problem
 from vllm.v1.serial_utils import MsgpackEncoder
@@ -40,15 +40,15 @@ modules = {patch.target: importlib.import_module(patch.target) for patch in regi
 print(
     json.dumps(
         {
-            "armed": register.armed(),
-            "states": {a.patch.target: [a.state, a.reason] for a in register.applications()},
-            "problem": register.problem("front end"),
+            "armed": bool(armed.APPLICATIONS),
+            "states": {a.patch.target: [a.state, a.reason] for a in armed.applications()},
+            "problem": armed.problem("front end"),
             # The contracts read in modules that nobody amended.
             "contracts": None
-            if register.armed()
+            if bool(armed.APPLICATIONS)
             else {
                 patch.target: contract_problem(
-                    patch, modules[patch.target], register.upstream_version()
+                    patch, modules[patch.target], armed.upstream_version()
                 )
                 for patch in register.REGISTER
             },

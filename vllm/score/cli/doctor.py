@@ -51,8 +51,8 @@ def front_end_status() -> dict[str, Any]:
     from importlib import import_module
 
     from vllm import SamplingParams  # noqa: F401 - the first import of every user
-    from vllm.score.engine.status import process_status
     from vllm.score.patches.register import REGISTER
+    from vllm.score.patches.status import process_status
 
     for patch in REGISTER:
         if "front end" in patch.roles:

@@ -82,6 +82,7 @@ def eig(
     With a model:  vllm-score eig MODEL --file questions.jsonl --output traces.jsonl
     --plot traces.html
     """
+    from vllm.score.armed import require_score_mode
     from vllm.score.cli import checks
     from vllm.score.cli.eig_rule import make_rule
     from vllm.score.cli.engine import open_llm, quieten
@@ -91,7 +92,6 @@ def eig(
     from vllm.score.eig.metrics import EIGMetrics
     from vllm.score.eig.plots import FORMATS
     from vllm.score.launch.steps import long_step, shows_bars
-    from vllm.score.patches.register import require_score_mode
 
     model = checks.one_model(model, model_option)
     checks.check_positive(

@@ -60,6 +60,7 @@ def perplexity(
     As published:  vllm-score perplexity MODEL --dataset wikitext
     --dataset-config wikitext-2-raw-v1 --convention all
     """
+    from vllm.score.armed import require_score_mode
     from vllm.score.cli import checks
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
@@ -67,7 +68,6 @@ def perplexity(
     from vllm.score.cli.streams import results_stream
     from vllm.score.data import file_source
     from vllm.score.launch.steps import long_step, shows_bars
-    from vllm.score.patches.register import require_score_mode
 
     conventions = convention or []
     model = checks.one_model(model, model_option)

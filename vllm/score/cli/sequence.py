@@ -138,13 +138,13 @@ def sequence(
 
     From a file:  vllm-score sequence MODEL --file pairs.csv --output scores.csv
     """
+    from vllm.score.armed import require_score_mode
     from vllm.score.cli import checks
     from vllm.score.cli.engine import open_llm, quieten
     from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
     from vllm.score.cli.pairs import PairOptions
     from vllm.score.cli.streams import results_stream
     from vllm.score.launch.steps import long_step, shows_bars
-    from vllm.score.patches.register import require_score_mode
     from vllm.score.sequence.files import WRITABLE
     from vllm.score.sequence.hook import score_prepared
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from vllm.score.engine.invalid import InvalidScoreRequest
-from vllm.score.engine.layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
 from vllm.score.engine.token_ids import as_sequence, read_token_id_rows, read_token_ids
+from vllm.score.ops.row_layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
 from vllm.score.tokens import own_prefix_note, prefix_once
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"

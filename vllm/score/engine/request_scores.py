@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm.score.engine.layout import RowLayout
+from vllm.score.ops.row_layout import RowLayout
 
 
 @dataclass(eq=False)

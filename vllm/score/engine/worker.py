@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from vllm.score.engine.host_copy import HostWriter, to_device, to_host
-from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 from vllm.score.engine.model_head import head_of
 from vllm.score.engine.request_scores import RequestScores
+from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import block_rows, score_rows
 
 

@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 
-from vllm.score.engine.layout import RowLayout
 from vllm.score.errors import ScoreModeError
+from vllm.score.ops.row_layout import RowLayout
 
 MAX, SUM_EXP, SUM_EXP_X, SUM_EXP2, SECOND, ARGMAX, MEAN, M2, COUNT, RANK, SUM_EXP_DEV2 = range(11)
 WIDTH = 11

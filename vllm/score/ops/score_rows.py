@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from vllm.score.engine.layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.head import Head, reduce_logits, score_head, target_logits
 from vllm.score.ops.kernels import choose_kernel
+from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.row_state import Reduction, Transform
 from vllm.score.ops.top_p import reduce_nucleus
 

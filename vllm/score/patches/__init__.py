@@ -22,8 +22,7 @@ def verify() -> None:
     import logging
     from typing import get_args
 
-    from vllm.score.patches.patch import Role
-    from vllm.score.patches.register import problem
+    from vllm.score.armed import Role, problem
 
     found = next(filter(None, map(problem, get_args(Role))), None)
     if found is not None:

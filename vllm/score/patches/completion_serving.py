@@ -75,8 +75,8 @@ def refuse(module: ModuleType) -> None:
     """For a vLLM that the patch does not fit: no stock answer to a request for scores."""
 
     async def create(wrapped: Any, serving: Any, args: Any, kwargs: Any) -> Any:
+        from vllm.score.armed import front_end_problem
         from vllm.score.errors import ScoreModeError
-        from vllm.score.patches.register import front_end_problem
 
         for request in (*args, *kwargs.values()):
             if (getattr(request, "model_extra", None) or {}).get("score_mode"):

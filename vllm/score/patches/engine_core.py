@@ -12,7 +12,7 @@ from vllm.score.patches.patch import Patch
 
 def score_status(engine_core: Any) -> list[dict[str, Any]]:
     """Status of the engine core and of each of its workers; reached as a utility call."""
-    from vllm.score.engine.status import process_status, worker_status
+    from vllm.score.patches.status import process_status, worker_status
 
     return [process_status("engine core"), *engine_core.collective_rpc(worker_status)]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import wrapt
 
-from vllm.score.engine.layout import FULL_VOCABULARY
 from vllm.score.engine.request import PLAN, ModelFacts, ScorePlan, plan_tokenised
 from vllm.score.engine.token_texts import ANY_ID
+from vllm.score.ops.row_layout import FULL_VOCABULARY
 from vllm.score.patches.patch import Patch
 from vllm.score.patches.renderers_base import KEY
 from vllm.score.server.params import MARK, Explicit

@@ -50,8 +50,8 @@ def not_patched(error: Exception) -> Exception:
 
 def raise_if_refused(statuses: list[dict[str, Any]]) -> None:
     """Raise ScoreModeUnavailable when a process reports a problem; pass warnings on, once each."""
-    from vllm.score.engine.status import first_problem
     from vllm.score.errors import ScoreModeUnavailable
+    from vllm.score.patches.status import first_problem
 
     problem = first_problem(statuses)
     if problem is not None:

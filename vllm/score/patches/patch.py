@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 import wrapt
 
-from vllm.score.patches.imports import is_complete
+from vllm.score.armed import UPSTREAM_VERSION, Role
+from vllm.score.patches.imports import is_complete, settle
 
-Role = Literal["front end", "engine core", "worker"]
 State = Literal["not imported", "applied", "failed"]
-
-UPSTREAM_VERSION = "0.32."
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ class Application:
 
     def check(self) -> None:
         """Read back again: another plugin may have undone the amendment since."""
+        settle(self.patch.target)
         problem = None
         if self.state == "applied":
             problem = self._lost()

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Integral, Real
 from types import ModuleType
 from typing import Any
 
+from vllm.score.armed import front_end_problem
 from vllm.score.patches.patch import Patch
-
-_problem: Callable[[], str | None] = lambda: None  # noqa: E731
-
-
-def refuse_when(problem: Callable[[], str | None]) -> None:
-    """Have `SamplingParams(score_mode=True)` raise whatever sentence `problem()` returns."""
-    global _problem
-    _problem = problem
 
 
 def _is_number(value: Any) -> bool:
@@ -84,7 +76,7 @@ def apply(module: ModuleType) -> None:
 
             if self._score_top is not None:
                 return
-            problem = _problem()
+            problem = front_end_problem()
             if problem is not None:
                 raise ScoreModeUnavailable(problem)
             if self.score_statistics is not None:
@@ -164,7 +156,7 @@ def refuse(module: ModuleType) -> None:
             if self.score_mode:
                 from vllm.score.errors import ScoreModeUnavailable
 
-                raise ScoreModeUnavailable(_problem() or "score mode is off.")
+                raise ScoreModeUnavailable(front_end_problem() or "score mode is off.")
             super().__post_init__()
 
         @staticmethod

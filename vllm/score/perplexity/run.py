@@ -85,7 +85,7 @@ def perplexity(
             score, a store that does not belong to this run, or scores that are not finite.
         ScoreModeUnavailable: score mode is off in this installation.
     """
-    from vllm.score.patches.register import require_score_mode
+    from vllm.score.armed import require_score_mode
 
     require_score_mode()
     check_llm(llm)

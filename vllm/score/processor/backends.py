@@ -153,7 +153,7 @@ class EngineBackend:
     """A vLLM engine, in this process or in others."""
 
     def __init__(self, llm: LLM, tokenizer: Any, lora_request: LoRARequest | None) -> None:
-        from vllm.score.patches.register import require_score_mode
+        from vllm.score.armed import require_score_mode
         from vllm.score.processor.engine_generation import engine_eos_token_ids
 
         require_score_mode()

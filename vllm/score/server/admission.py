@@ -14,8 +14,8 @@ def prepare(request: Any, fields: ScoreFields) -> None:
     Raises:
         InvalidScoreRequest: answered with status 400; also where score mode is off.
     """
+    from vllm.score.armed import front_end_problem
     from vllm.score.engine.invalid import InvalidScoreRequest
-    from vllm.score.patches.register import front_end_problem
 
     problem = front_end_problem()
     if problem is not None:

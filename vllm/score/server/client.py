@@ -127,8 +127,8 @@ async def _last(engine: Any, prompt: Any, params: Any, request_id: str, options:
 
 def _can_score(engine: Any, prompt: Any, mark: Echo) -> bool:
     """Whether score mode gives this request what stock would; if not, stock does."""
+    from vllm.score.armed import front_end_problem
     from vllm.score.engine.support import unsupported_configuration
-    from vllm.score.patches.register import front_end_problem
 
     config, model = engine.vllm_config, engine.model_config
     limit = model.max_logprobs

@@ -92,9 +92,9 @@ def facts_of(engine: Any) -> ModelFacts:
         ScoreModeError: score mode does not support the engine's configuration.
         ScoreModeUnavailable: score mode is off in this installation.
     """
+    from vllm.score.armed import require_score_mode
     from vllm.score.engine.support import check_configuration
     from vllm.score.patches.input_processor import NO_CLIENT_LIMIT
-    from vllm.score.patches.register import require_score_mode
 
     require_score_mode()
     check_configuration(engine.vllm_config)

@@ -58,7 +58,7 @@ class VLLMScoreLM(TemplateLM):
     def __init__(
         self, pretrained: str | None = None, *, llm: LLM | None = None, **options: Any
     ) -> None:
-        from vllm.score.patches.register import require_score_mode
+        from vllm.score.armed import require_score_mode
 
         super().__init__()
         if llm is not None:
@@ -152,7 +152,7 @@ class VLLMScoreLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside the results."""
-        from vllm.score.engine.status import versions
+        from vllm.score.patches.status import versions
 
         config = self.model.llm_engine.model_config
         return {

@@ -11,15 +11,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from vllm.score import armed
+from vllm.score.armed import Role
 from vllm.score.errors import ScoreModeError
-from vllm.score.patches.patch import Role
 
 
 def process_status(role: Role) -> dict[str, Any]:
     """This process in the given role: {role, pid, versions, patches, kernel, problem}."""
-    from vllm.score.patches import register
-
-    problem = register.problem(role)
+    problem = armed.problem(role)
     kernel: dict[str, str] = {}
     try:
         kernel = kernel_status(role)
@@ -31,8 +30,7 @@ def process_status(role: Role) -> dict[str, Any]:
         "versions": versions(),
         "patches": [
             {"target": a.patch.target, "state": a.state, "reason": a.reason}
-            for a in register.applications()
-            if role in a.patch.roles
+            for a in armed.applications(role)
         ],
         "kernel": kernel,
         "problem": problem,
