@@ -24,7 +24,7 @@ FUSED_CAPABILITY = (9, 0)
 # It multiplies 256 rows at a time (128, where there are no more), whether all of them exist or not,
 # so what decides is the share of its rows that do. Where the hidden size is small the tiled product
 # spends much of its time on writing and reading logits, so a smaller share is enough. Measured on
-# one H200 with bfloat16 and random operands: tests/ops/test_head.py has the figures, the note
+# one H200 with bfloat16 and random operands: tests/ops/test_head_rule.py has the figures, the note
 # benchmarks/notes/fused_head_sm90.md and benchmarks/head_kernel.py --sizes say how.
 BLOCK_ROWS, PAIR_ROWS = 128, 256
 # With fewer rows reading the weights takes all the time, and cuBLAS reads them faster.

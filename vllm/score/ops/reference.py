@@ -147,7 +147,7 @@ _ROWS = (
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 # The compiled libraries are built for these arguments: whoever changes them changes the stamp in
 # csrc/bindings.h and in kernels.py.
-OPERATORS = {
+OPERATORS: dict[str, tuple[str, Callable[..., None]]] = {
     "reduce_logits": (f"(Tensor logits, {_ROWS}) -> ()", reduce_logits),
     "score_head": (f"({_HEAD}, {_ROWS}) -> ()", score_head),
     "target_logits": (f"({_HEAD}, {_ROWS}) -> ()", target_logits),
