@@ -125,13 +125,13 @@ def test_requests_may_come_one_by_one(llm: Any) -> None:
         ({"llm": "model"}, "llm is a str; give a vllm.LLM"),
         ({"statistics": "entropy"}, "write ['entropy']"),
         ({"statistics": 5}, "score_statistics must be a list of names, got 5"),
-        ({"top": None}, "top=None"),
-        ({"top": "2"}, "top='2'"),
-        ({"top": 2.5}, "top=2.5"),
-        ({"top": True}, "top=True"),
-        ({"temperature": True}, "score_temperature must be a finite number above 0, got True"),
-        ({"temperature": "1"}, "score_temperature must be a finite number above 0, got '1'"),
-        ({"top_p": True}, "score_top_p must be in (0, 1], got True"),
+        ({"top": None}, "top must be a whole number of at least 0, got None"),
+        ({"top": "2"}, "top must be a whole number of at least 0, got '2'"),
+        ({"top": 2.5}, "top must be a whole number of at least 0, got 2.5"),
+        ({"top": True}, "top must be a whole number of at least 0, got True"),
+        ({"temperature": True}, "score_temperature must be a number above 0, got True"),
+        ({"temperature": "1"}, "score_temperature must be a number above 0, got '1'"),
+        ({"top_p": True}, "score_top_p must be a number above 0 and of at most 1, got True"),
         ({"lora_request": "adapter"}, "lora_request"),
     ],
     ids=str,
@@ -151,8 +151,14 @@ def test_options_that_are_left_open(llm: Any) -> None:
     ("options", "message"),
     [
         ({"score_mode": "no"}, "score_mode must be True or False, got 'no'"),
-        ({"prompt_logprobs": "3"}, "prompt_logprobs must be a whole number, got '3'"),
-        ({"prompt_logprobs": 2.5}, "prompt_logprobs must be a whole number, got 2.5"),
+        (
+            {"prompt_logprobs": "3"},
+            "prompt_logprobs must be a whole number of at least -1",
+        ),
+        (
+            {"prompt_logprobs": 2.5},
+            "prompt_logprobs must be a whole number of at least -1",
+        ),
         ({"score_statistics": 5}, "score_statistics must be a list of names, got 5"),
     ],
     ids=str,
@@ -339,7 +345,7 @@ def test_options_of_the_lm_eval_model(llm: Any) -> None:
     from vllm.score.integrations.lm_eval import VLLMScoreLM
 
     for field, value in (("prefix_token_id", "x"), ("max_length", "x"), ("max_gen_toks", "x")):
-        with pytest.raises(ScoreModeError, match=f"{field} is 'x'; give a whole number"):
+        with pytest.raises(ScoreModeError, match=f"{field} must be a whole number.*'x'"):
             VLLMScoreLM.from_llm(llm, **{field: value})
     with pytest.raises(ScoreModeError, match="llm is a str"):
         VLLMScoreLM.from_llm("model")

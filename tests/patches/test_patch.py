@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import wrapt
 
-from vllm.score.patches.patch import Application, Patch, contract_problem
+from vllm.score.patches.patch import Application, Patch
 
 NAME = "amended_by_test_patch"
 SOURCE = """
@@ -51,7 +51,6 @@ def patch(**changes: Any) -> Patch:
         "contract": {"Engine.step": ("self", "request")},
         "apply": wrap,
         "roles": ("engine core",),
-        **dict.fromkeys(("why", "how", "risk", "upstream", "remove_when"), "."),
     }
     return Patch(**{**fields, **changes})
 
@@ -61,6 +60,39 @@ def applied(module: ModuleType, **changes: Any) -> Application:
     application.run(module, version="0.32.0")
     application.check()
     return application
+
+
+class Other:
+    """No engine, but handed to an engine's function."""
+
+
+def test_wrap_makes_the_contract_and_binds_the_arguments(module: Any) -> None:
+    amended = Patch(NAME, ("engine core",))
+
+    @amended.wrap("Engine.step")
+    def step(stock: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        return "ours", type(self).__name__, stock(request + 1, *args, **kwargs)
+
+    @amended.wrap("Engine.make")
+    def make(stock: Any, cls: Any, config: Any) -> Any:
+        return cls, stock(config)
+
+    assert amended.contract == {
+        "Engine.step": ("self", "request"),
+        "Engine.make": ("cls", "config"),
+    }
+    application = Application(amended)
+    application.run(module, version="0.32.0")
+    assert application.state == "applied"
+    for call in (
+        lambda: module.Engine().step(1),
+        lambda: module.Engine().step(request=1, tokens=(2,)),
+        lambda: module.Engine.step(module.Engine(), 1),
+    ):
+        assert call() == ("ours", "Engine", ("stock", 2))
+    assert module.Engine.step(Other(), 1, tokens=()) == ("ours", "Other", ("stock", 2))
+    cls, made = module.Engine.make(3)
+    assert cls is module.Engine and type(made) is cls
 
 
 @pytest.mark.parametrize(
@@ -74,7 +106,7 @@ def applied(module: ModuleType, **changes: Any) -> Application:
     ids=str,
 )
 def test_a_contract_that_holds(contract: Any, module: Any) -> None:
-    assert contract_problem(patch(contract=contract), module, "0.32.5") is None
+    assert patch(contract=contract).contract_problem(module, "0.32.5") is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +125,7 @@ def test_a_contract_that_holds(contract: Any, module: Any) -> None:
 def test_a_contract_that_does_not_hold(
     contract: Any, version: str, words: tuple[str, ...], module: Any
 ) -> None:
-    problem = contract_problem(patch(contract=contract), module, version)
+    problem = patch(contract=contract).contract_problem(module, version)
     assert problem is not None
     for word in words:
         assert word in problem

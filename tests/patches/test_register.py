@@ -12,39 +12,30 @@ import wrapt
 import vllm.score.patches as patches
 from vllm.score import armed
 from vllm.score.patches import register
-from vllm.score.patches.patch import Patch, _static
+from vllm.score.patches.patch import Patch, _place
+from vllm.score.patches.table import notes
 
 REGISTER = register.REGISTER
 ROLES = {"front end", "engine core", "worker"}
 
 
-def modules_with_a_patch() -> dict[str, Patch]:
-    found = {}
-    for entry in pkgutil.iter_modules(patches.__path__):
-        module = import_module(f"{patches.__name__}.{entry.name}")
-        if hasattr(module, "PATCH"):
-            found[entry.name] = module.PATCH
-    return found
-
-
 def amended() -> dict[str, Any]:
     """What stands at every name of every contract in this process."""
     return {
-        f"{patch.target}:{dotted}": _static(import_module(patch.target), dotted)
+        f"{patch.target}:{dotted}": _place(import_module(patch.target), dotted)[2]
         for patch in REGISTER
         for dotted in patch.contract
     }
 
 
 def test_every_patch_is_registered() -> None:
-    found = modules_with_a_patch()
-    assert found
-    assert {id(patch) for patch in REGISTER} == {id(patch) for patch in found.values()}
-
-
-def test_a_patch_lives_in_a_module_named_after_its_target() -> None:
-    for name, patch in modules_with_a_patch().items():
-        assert patch.target.replace(".", "_").endswith(f"_{name}")
+    found = {
+        id(value)
+        for entry in pkgutil.iter_modules(patches.__path__)
+        for value in vars(import_module(f"{patches.__name__}.{entry.name}")).values()
+        if isinstance(value, Patch)
+    }
+    assert found and {id(patch) for patch in REGISTER} == found
 
 
 def test_no_two_patches_share_a_target() -> None:
@@ -56,9 +47,16 @@ def test_no_two_patches_share_a_target() -> None:
 def test_a_patch_is_documented(patch: Patch) -> None:
     assert patch.contract and all(patch.contract.values())
     assert patch.roles and set(patch.roles) <= ROLES
-    for field in ("why", "how", "risk", "upstream", "remove_when"):
-        text = getattr(patch, field)
-        assert text.strip() == text and text.endswith("."), field
+    written = notes()[patch.target]
+    assert [heading for heading, _ in written] == [
+        "Why",
+        "How",
+        "Risk",
+        "Upstream",
+        "Deleted when",
+    ]
+    for heading, text in written:
+        assert text.endswith("."), heading
 
 
 @pytest.mark.parametrize("patch", REGISTER, ids=lambda patch: patch.target)

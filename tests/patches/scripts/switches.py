@@ -16,7 +16,6 @@ if len(sys.argv) > 1:
 from vllm import SamplingParams
 from vllm.score import armed, score
 from vllm.score.patches import register
-from vllm.score.patches.patch import contract_problem
 from vllm.v1.serial_utils import MsgpackEncoder
 
 
@@ -35,6 +34,7 @@ ORDINARY = (
     SamplingParams.from_optional(n=2, temperature=0.5, max_tokens=None, logit_bias={3: 1.0}),
 )
 encoder = MsgpackEncoder()
+version = armed.upstream_version()
 modules = {patch.target: importlib.import_module(patch.target) for patch in register.REGISTER}
 
 print(
@@ -45,11 +45,9 @@ print(
             "problem": armed.problem("front end"),
             # The contracts read in modules that nobody amended.
             "contracts": None
-            if bool(armed.APPLICATIONS)
+            if armed.APPLICATIONS
             else {
-                patch.target: contract_problem(
-                    patch, modules[patch.target], armed.upstream_version()
-                )
+                patch.target: patch.contract_problem(modules[patch.target], version)
                 for patch in register.REGISTER
             },
             "ordinary": [

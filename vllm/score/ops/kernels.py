@@ -183,11 +183,11 @@ def load(device_type: str) -> str | None:
 
 
 def _describe(device_type: str) -> str:
+    if device_type not in FILES:
+        return "registered for this device"
     if device_type == "cpu":
         return f"compiled, using {cpu_isa()}"
-    if device_type == "cuda":
-        return f"compiled for compute capabilities {cuda_targets()}"
-    return "registered for this device"
+    return f"compiled for compute capabilities {cuda_targets()}"
 
 
 def library_function(device_type: str, name: str, result: Any) -> Any:

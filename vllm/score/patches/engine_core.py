@@ -1,11 +1,38 @@
-"""`EngineCore.score_status()`: the engine core and its workers say whether they are patched;
-`score_empty_cache()`: NaN in the KV cache does not outlive the request that left it there.
+"""In the engine core: a score request ends with its prompt, behind the right part of the cache.
+
+vllm.v1.engine.core
+    Why: A score request must never reach a process that would answer it as ordinary generation.
+        NaN in a block of the KV cache spoils every later request that is given the block.
+    How: New methods, called through the client's utility channel: before the first score request,
+        and before the first one after a NaN, if no block is in use.
+    Risk: None known.
+    Upstream: Not needed in a merged fork: every process then runs the same code.
+    Deleted when: Score mode is part of vLLM.
+
+vllm.v1.core.kv_cache_manager
+    Why: A cached position has no hidden state, so no score.
+    How: The stock look-up leaves the last token of a request uncached; a proxy makes the first
+        scored row that token. Alignment and hybrid models stay upstream's business.
+    Risk: A look-up that stops reading num_tokens would hit too far: rows stay unwritten, and the
+        front end reports them as an error.
+    Upstream: Pull request: max_cache_hit_length from prompt_logprob_start.
+    Deleted when: get_computed_blocks respects prompt_logprob_start.
+
+vllm.v1.core.sched.scheduler
+    Why: No token may be kept or returned.
+    How: The request is marked finished by length, with no new tokens; everything after that is the
+        stock path.
+    Risk: None known: the asynchronous scheduler adds to what this returns.
+    Upstream: Pull request: a branch for max_tokens == 0.
+    Deleted when: The scheduler finishes requests with max_tokens == 0.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
+
+import wrapt
 
 from vllm.score.patches.patch import Patch
 
@@ -19,34 +46,64 @@ def score_status(engine_core: Any) -> list[dict[str, Any]]:
 
 def score_empty_cache(engine_core: Any) -> bool:
     """Empty the KV cache, NaN included; reached as a utility call, between steps."""
-    from vllm.score.engine.kv_cache import empty_kv_cache
+    from vllm.score.engine.worker import empty_kv_cache
 
     return empty_kv_cache(engine_core)
 
 
-def apply(module: ModuleType) -> None:
-    """Add the methods; an engine core without us lacks them, which the caller takes for a no."""
-    module.EngineCore.score_status = score_status
-    module.EngineCore.score_empty_cache = score_empty_cache
+# An engine core without us lacks them, which the caller takes for a no.
+METHODS = (score_status, score_empty_cache)
 
 
-PATCH = Patch(
-    target="vllm.v1.engine.core",
+def _add_methods(module: ModuleType) -> None:
+    for method in METHODS:
+        setattr(module.EngineCore, method.__name__, method)
+
+
+CORE = Patch(
+    "vllm.v1.engine.core",
+    ("engine core",),
     contract={
         "EngineCore.collective_rpc": ("self", "method", "timeout", "args", "kwargs"),
         "EngineCore.reset_prefix_cache": ("self",),
     },
-    apply=apply,
-    holds=lambda module: (
-        module.EngineCore.score_status is score_status
-        and module.EngineCore.score_empty_cache is score_empty_cache
-    ),
-    roles=("engine core",),
-    why="A score request must never reach a process that would answer it as ordinary generation. "
-    "NaN in a block of the KV cache spoils every later request that is given the block.",
-    how="New methods, called through the client's utility channel: before the first score request, "
-    "and before the first one after a NaN, if no block is in use.",
-    risk="None known.",
-    upstream="Not needed in a merged fork: every process then runs the same code.",
-    remove_when="Score mode is part of vLLM.",
+    apply=_add_methods,
+    holds=lambda module: all(getattr(module.EngineCore, m.__name__) is m for m in METHODS),
 )
+CACHE = Patch("vllm.v1.core.kv_cache_manager", ("engine core",))
+SCHEDULER = Patch("vllm.v1.core.sched.scheduler", ("engine core",))
+
+
+class CappedRequest(wrapt.ObjectProxy):
+    """A request whose `num_tokens`, less one, is the longest hit that keeps every score."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.__wrapped__.sampling_params._score.start) + 1
+
+
+@CACHE.wrap("KVCacheManager.get_computed_blocks")
+def get_computed_blocks(stock: Any, self: Any, request: Any) -> Any:
+    """End the hit of a score request before its first scored row."""
+    params = request.sampling_params
+    if params is None or not params.score_mode:
+        return stock(request)
+    if params._score.start == 0:
+        return self.empty_kv_cache_blocks, 0, 0
+    return stock(CappedRequest(request))
+
+
+@SCHEDULER.wrap("Scheduler._update_request_with_output")
+def update_request(
+    stock: Any, self: Any, request: Any, new_token_ids: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Finish a score request; AsyncScheduler calls this through super()."""
+    params = request.sampling_params
+    if params is None or not params.score_mode:
+        return stock(request, new_token_ids, *args, **kwargs)
+    from vllm.v1.request import RequestStatus
+
+    # The sampled id only says that the prompt is complete.
+    request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    request.num_output_placeholders = 0
+    return [], True

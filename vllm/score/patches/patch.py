@@ -6,8 +6,9 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import wrapt
 
@@ -15,37 +16,87 @@ from vllm.score.armed import UPSTREAM_VERSION, Role
 from vllm.score.patches.imports import is_complete, settle
 
 State = Literal["not imported", "applied", "failed"]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Patch:
     """An entry of the register.
 
+    Why, how, at which risk and until when stands in the docstring of the module that makes the
+    patch, under the target's name; `vllm.score.patches.table` prints it.
+
     Attributes:
         target: the upstream module.
+        roles: the processes in which score requests need it.
         contract: what is amended, and what must be found there: dotted attribute to parameter
-            names, in order.
-        apply: amends the imported module.
+            names, in order. `wrap` adds to it.
+        apply: amends the imported module; not needed where functions are only wrapped.
         holds: read-back for amendments that are not wrapped functions; None: `contract` says all.
         refuse: applied instead when the contract does not hold, so that a score request gets a
             sentence and not a stock error.
-        roles: the processes in which score requests need it.
-        why, how, risk: for the reviewer.
-        upstream: the reference of a related upstream change, or what a pull request would hold.
-        remove_when: the condition under which the patch is deleted.
+        wrappers: dotted attribute to the function called in its place.
     """
 
     target: str
-    contract: Mapping[str, tuple[str, ...]]
-    apply: Callable[[ModuleType], None]
     roles: tuple[Role, ...]
-    why: str
-    how: str
-    risk: str
-    upstream: str
-    remove_when: str
+    contract: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    apply: Callable[[ModuleType], None] | None = None
     holds: Callable[[ModuleType], bool] | None = None
     refuse: Callable[[ModuleType], None] | None = None
+    wrappers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def wrap(self, dotted: str) -> Callable[[F], F]:
+        """Decorator: have `f(stock, self, ...)` called in the place of `dotted`.
+
+        `stock` is the upstream function, bound. From `self` on, the parameters of `f` are the first
+        ones of the upstream function under their own names, which makes the contract; `*args` and
+        `**kwargs` take those that `f` only passes on.
+        """
+
+        def register(f: F) -> F:
+            _, *own = inspect.signature(f).parameters.values()
+            names = (p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD)
+            self.contract[dotted] = tuple(names)
+            self.wrappers[dotted] = f
+            return f
+
+        return register
+
+    def put_in_place(self, module: ModuleType) -> None:
+        """Amend the imported module."""
+        for dotted, f in self.wrappers.items():
+            wrapt.wrap_function_wrapper(module, dotted, _calling(f))
+        if self.apply is not None:
+            self.apply(module)
+
+    def contract_problem(self, module: ModuleType, version: str) -> str | None:
+        """Why the module found, of that version of vLLM, must not be amended; or None."""
+        if not version.startswith(UPSTREAM_VERSION):
+            return f"written for vLLM {UPSTREAM_VERSION}*"
+        for dotted, expected in self.contract.items():
+            try:
+                *_, found = _place(module, dotted)
+            except AttributeError:
+                return f"{dotted} does not exist"
+            function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+            names = tuple(inspect.signature(function).parameters)
+            if names[: len(expected)] != expected:
+                return f"{dotted} takes {names}, not {expected}"
+        return None
+
+
+def _calling(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(stock, self, ...)` as wrapt calls wrappers."""
+
+    def wrapper(stock: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if instance is None:
+            # Called through the class, with an object that is none of it, as LoRA's layers do.
+            instance, *args = args
+            stock = partial(stock, instance)
+        return f(stock, instance, *args, **kwargs)
+
+    return wrapper
 
 
 @dataclass
@@ -65,18 +116,30 @@ class Application:
             return
         self.module = module
         try:
-            problem = contract_problem(self.patch, module, version)
+            problem = self.patch.contract_problem(module, version)
             if problem is None:
-                self.patch.apply(module)
-                self.placed = {d: _static(module, d) for d in self.patch.contract}
+                self.patch.put_in_place(module)
+                places = {dotted: _place(module, dotted) for dotted in self.patch.contract}
+                self.placed = {dotted: found for dotted, (_, _, found) in places.items()}
                 problem = self._lost()
                 if self.patch.holds is None:
-                    self.places = [_place(module, d) for d in self.patch.contract]
+                    self.places = list(places.values())
             elif self.patch.refuse is not None:
                 self.patch.refuse(module)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         self.state, self.reason = ("applied", "") if problem is None else ("failed", problem)
+
+    def check(self) -> None:
+        """Read back again: another plugin may have undone the amendment since."""
+        settle(self.patch.target)
+        problem = None
+        if self.state == "applied":
+            problem = self._lost()
+        elif self.state == "not imported" and is_complete(self.patch.target):
+            problem = "the module is imported, but the import hook did not run"
+        if problem is not None:
+            self.state, self.reason = "failed", problem
 
     def _lost(self) -> str | None:
         if sys.modules.get(self.patch.target) is not self.module:
@@ -95,20 +158,9 @@ class Application:
         for dotted, wrapper in self.placed.items():
             if not isinstance(wrapper, wrapt.FunctionWrapper):
                 return f"{dotted} is not wrapped"
-            if not _calls(_static(module, dotted), wrapper):
+            if not _calls(_place(module, dotted)[2], wrapper):
                 return f"{dotted} was replaced after it was wrapped"
         return None
-
-    def check(self) -> None:
-        """Read back again: another plugin may have undone the amendment since."""
-        settle(self.patch.target)
-        problem = None
-        if self.state == "applied":
-            problem = self._lost()
-        elif self.state == "not imported" and is_complete(self.patch.target):
-            problem = "the module is imported, but the import hook did not run"
-        if problem is not None:
-            self.state, self.reason = "failed", problem
 
 
 def _calls(function: Any, wrapper: Any) -> bool:
@@ -122,13 +174,8 @@ def _calls(function: Any, wrapper: Any) -> bool:
     return False
 
 
-def _static(owner: Any, dotted: str) -> Any:
-    """The attribute as it is stored, unbound."""
-    return _place(owner, dotted)[2]
-
-
 def _place(owner: Any, dotted: str) -> tuple[Mapping[str, Any], str, Any]:
-    """(namespace, name, object) of an attribute; the namespace is live."""
+    """(namespace, name, object as it is stored) of an attribute; the namespace is live."""
     scope: Mapping[str, Any] = {}
     name = ""
     for name in dotted.split("."):
@@ -139,19 +186,3 @@ def _place(owner: Any, dotted: str) -> tuple[Mapping[str, Any], str, Any]:
         scope = vars(found)
         owner = scope[name]
     return scope, name, owner
-
-
-def contract_problem(patch: Patch, module: ModuleType, version: str) -> str | None:
-    """Why `patch` must not be applied to the module found, or None."""
-    if not version.startswith(UPSTREAM_VERSION):
-        return f"written for vLLM {UPSTREAM_VERSION}*"
-    for dotted, expected in patch.contract.items():
-        try:
-            found = _static(module, dotted)
-        except AttributeError:
-            return f"{dotted} does not exist"
-        function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
-        names = tuple(inspect.signature(function).parameters)
-        if names[: len(expected)] != expected:
-            return f"{dotted} takes {names}, not {expected}"
-    return None

@@ -1,4 +1,9 @@
-"""The register of patches, which arming, the doctor, the documents and the tests read."""
+"""The register of patches, which arming, the doctor, the documents and the tests read.
+
+A patch stands in the module of the process that needs it: `sampling_params` in all, `front_end`,
+`engines` and `endpoints` in the one that a user's program or the server runs in, `engine_core` and
+`worker` in those behind it.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +11,19 @@ from functools import partial
 
 from vllm.score.armed import APPLICATIONS, upstream_version
 from vllm.score.patches import (
-    async_llm,
-    chat_completion_protocol,
-    completion_protocol,
-    completion_serving,
+    endpoints,
     engine_core,
-    gpu_model_runner,
-    input_processor,
-    kv_cache_manager,
-    llm_engine,
-    logits_processor,
-    lora_layers_logits_processor,
-    output_processor,
-    outputs,
-    prompt_logprob,
-    renderers_base,
-    responses_protocol,
+    engines,
+    front_end,
     sampling_params,
-    scheduler,
+    worker,
 )
 from vllm.score.patches.imports import when_imported
 from vllm.score.patches.patch import Application, Patch
 
-REGISTER: tuple[Patch, ...] = (
-    sampling_params.PATCH,
-    renderers_base.PATCH,
-    input_processor.PATCH,
-    outputs.PATCH,
-    output_processor.PATCH,
-    llm_engine.PATCH,
-    async_llm.PATCH,
-    engine_core.PATCH,
-    kv_cache_manager.PATCH,
-    scheduler.PATCH,
-    gpu_model_runner.PATCH,
-    prompt_logprob.PATCH,
-    logits_processor.PATCH,
-    lora_layers_logits_processor.PATCH,
-    completion_protocol.PATCH,
-    completion_serving.PATCH,
-    chat_completion_protocol.PATCH,
-    responses_protocol.PATCH,
+MODULES = (sampling_params, front_end, engines, engine_core, worker, endpoints)
+REGISTER: tuple[Patch, ...] = tuple(
+    value for module in MODULES for value in vars(module).values() if isinstance(value, Patch)
 )
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from vllm.score.patches.register import REGISTER
+import inspect
+import re
+
+from vllm.score.patches.register import MODULES, REGISTER
+
+
+def notes() -> dict[str, list[tuple[str, str]]]:
+    """(heading, text) of every target, read from the docstrings of the patches' modules."""
+    found = {}
+    for module in MODULES:
+        _, *sections = re.split(r"^(?=vllm\.)", inspect.getdoc(module) or "", flags=re.MULTILINE)
+        for section in sections:
+            target, _, text = section.partition("\n")
+            items = re.findall(r"^    (\S[^:]*): (.*(?:\n {8}.*)*)", text, flags=re.MULTILINE)
+            found[target] = [(heading, " ".join(words.split())) for heading, words in items]
+    return found
 
 
 def markdown() -> str:
-    """One section a patch: what, where, why, how, risk, pull request, when it is deleted."""
-    parts = []
+    """One section per patch: what, where, why, how, risk, pull request, when it is deleted."""
+    parts, texts = [], notes()
     for patch in REGISTER:
         names = ", ".join(f"`{name}`" for name in patch.contract)
-        parts.append(
-            f"### `{patch.target}`\n\n"
-            f"* **What**: {names} ({', '.join(patch.roles)}).\n"
-            f"* **Why**: {patch.why}\n"
-            f"* **How**: {patch.how}\n"
-            f"* **Risk**: {patch.risk}\n"
-            f"* **Upstream**: {patch.upstream}\n"
-            f"* **Deleted when**: {patch.remove_when}\n"
-        )
+        lines = [("What", f"{names} ({', '.join(patch.roles)})."), *texts[patch.target]]
+        listed = "".join(f"* **{heading}**: {text}\n" for heading, text in lines)
+        parts.append(f"### `{patch.target}`\n\n{listed}")
     return "\n".join(parts)
 
 

@@ -1,14 +1,20 @@
-"""Scores in the server's answers: as stock log-probabilities of the prompt, and as plain lists."""
+"""Scores in the server's answers and events: in the form of stock prompt log-probabilities, and as
+plain lists.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from vllm.score.engine.token_texts import EveryId
+from vllm.exceptions import GenerationError
+from vllm.score.engine.output import EveryId
+from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
+from vllm.score.server.request import score_fields
 
 # What the stock server sends for minus infinity, which JSON does not know.
 LOWEST = -9999.0
@@ -20,9 +26,6 @@ def scores_of(output: Any) -> TokenScores:
     Raises:
         GenerationError: there are none, or they are unsound; answered with status 500.
     """
-    from vllm.exceptions import GenerationError
-    from vllm.score.errors import ScoreModeError
-
     if output is None or output.scores is None:
         raise GenerationError("the request was aborted before it was scored.")
     try:
@@ -107,3 +110,54 @@ def _finite(values: np.ndarray) -> list[Any]:
         values = np.nan_to_num(values, nan=np.nan, neginf=LOWEST, posinf=-LOWEST)
     listed: list[Any] = values.tolist()
     return listed
+
+
+def events_with_scores(stock: Callable[..., AsyncGenerator[str, None]]) -> Any:
+    """`completion_stream_generator` for score requests: each choice of an event with its scores.
+
+    Args:
+        stock: `completion_stream_generator`.
+    """
+
+    async def events(
+        request: Any,
+        engine_inputs: Any,
+        result_generator: AsyncIterator[tuple[int, Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncGenerator[str, None]:
+        fields = score_fields(request)
+        names = (fields and fields.score_statistics) or []
+        scores: dict[int, dict[str, Any]] = {}
+
+        async def noted() -> AsyncGenerator[tuple[int, Any], None]:
+            async for index, output in result_generator:  # one per prompt
+                scores[index] = scores_object(scores_of(output), names)
+                yield index, output
+
+        remove: list[str] = []
+        if not request.echo:
+            # Stock sends no event for an empty text, but one for an echo of token ids.
+            if not request.return_token_ids:
+                remove = ["prompt_token_ids", "token_ids"]
+            request = request.model_copy(update={"echo": True, "return_token_ids": True})
+        async for event in stock(request, engine_inputs, noted(), *args, **kwargs):
+            yield _with_scores(event, scores, remove)
+
+    return events
+
+
+def _with_scores(event: str, scores: dict[int, dict[str, Any]], remove: list[str]) -> str:
+    prefix = "data: "
+    try:
+        content = json.loads(event.removeprefix(prefix))
+    except ValueError:
+        return event  # [DONE]
+    choices = content.get("choices")
+    if not choices:
+        return event
+    for choice in choices:
+        for name in remove:
+            choice.pop(name, None)
+        choice["scores"] = scores[choice["index"]]
+    return f"{prefix}{json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -9,10 +9,13 @@ from typing import Any
 
 import wrapt
 
-from vllm.score.engine.request import AS_TOKENISED
-from vllm.score.engine.token_texts import ANY_ID
+from vllm.score.armed import front_end_problem
+from vllm.score.engine.configuration import unsupported_configuration
+from vllm.score.engine.output import ANY_ID
+from vllm.score.engine.request import AS_TOKENISED, InvalidScoreRequest
+from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.server.answer import scores_of, stock_prompt_logprobs
-from vllm.score.server.params import MARK, Echo, Explicit
+from vllm.score.server.request import MARK, Echo, Explicit
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ OFF = "score_mode_off_for_echo"
 
 
 class ScoringClient(wrapt.ObjectProxy):
-    """An `AsyncLLM` whose `generate` serves the marks of `vllm.score.server.params`."""
+    """An `AsyncLLM` whose `generate` serves the marks of `vllm.score.server.request`."""
 
     def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -42,9 +45,6 @@ class ScoringClient(wrapt.ObjectProxy):
 async def _explicit(
     engine: Any, prompt: Any, params: Any, request_id: str, options: Any, mark: Explicit
 ) -> AsyncGenerator[Any, None]:
-    from vllm.score.engine.invalid import InvalidScoreRequest
-    from vllm.score.errors import ScoreModeUnavailable
-
     try:
         output = await _last(engine, prompt, params, request_id, options)
     except ScoreModeUnavailable as error:
@@ -68,7 +68,6 @@ async def _echo(
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
-    from vllm.score.errors import ScoreModeUnavailable
 
     try:
         scoring = SamplingParams(
@@ -109,7 +108,6 @@ async def _last(engine: Any, prompt: Any, params: Any, request_id: str, options:
     Raises:
         ScoreModeUnavailable: an engine process refused.
     """
-    from vllm.score.errors import ScoreModeUnavailable
     from vllm.v1.engine.exceptions import EngineGenerateError
 
     last = None
@@ -127,9 +125,6 @@ async def _last(engine: Any, prompt: Any, params: Any, request_id: str, options:
 
 def _can_score(engine: Any, prompt: Any, mark: Echo) -> bool:
     """Whether score mode gives this request what stock would; if not, stock does."""
-    from vllm.score.armed import front_end_problem
-    from vllm.score.engine.support import unsupported_configuration
-
     config, model = engine.vllm_config, engine.model_config
     limit = model.max_logprobs
     return (
