@@ -15,13 +15,16 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from harness import Contender, interleave, report, report_values
 
-from vllm.score.ops import library, native, tiled_product
+from vllm.score.ops import head as head_paths
+from vllm.score.ops import kernels
 from vllm.score.ops import row_state as rs
+from vllm.score.ops.row_state import Reduction
 
 # (hidden size, vocabulary), and what share of the bare product's speed is asked of each path.
 SHAPES = {
@@ -64,37 +67,24 @@ Scores = tuple[torch.Tensor, torch.Tensor]  # state, target logits
 
 
 def scorer(head: Head, statistics: int, function: Callable[..., Any]) -> Callable[[], Scores]:
-    """A call that scores all rows with `function`, which has the arguments of score_head."""
+    """A call that scores all rows with `function`, which has the arguments of `score_head`."""
     rows = len(head.hidden)
     threshold = torch.full((rows,), 3.0, device=DEVICE) if statistics & rs.RANK_BIT else None
 
     def run() -> Scores:
-        state = rs.new_state(rows, DEVICE)
-        found = rs.new_target_logits(rows, 1, DEVICE)
-        function(
-            head.hidden,
-            head.weight,
-            None,
-            head.targets,
-            0,
-            threshold,
-            1.0,
-            0.0,
-            1.0,
-            statistics,
-            state,
-            found,
-        )
-        return state, found
+        out = Reduction(head.targets, statistics=statistics, threshold=threshold)
+        function(head.hidden, head.weight, None, out)
+        return out.state, out.target_logits
 
     return run
 
 
 def tiled(shape: tuple[int, int] | None = None) -> Callable[..., Any]:
-    def function(*arguments: Any) -> None:
-        tiled_product.score_head_tiled(*arguments, reduce_logits=native.reduce_logits, shape=shape)
+    return partial(head_paths.score_head_tiled, shape=shape)
 
-    return function
+
+def fused(hidden: torch.Tensor, weight: torch.Tensor, bias: None, out: Reduction) -> None:
+    torch.ops.vllm_score.score_head(hidden, weight, bias, *out.arguments)
 
 
 def repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:
@@ -147,8 +137,8 @@ def calls_in(seconds: float, call: Callable[[], Any]) -> int:
 
 def paths_of(head: Head) -> dict[str, Callable[..., Any]]:
     paths: dict[str, Callable[..., Any]] = {"tiled": tiled()}
-    if torch.cuda.get_device_capability() == native.FUSED_CAPABILITY:
-        paths["fused"] = torch.ops.vllm_score.score_head
+    if torch.cuda.get_device_capability() == head_paths.FUSED_CAPABILITY:
+        paths["fused"] = fused
     return paths
 
 
@@ -180,7 +170,7 @@ def measure(name: str, rows: int, rounds: int, seconds: float, statistics: bool)
         "hidden": hidden_size,
         "vocabulary": vocab_size,
         "dtype": "bfloat16",
-        "tile": tiled_product.tile_shape(rows, vocab_size),
+        "tile": head_paths.tile_shape(rows, vocab_size),
         "calls_a_round": times,
     }
     for path in paths:
@@ -245,8 +235,8 @@ def main() -> None:
     parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
-    if (problem := library.load("cuda")) is not None:
-        raise SystemExit(problem)
+    if (choice := kernels.choose_kernel("cuda")).name != "native":
+        raise SystemExit(choice.reason)
     for name in SHAPES if arguments.shape == "both" else [arguments.shape]:
         if arguments.sweep:
             sweep(name, arguments.rows, arguments.seconds / 2)

@@ -1,4 +1,4 @@
-// The schemas of the operators and their CPU implementation. The CUDA library adds its own.
+// The operators' CPU kernels. vllm/score/ops/reference.py defines the operators.
 #include "bindings.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -8,48 +8,26 @@ namespace {
 
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-void reduce_logits(const Tensor& logits, const Tensor& targets, int64_t first_id,
-                   std::optional<Tensor> threshold, double scale, double soft_cap,
-                   double temperature, int64_t statistics, Tensor state, Tensor target_logits) {
-  require_matrix(logits, "logits");
-  const Dtype dtype = dtype_of(logits, "logits");
-  const RowOut out = checked_out(logits, targets, first_id, threshold,
-                                 checked_transform(scale, soft_cap, temperature), statistics,
-                                 state, target_logits);
-  if (logits.numel() == 0) return;
+void reduce_logits(const Tensor& logits, Dtype dtype, const RowOut& out) {
   cpu::reduce_logits(logits.const_data_ptr(), dtype, logits.size(0), logits.size(1),
                      logits.stride(0), out, threads());
 }
 
-Product cpu_product(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Product product = checked_product(hidden, weight, bias);
-  require(product.dtype != Dtype::f16, "on the CPU hidden must be float32 or bfloat16.");
-  return product;
+void require_served(const Product& p) {
+  require(p.dtype != Dtype::f16, "on the CPU hidden must be float32 or bfloat16.");
 }
 
-void score_head(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                const Tensor& targets, int64_t first_id, std::optional<Tensor> threshold,
-                double scale, double soft_cap, double temperature, int64_t statistics,
-                Tensor state, Tensor target_logits) {
-  const Product p = cpu_product(hidden, weight, bias);
-  const RowOut out = checked_out(hidden, targets, first_id, threshold,
-                                 checked_transform(scale, soft_cap, temperature), statistics,
-                                 state, target_logits);
-  if (p.rows == 0 || p.n == 0) return;
+void score_head(const Tensor&, const Product& p, const RowOut& out) {
+  require_served(p);
   cpu::score_head(p.hidden, p.hidden_stride, p.weight, p.weight_stride, p.bias, p.dtype, p.rows,
                   p.n, p.H, out, threads());
 }
 
-void target_logits(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                   const Tensor& targets, int64_t first_id, double scale, double soft_cap,
-                   double temperature, Tensor out) {
-  const Product p = cpu_product(hidden, weight, bias);
-  require_target_logits(hidden, targets, first_id, out);
-  if (targets.numel() == 0) return;
+void target_logits(const Tensor&, const Product& p, const RowOut& out) {
+  require_served(p);
   cpu::target_logits(p.hidden, p.hidden_stride, p.weight, p.weight_stride, p.bias, p.dtype, p.rows,
-                     p.n, p.H, static_cast<const int64_t*>(targets.const_data_ptr()),
-                     targets.size(1), first_id, checked_transform(scale, soft_cap, temperature),
-                     static_cast<float*>(out.mutable_data_ptr()), threads());
+                     p.n, p.H, out.targets, out.k, out.first_id, out.transform, out.target_logits,
+                     threads());
 }
 
 }  // namespace
@@ -60,24 +38,10 @@ void cpu::run_parallel(int count, void (*body)(int, void*), void* context) {
   });
 }
 
-STABLE_TORCH_LIBRARY(vllm_score, library) {
-  library.def(
-      "reduce_logits(Tensor logits, Tensor targets, int first_id, Tensor? threshold, "
-      "float scale, float soft_cap, float temperature, int statistics, Tensor(a!) state, "
-      "Tensor(b!) target_logits) -> ()");
-  library.def(
-      "score_head(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int first_id, "
-      "Tensor? threshold, float scale, float soft_cap, float temperature, int statistics, "
-      "Tensor(a!) state, Tensor(b!) target_logits) -> ()");
-  library.def(
-      "target_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int first_id, "
-      "float scale, float soft_cap, float temperature, Tensor(a!) out) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(vllm_score, CPU, library) {
-  library.impl("reduce_logits", TORCH_BOX(&reduce_logits));
-  library.impl("score_head", TORCH_BOX(&score_head));
-  library.impl("target_logits", TORCH_BOX(&target_logits));
+  library.impl("reduce_logits", TORCH_BOX(&logits_operator<reduce_logits>));
+  library.impl("score_head", TORCH_BOX(&head_operator<score_head>));
+  library.impl("target_logits", TORCH_BOX(&head_operator<target_logits>));
 }
 
 }  // namespace vllm_score

@@ -15,6 +15,10 @@
 
 namespace vllm_score {
 
+// kernels.py looks for this in the file before it is loaded. Change both whenever the arguments of
+// the operators change.
+__attribute__((used)) inline const char kStamp[] = "vllm_score operators 2";
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -90,14 +94,8 @@ inline void require_rows(const Tensor& tensor, const char* name, int64_t rows) {
           ", k] as the first argument has ", rows, " rows, not ", tensor, ".");
 }
 
-inline Transform checked_transform(double scale, double soft_cap, double temperature) {
-  require(temperature > 0, "temperature must be above 0, not ", temperature, ".");
-  // One factor, rounded once, as in the PyTorch reference: equal logits stay equal.
-  return {static_cast<float>(scale / temperature), static_cast<float>(soft_cap), 1.0f};
-}
-
 inline RowOut checked_out(const Tensor& first, const Tensor& targets, int64_t first_id,
-                          const std::optional<Tensor>& threshold, const Transform& transform,
+                          const std::optional<Tensor>& threshold, double scale, double soft_cap,
                           int64_t statistics, const Tensor& state, const Tensor& target_logits) {
   const int64_t rows = first.size(0);
   require(statistics >= 0 && statistics < 64, "statistics must be a mask of 0..63, not ",
@@ -128,7 +126,7 @@ inline RowOut checked_out(const Tensor& first, const Tensor& targets, int64_t fi
           targets.size(1),
           first_id,
           thresholds,
-          transform,
+          {static_cast<float>(scale), static_cast<float>(soft_cap)},
           static_cast<int>(statistics),
           static_cast<float*>(state.mutable_data_ptr()),
           static_cast<float*>(target_logits.mutable_data_ptr())};
@@ -166,16 +164,28 @@ inline Product checked_product(const Tensor& hidden, const Tensor& weight,
           bias_data, dtype, hidden.size(0), weight.size(0), hidden.size(1)};
 }
 
-// What target_logits writes to.
-inline void require_target_logits(const Tensor& hidden, const Tensor& targets, int64_t first_id,
-                                  const Tensor& out) {
-  require(first_id >= 0, "first_id must be at least 0, not ", first_id, ".");
-  require_contiguous(targets, "targets", ScalarType::Long, "int64", hidden);
-  require_rows(targets, "targets", hidden.size(0));
-  require_contiguous(out, "out", ScalarType::Float, "float32", hidden);
-  require_rows(out, "out", hidden.size(0));
-  require(out.size(1) == targets.size(1), "out must have the shape of targets, ",
-          targets, ", not ", out, ".");
+// The operators as torch calls them: the arguments are those of the schemas in
+// vllm/score/ops/reference.py. `body` is a device's implementation, called with what was checked.
+template <void (*body)(const Tensor& logits, Dtype dtype, const RowOut& out)>
+void logits_operator(const Tensor& logits, const Tensor& targets, int64_t first_id,
+                     std::optional<Tensor> threshold, double scale, double soft_cap,
+                     int64_t statistics, Tensor state, Tensor target_logits) {
+  require_matrix(logits, "logits");
+  const Dtype dtype = dtype_of(logits, "logits");
+  const RowOut out = checked_out(logits, targets, first_id, threshold, scale, soft_cap, statistics,
+                                 state, target_logits);
+  if (logits.numel() > 0) body(logits, dtype, out);
+}
+
+template <void (*body)(const Tensor& hidden, const Product& product, const RowOut& out)>
+void head_operator(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
+                   const Tensor& targets, int64_t first_id, std::optional<Tensor> threshold,
+                   double scale, double soft_cap, int64_t statistics, Tensor state,
+                   Tensor target_logits) {
+  const Product product = checked_product(hidden, weight, bias);
+  const RowOut out = checked_out(hidden, targets, first_id, threshold, scale, soft_cap, statistics,
+                                 state, target_logits);
+  if (product.rows > 0 && product.n > 0) body(hidden, product, out);
 }
 
 }  // namespace vllm_score

@@ -41,12 +41,11 @@ enum Statistic : int {
   kVarentropy = 32,  // kSumExpDev2; only beside kEntropy
 };
 
-// x = scale * cap(z) / temperature with cap(z) = soft_cap * tanh(z / soft_cap) if soft_cap > 0,
-// else z; all in float32. bindings.cpp passes scale / temperature as scale, and temperature 1.
+// x = scale * cap(z) with cap(z) = soft_cap * tanh(z / soft_cap) if soft_cap > 0, else z; all in
+// float32. The temperature is part of the scale.
 struct Transform {
   float scale;
   float soft_cap;
-  float temperature;
 };
 
 // What a call computes and where it adds it.
@@ -130,7 +129,7 @@ struct HeadOperands {
 
 // Whether the fused kernel can do this on the current device: compute capability 9.0, 16-bit
 // dtype, 16-byte aligned rows (base pointers and strides). Null if so, else the reason in words
-// (a string that lives for ever).
+// (a string literal).
 const char* score_head_sm90_refusal(const HeadOperands& operands, const RowOut& out);
 // Bytes of scratch memory the call below needs.
 int64_t score_head_sm90_workspace(const HeadOperands& operands, const RowOut& out);

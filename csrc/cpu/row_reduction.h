@@ -16,17 +16,16 @@ struct RowReduction {
   using I = typename S::I;
   static constexpr int W = S::kWidth;
 
-  // z becomes x = scale * cap(z + bias) / temperature. `bias` may be null.
+  // z becomes x = scale * cap(z + bias). `bias` may be null.
   static void transform(float* z, int n, const float* bias, const Transform& t) {
-    const bool caps = t.soft_cap > 0, scales = t.scale != 1, divides = t.temperature != 1;
-    if (!bias && !caps && !scales && !divides) return;
+    const bool caps = t.soft_cap > 0, scales = t.scale != 1;
+    if (!bias && !caps && !scales) return;
     for (int i = 0; i < n; i += W) {
       const bool whole = i + W <= n;
       F v = whole ? S::load(z + i) : S::load_part(z + i, n - i, 0);
       if (bias) v += whole ? S::load(bias + i) : S::load_part(bias + i, n - i, 0);
       if (caps) v = S::tanh(v / t.soft_cap) * t.soft_cap;
       if (scales) v *= t.scale;
-      if (divides) v /= t.temperature;
       if (whole)
         S::store(z + i, v);
       else

@@ -1,4 +1,4 @@
-// The CUDA implementation of the operators whose schemas csrc/bindings.cpp defines.
+// The operators' CUDA kernels. vllm/score/ops/reference.py defines the operators.
 //
 // The library refers to no symbol of a CUDA build of torch and carries the CUDA runtime within it,
 // so it can be built beside a CPU torch and loaded where there is no driver.
@@ -44,15 +44,7 @@ class CurrentDevice {
   cudaStream_t stream_;
 };
 
-void reduce_logits(const Tensor& logits, const Tensor& targets, int64_t first_id,
-                   std::optional<Tensor> threshold, double scale, double soft_cap,
-                   double temperature, int64_t statistics, Tensor state, Tensor target_logits) {
-  require_matrix(logits, "logits");
-  const Dtype dtype = dtype_of(logits, "logits");
-  const RowOut out = checked_out(logits, targets, first_id, threshold,
-                                 checked_transform(scale, soft_cap, temperature), statistics,
-                                 state, target_logits);
-  if (logits.numel() == 0) return;
+void reduce_logits(const Tensor& logits, Dtype dtype, const RowOut& out) {
   const CurrentDevice device(logits);
   check(cuda::reduce_logits(logits.const_data_ptr(), dtype, logits.size(0), logits.size(1),
                             logits.stride(0), out, device.stream()),
@@ -69,15 +61,7 @@ Tensor scratch(const Tensor& like, int64_t bytes) {
   return Tensor(handle);
 }
 
-void score_head(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                const Tensor& targets, int64_t first_id, std::optional<Tensor> threshold,
-                double scale, double soft_cap, double temperature, int64_t statistics,
-                Tensor state, Tensor target_logits) {
-  const Product p = checked_product(hidden, weight, bias);
-  const RowOut out = checked_out(hidden, targets, first_id, threshold,
-                                 checked_transform(scale, soft_cap, temperature), statistics,
-                                 state, target_logits);
-  if (p.rows == 0 || p.n == 0) return;
+void score_head(const Tensor& hidden, const Product& p, const RowOut& out) {
   const CurrentDevice device(hidden);
   cuda::HeadOperands operands{p.hidden, p.hidden_stride, p.weight, p.weight_stride, p.bias,
                               p.dtype,  p.rows,          p.n,      p.H,             nullptr};
@@ -91,28 +75,21 @@ void score_head(const Tensor& hidden, const Tensor& weight, std::optional<Tensor
   check(cuda::score_head_sm90(operands, out, device.stream()), "score_head");
 }
 
-void target_logits(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                   const Tensor& targets, int64_t first_id, double scale, double soft_cap,
-                   double temperature, Tensor out) {
-  const Product p = checked_product(hidden, weight, bias);
-  require_target_logits(hidden, targets, first_id, out);
-  if (targets.numel() == 0 || p.n == 0) return;
+void target_logits(const Tensor& hidden, const Product& p, const RowOut& out) {
+  if (out.k == 0) return;
   const CurrentDevice device(hidden);
   check(cuda::target_logits(p.hidden, p.hidden_stride, p.weight, p.weight_stride, p.bias, p.dtype,
-                            p.rows, p.n, p.H,
-                            static_cast<const int64_t*>(targets.const_data_ptr()),
-                            targets.size(1), first_id,
-                            checked_transform(scale, soft_cap, temperature),
-                            static_cast<float*>(out.mutable_data_ptr()), device.stream()),
+                            p.rows, p.n, p.H, out.targets, out.k, out.first_id, out.transform,
+                            out.target_logits, device.stream()),
         "target_logits");
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_score, CUDA, library) {
-  library.impl("reduce_logits", TORCH_BOX(&reduce_logits));
-  library.impl("score_head", TORCH_BOX(&score_head));
-  library.impl("target_logits", TORCH_BOX(&target_logits));
+  library.impl("reduce_logits", TORCH_BOX(&logits_operator<reduce_logits>));
+  library.impl("score_head", TORCH_BOX(&head_operator<score_head>));
+  library.impl("target_logits", TORCH_BOX(&head_operator<target_logits>));
 }
 
 }  // namespace vllm_score

@@ -63,7 +63,6 @@ __device__ __forceinline__ void unpack(const uint4& v, float* x, const __half*) 
 __device__ __forceinline__ float transformed(float z, const Transform& t) {
   if (t.soft_cap > 0.0f) z = tanhf(z * (1.0f / t.soft_cap)) * t.soft_cap;
   if (t.scale != 1.0f) z *= t.scale;
-  if (t.temperature != 1.0f) z /= t.temperature;
   return z;
 }
 

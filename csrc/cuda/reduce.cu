@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kBlock<kThreads>, kResident<kStatistics> / kBl
   if (row >= rows) return;  // whole warps; blocks never
   const T* x = logits + row * row_stride;
   const Transform t = out.transform;
-  const bool identity = t.soft_cap <= 0.0f && t.scale == 1.0f && t.temperature == 1.0f;
+  const bool identity = t.soft_cap <= 0.0f && t.scale == 1.0f;
 
   float shift = 0.0f;
   float threshold = 0.0f;

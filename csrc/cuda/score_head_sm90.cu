@@ -170,7 +170,7 @@ Plan make_plan(const HeadOperands& p, const RowOut& out) {
   // other half, unless there are no rows for that.
   a.blocks = p.rows > kTileRows ? 2 : 1;
   const Transform& t = out.transform;
-  const float factor = t.scale / t.temperature;
+  const float factor = t.scale;
   plan.transform = p.bias != nullptr || t.soft_cap > 0.0f || !(factor > 1e-6f && factor < 1e6f);
   plan.statistics = instance_of(out.statistics);
   a.factor = plan.transform ? 1.0f : factor;

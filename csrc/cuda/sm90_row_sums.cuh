@@ -1,7 +1,7 @@
 // The running sums that a thread of the fused kernel keeps for one row of the logits, over the
 // columns that it has seen in its accumulators.
 //
-// Values are "raw": products before scale and temperature, whose common factor is folded into the
+// Values are "raw": products before the scale, which is folded into the
 // exponent, or, where there is a bias, a soft cap or an odd factor, logits already transformed.
 // Exponentials are powers of two, 2 ^ (c * raw - reference), where the reference lies within a few
 // dozen of the row's maximum so far; in the workspace it is round(c * max), and merge_sm90.cuh
@@ -22,7 +22,7 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 // 2 ^ it is 0, and so is its product with 0: stands for -inf where 0 * -inf would be NaN.
 constexpr float kFarBelow = -1e4f;
 // The varentropy, whose column is the last of the row state, is left to the tiled product (see
-// head_path in vllm/score/ops/native.py).
+// head_path in vllm/score/ops/head.py).
 constexpr int kWorkspaceColumns = kSumExpDev2;
 static_assert(kWorkspaceColumns == kStateColumns - 1);
 

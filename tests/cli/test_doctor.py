@@ -35,7 +35,7 @@ def test_every_process_reports_and_the_scores_are_right():
     for process in report["processes"]:
         kernel = process["kernel"]
         assert kernel["name"] in ("native", "pytorch") and kernel["device"] and kernel["reason"]
-    from vllm.score.ops.choice import choose_kernel
+    from vllm.score.ops.kernels import choose_kernel
 
     # The worker's answer is that of the loaded library, checked; here for the same device.
     worker = report["processes"][-1]["kernel"]

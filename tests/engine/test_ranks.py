@@ -65,13 +65,14 @@ def test_equal_logits() -> None:
     """Of tokens with the same logit each has the best of their ranks here, the last with stock."""
     from vllm.score.ops import row_state as rs
     from vllm.score.ops.reference import reduce_logits
+    from vllm.score.ops.row_state import Reduction
     from vllm.v1.sample.sampler import Sampler
 
     logits = torch.tensor([[2.0, 3.0, 1.0, 3.0, 0.0]] * 5)
     tokens = torch.arange(5)
-    state, found = rs.new_state(5, logits.device), rs.new_target_logits(5, 1, logits.device)
     own = logits[0][tokens]
-    reduce_logits(logits, tokens[:, None], 0, own, 1.0, 0.0, 1.0, rs.RANK_BIT, state, found)
-    assert (state[:, rs.RANK] + 1).tolist() == [3, 1, 4, 1, 5]
+    out = Reduction(tokens[:, None], statistics=rs.RANK_BIT, threshold=own)
+    reduce_logits(logits, out)
+    assert (out.state[:, rs.RANK] + 1).tolist() == [3, 1, 4, 1, 5]
     stock = Sampler.gather_logprobs(logits, 0, tokens)
     assert stock.selected_token_ranks.tolist() == [3, 2, 4, 2, 5]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
-from tests.ops.float64_rows import IDENTITY
-from vllm.score.ops import library
 from vllm.score.ops import row_state as rs
+from vllm.score.ops.kernels import cpu_isa, library_function, load
+from vllm.score.ops.row_state import IDENTITY, Reduction
 
 ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 ALL = (
@@ -22,54 +24,58 @@ ALL = (
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    if (problem := library.load("cpu")) is not None:
+    if (problem := load("cpu")) is not None:
         pytest.skip(problem)
-    threads, chosen = torch.get_num_threads(), library.cpu_isa()
+    threads, chosen = torch.get_num_threads(), cpu_isa()
     yield
     torch.set_num_threads(threads)
-    library.set_cpu_isa(chosen)
+    set_cpu_isa(chosen)
+
+
+def set_cpu_isa(name: str) -> bool:
+    """Use this instruction set from now on; False, and nothing changes, when this CPU cannot."""
+    function = library_function("cpu", "vllm_score_set_cpu_isa", ctypes.c_bool)
+    return bool(function(name.encode()))
 
 
 def runnable_isas() -> list[str]:
     """The instruction sets of this machine; the chosen one stays."""
-    if library.load("cpu") is not None:
+    if load("cpu") is not None:
         return ["not built"]
-    chosen = library.cpu_isa()
-    names = [name for name in ISAS if library.set_cpu_isa(name)]
-    library.set_cpu_isa(chosen)
+    chosen = cpu_isa()
+    names = [name for name in ISAS if set_cpu_isa(name)]
+    set_cpu_isa(chosen)
     return names
 
 
 @pytest.fixture(params=runnable_isas())
 def isa(request, kernels):
-    assert library.set_cpu_isa(request.param)
+    assert set_cpu_isa(request.param)
     return request.param
 
 
-def reduce_logits(x, targets, *, threshold=None, transform=IDENTITY, statistics=ALL, first_id=0):
+def begin(targets, threshold=None, transform=IDENTITY, statistics=ALL, first_id=0):
+    """A reduction; the threshold is 0 where none is given."""
+    if threshold is None:
+        threshold = torch.zeros(len(targets))
+    return Reduction(targets, transform, statistics, threshold, first_id)
+
+
+def reduce_logits(x, targets, **options):
     """State and target logits of one call."""
-    state, found = rs.new_state(len(x), x.device), rs.new_target_logits(*targets.shape, x.device)
-    if threshold is None:
-        threshold = torch.zeros(len(x))
-    torch.ops.vllm_score.reduce_logits(
-        x, targets, first_id, threshold, *transform, statistics, state, found
-    )
-    return state, found
+    out = begin(targets, **options)
+    torch.ops.vllm_score.reduce_logits(x, *out.arguments)
+    return out.state, out.target_logits
 
 
-def score_head(head, targets, *, threshold=None, transform=IDENTITY, statistics=ALL, first_id=0):
+def score_head(head, targets, **options):
     """State and target logits of one call; head is (hidden, weight, bias or None)."""
-    rows = len(head[0])
-    state, found = rs.new_state(rows, head[0].device), rs.new_target_logits(*targets.shape, "cpu")
-    if threshold is None:
-        threshold = torch.zeros(rows)
-    torch.ops.vllm_score.score_head(
-        *head, targets, first_id, threshold, *transform, statistics, state, found
-    )
-    return state, found
+    out = begin(targets, **options)
+    torch.ops.vllm_score.score_head(*head, *out.arguments)
+    return out.state, out.target_logits
 
 
 def gather_targets(head, targets, *, transform=IDENTITY, first_id=0):
-    found = rs.new_target_logits(*targets.shape, "cpu")
-    torch.ops.vllm_score.target_logits(*head, targets, first_id, *transform, found)
-    return found
+    out = Reduction(targets, transform, first_id=first_id)
+    torch.ops.vllm_score.target_logits(*head, *out.arguments)
+    return out.target_logits

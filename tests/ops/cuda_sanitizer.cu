@@ -44,7 +44,7 @@ void run(Dtype dtype, int64_t rows, int64_t n, int64_t row_stride, int64_t offse
   for (int64_t& id : targets) id = seed % n, random_float();
   std::vector<float> state(rows * kStateColumns, 0.0f), found(rows * 2), threshold(rows, 0.5f);
   T* x = to_device(logits);
-  RowOut out{to_device(targets), 2, 0, to_device(threshold), {1.5f, 20.0f, 1.0f}, 63,
+  RowOut out{to_device(targets), 2, 0, to_device(threshold), {1.5f, 20.0f}, 63,
              to_device(state), to_device(found)};
   for (int statistics : {0, 21, 31, 53, 63}) {
     out.statistics = statistics;

@@ -58,7 +58,7 @@ double run(int64_t rows, int64_t n, int64_t H, int64_t stride, int statistics, i
     state[r * kStateColumns + kArgmax] = -1;
   }
   RowOut out{to_device(targets), k, 0, to_device(std::vector<float>(rows, 0.5f)),
-             {1.0f, with_bias ? 20.0f : 0.0f, 1.0f}, statistics, to_device(state),
+             {1.0f, with_bias ? 20.0f : 0.0f}, statistics, to_device(state),
              to_device(found)};
   cuda::HeadOperands p{to_device(hidden), stride, to_device(weight), stride,
                        with_bias ? to_device(bias) : nullptr, Dtype::bf16, rows, n, H, nullptr};

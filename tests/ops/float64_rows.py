@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-
-class Transform(NamedTuple):
-    scale: float
-    soft_cap: float
-    temperature: float
-
-
-IDENTITY = Transform(1.0, 0.0, 1.0)
+from vllm.score.ops.row_state import Transform
 
 
 def float64_transform(z: np.ndarray, transform: Transform) -> np.ndarray:

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.cpu_kernels import ALL, gather_targets, isa, kernels, reduce_logits, score_head
-from tests.ops.float64_rows import IDENTITY, Transform, float64_state, float64_transform
+from tests.ops.float64_rows import float64_state, float64_transform
 from vllm.score.ops import row_state as rs
+from vllm.score.ops.row_state import IDENTITY, Transform
 
 __all__ = ["isa", "kernels"]  # fixtures
 

@@ -8,10 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.cpu_kernels import ALL, ISAS, gather_targets, isa, kernels, reduce_logits, score_head
-from tests.ops.float64_rows import IDENTITY, Transform, float64_state, hard_rows
-from vllm.score.ops import library
+from tests.ops.cpu_kernels import (
+    ALL,
+    ISAS,
+    begin,
+    gather_targets,
+    isa,
+    kernels,
+    reduce_logits,
+    score_head,
+    set_cpu_isa,
+)
+from tests.ops.float64_rows import float64_state, hard_rows
 from vllm.score.ops import row_state as rs
+from vllm.score.ops.kernels import cpu_isa
+from vllm.score.ops.row_state import Reduction, Transform
 
 __all__ = ["isa", "kernels"]  # fixtures
 
@@ -29,11 +40,11 @@ def log_sum_exp(state):
 
 @pytest.mark.parametrize("name", ISAS)
 def test_choice(kernels, name):
-    if not library.set_cpu_isa(name):
+    if not set_cpu_isa(name):
         pytest.skip(f"no {name} here: not tested")
-    assert library.cpu_isa() == name
-    assert not library.set_cpu_isa("avx1024")
-    assert library.cpu_isa() == name
+    assert cpu_isa() == name
+    assert not set_cpu_isa("avx1024")
+    assert cpu_isa() == name
 
 
 @pytest.mark.parametrize("place", [0, 5, 700, 1299])
@@ -85,18 +96,18 @@ def test_minus_infinity(isa):
         np.testing.assert_allclose(varentropy, want["varentropy"], rtol=1e-6)
     assert found.tolist() == [[x[0, 3].item()], [-INFINITY], [-INFINITY]]
     # Nothing seen: as it was before, and a later tile may still bring something.
-    assert torch.equal(state[2], rs.new_state(1, x.device)[0])
+    assert torch.equal(state[2], begin(one_target(1)).state[0])
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
 def test_varentropy_is_accurate_relative_to_itself(isa, tiles):
     """On rows where the mean square and the squared mean, about the maximum, nearly cancel."""
     x = torch.from_numpy(hard_rows(151_936))
-    state, found = rs.new_state(len(x), x.device), rs.new_target_logits(len(x), 0, x.device)
     none, statistics = torch.zeros(len(x), 0, dtype=torch.int64), rs.ENTROPY_BIT | rs.VARENTROPY_BIT
+    out = begin(none, statistics=statistics)
     for tile in x.tensor_split(tiles, dim=1):
-        torch.ops.vllm_score.reduce_logits(tile, none, 0, None, *IDENTITY, statistics, state, found)
-    varentropy = state[:, rs.SUM_EXP_DEV2] / state[:, rs.SUM_EXP]
+        torch.ops.vllm_score.reduce_logits(tile, *out.arguments)
+    varentropy = out.state[:, rs.SUM_EXP_DEV2] / out.state[:, rs.SUM_EXP]
     want = float64_state(x.double().numpy())["varentropy"]
     np.testing.assert_allclose(varentropy, want, rtol=2e-5)
 
@@ -111,12 +122,11 @@ def test_not_a_number(isa, place, bad, rest):
         state, _ = reduce_logits(x.to(dtype), one_target(1))
         assert torch.isnan(state[0, rs.SUM_EXP])
     # Nor does a later tile hide it, or an earlier one.
-    state, found = reduce_logits(torch.zeros(1, 40), one_target(1))
+    out = begin(one_target(1))
+    torch.ops.vllm_score.reduce_logits(torch.zeros(1, 40), *out.arguments)
     for tile in (x, torch.full((1, 40), 5.0)):
-        torch.ops.vllm_score.reduce_logits(
-            tile, one_target(1), 40, torch.zeros(1), *IDENTITY, ALL, state, found
-        )
-        assert torch.isnan(state[0, rs.SUM_EXP])
+        torch.ops.vllm_score.reduce_logits(tile, *out.at(40).arguments)
+        assert torch.isnan(out.state[0, rs.SUM_EXP])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -170,16 +180,16 @@ def test_other_columns_are_left_alone(isa, source):
     for statistics in range(64):
         if statistics & rs.VARENTROPY_BIT and not statistics & rs.ENTROPY_BIT:
             continue  # refused
-        state, found = rs.new_state(6, hidden.device), torch.full((6, 2), 77.0)
-        idle = [c for bit, columns in of_bit.items() if not statistics & bit for c in columns]
-        state[:, idle] = 123.0
         targets = torch.tensor([[200, 3]] * 6)
         threshold = torch.zeros(6) if statistics & rs.RANK_BIT else None
-        rest = (targets, 0, threshold, *IDENTITY, statistics, state, found)
+        out = Reduction(targets, statistics=statistics, threshold=threshold)
+        state, found = out.state, out.target_logits.fill_(77.0)
+        idle = [c for bit, columns in of_bit.items() if not statistics & bit for c in columns]
+        state[:, idle] = 123.0
         if source == "logits":
-            operator.reduce_logits(hidden @ weight.T, *rest)
+            operator.reduce_logits(hidden @ weight.T, *out.arguments)
         else:
-            operator.score_head(hidden, weight, None, *rest)
+            operator.score_head(hidden, weight, None, *out.arguments)
         assert (state[:, idle] == 123.0).all()
         used = [c for c in range(rs.WIDTH) if c not in idle]
         assert not (state[:, used] == 123.0).any()
@@ -197,8 +207,8 @@ def test_tiles_add_up_to_one_call(isa, source):
     threshold = torch.from_numpy(rng.standard_normal(9)).float()
     logits = hidden @ weight.T
 
-    def call(first, last, state, found):
-        rest = (targets, first, threshold, *IDENTITY, ALL, state, found)
+    def call(first, last, out):
+        rest = out.at(first).arguments
         if source == "logits":
             torch.ops.vllm_score.reduce_logits(logits[:, first:last], *rest)
         else:
@@ -206,10 +216,10 @@ def test_tiles_add_up_to_one_call(isa, source):
 
     results = []
     for bounds in ((0, 2000), (0, 1, 256, 300, 1999, 2000)):
-        state, found = rs.new_state(9, logits.device), rs.new_target_logits(9, 3, logits.device)
+        out = begin(targets, threshold)
         for first, last in pairwise(bounds):
-            call(first, last, state, found)
-        results.append((state, found))
+            call(first, last, out)
+        results.append((out.state, out.target_logits))
     (one, found_by_one), (many, found_by_many) = results
     assert torch.equal(found_by_one, found_by_many)
     exact = [rs.MAX, rs.SECOND, rs.ARGMAX, rs.COUNT, rs.RANK]
@@ -243,7 +253,7 @@ def test_soft_cap(isa):
     z = np.geomspace(1e-6, 200, 6000).astype(np.float32)
     z = np.concatenate([-z, [0.0], z]).astype(np.float32)
     _, found = reduce_logits(
-        torch.from_numpy(z)[:, None], one_target(len(z)), transform=Transform(1.0, 30.0, 1.0)
+        torch.from_numpy(z)[:, None], one_target(len(z)), transform=Transform(soft_cap=30.0)
     )
     want = 30 * np.tanh(z.astype(np.float64) / 30)
     np.testing.assert_allclose(found[:, 0], want, rtol=4e-7)

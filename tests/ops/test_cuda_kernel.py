@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from vllm.score.ops import library
+from vllm.score.ops import kernels
 from vllm.score.ops import row_state as rs
+from vllm.score.ops.row_state import Reduction, Transform
 
 pytestmark = pytest.mark.cuda
 
@@ -21,7 +22,7 @@ INF = float("inf")
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu() -> None:
-    problem = library.load("cuda")
+    problem = kernels.load("cuda")
     assert problem is None, problem
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the fused kernel is written for compute capability 9.0")
@@ -53,25 +54,14 @@ class Problem:
 
     def run(self, state=None, found=None) -> tuple[torch.Tensor, torch.Tensor]:
         """State and target logits, added to the given ones."""
-        if state is None:
-            state = rs.new_state(len(self.hidden), GPU)
-            found = rs.new_target_logits(len(self.hidden), self.targets.shape[1], GPU)
-        torch.ops.vllm_score.score_head(
-            self.hidden,
-            self.weight,
-            self.bias,
-            self.targets,
-            self.first_id,
-            self.threshold if self.statistics & rs.RANK_BIT else None,
-            self.scale,
-            self.soft_cap,
-            self.temperature,
-            self.statistics,
-            state,
-            found,
-        )
+        transform = Transform(self.scale, self.soft_cap, self.temperature)
+        threshold = self.threshold if self.statistics & rs.RANK_BIT else None
+        out = Reduction(self.targets, transform, self.statistics, threshold, self.first_id)
+        if state is not None:
+            out = replace(out, state=state, target_logits=found)
+        torch.ops.vllm_score.score_head(self.hidden, self.weight, self.bias, *out.arguments)
         torch.cuda.synchronize()
-        return state, found
+        return out.state, out.target_logits
 
     def logits(self, dtype=torch.float64) -> torch.Tensor:
         """x [R, n] by PyTorch; float32: the products' accumulators, as cuBLAS gives them."""

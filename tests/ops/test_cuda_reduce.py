@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.ops.float64_rows import float64_state, hard_rows
-from vllm.score.ops import library, native, reference
+from vllm.score.ops import head, kernels
 from vllm.score.ops import row_state as rs
-from vllm.score.ops.tiled_product import score_head_tiled, tile_shape
+from vllm.score.ops.row_state import IDENTITY, Reduction, Transform
 
 # The sets of statistics that reduce.cu is compiled for: none, these four.
 USUAL = rs.ENTROPY_BIT | rs.TOP_BIT | rs.RANK_BIT
@@ -22,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_tiles_of_the_head_stay_in_their_memory_and_cover_odd_shapes():
     for rows in (1, 7, 1024, 8192, 100_000):
         for columns in (1, 255, 4096, 151_936, 300_000):
-            tile_rows, tile_columns = tile_shape(rows, columns)
+            tile_rows, tile_columns = head.tile_shape(rows, columns)
             assert 1 <= tile_rows <= rows and 1 <= tile_columns <= columns
             assert tile_rows * tile_columns * 4 <= 64 << 20
 
@@ -35,25 +37,13 @@ def test_the_tiled_product_equals_float64_in_any_tiling(shape):
     bias = rng.standard_normal(columns)
     targets = rng.integers(first_id - 20, first_id + columns + 20, (rows, 2))
     z = hidden.astype(np.float32) @ weight.astype(np.float32).T.astype(np.float64) + bias
-    state = rs.new_state(rows, torch.device("cpu"))
-    found = rs.new_target_logits(rows, 2, torch.device("cpu"))
-    score_head_tiled(
-        *(torch.from_numpy(a).float() for a in (hidden, weight, bias)),
-        torch.from_numpy(targets),
-        first_id,
-        None,
-        2.0,
-        5.0,
-        0.5,
-        rs.TOP_BIT,
-        state,
-        found,
-        reduce_logits=reference.reduce_logits,
-        shape=shape,
-    )
+    transform = Transform(2.0, 5.0, 0.5)
+    out = Reduction(torch.from_numpy(targets), transform, rs.TOP_BIT, first_id=first_id)
+    operands = (torch.from_numpy(a).float() for a in (hidden, weight, bias))
+    head.score_head_tiled(*operands, out, shape)
     x = 2 * 5 * np.tanh(z / 5) / 0.5
-    check_state(state.numpy(), x, first_id, targets, None, rs.TOP_BIT)
-    check_targets(found.numpy(), x, first_id, targets)
+    check_state(out.state.numpy(), x, first_id, targets, None, rs.TOP_BIT)
+    check_targets(out.target_logits.numpy(), x, first_id, targets)
 
 
 def check_state(
@@ -104,20 +94,18 @@ def check_targets(found: np.ndarray, x: np.ndarray, first_id: int, targets: np.n
     np.testing.assert_allclose(found[inside], want[inside], rtol=2e-6, atol=2e-5)
 
 
-def reduced(x: torch.Tensor, targets, first_id, threshold, numbers, statistics, parts=1):
+def reduced(x: torch.Tensor, targets, first_id, threshold, transform, statistics, parts=1):
     """State and target logits of rows fed to the native reduction in `parts` tiles."""
-    state = rs.new_state(len(x), x.device)
-    found = rs.new_target_logits(len(x), targets.shape[1], x.device)
+    out = Reduction(targets, transform, statistics, threshold)
     for tile in x.tensor_split(parts, dim=1):
-        native.reduce_logits(tile, targets, first_id, threshold, *numbers, statistics, state, found)
+        head.reduce_logits(tile, out.at(first_id))
         first_id += tile.shape[1]
-    return state, found
+    return out.state, out.target_logits
 
 
 @pytest.fixture(scope="module")
 def gpu() -> torch.device:
-    problem = library.load("cuda")
-    assert problem is None, problem
+    assert kernels.choose_kernel("cuda").name == "native"
     return torch.device("cuda")
 
 
@@ -146,7 +134,7 @@ def test_reduction_equals_float64(gpu, rows, columns, dtype, statistics):
             torch.from_numpy(targets).to(gpu),
             first_id,
             torch.from_numpy(threshold).to(gpu),
-            (1.0, 0.0, 1.0),
+            IDENTITY,
             statistics,
             parts,
         )
@@ -168,13 +156,13 @@ def test_reduction_transforms_and_leaves_unasked_columns_alone(gpu, statistics, 
     targets = rng.integers(0, 5000, (6, 1))
     logits = torch.from_numpy(z).float().to(gpu)
     state, found = reduced(
-        logits, torch.from_numpy(targets).to(gpu), 0, None, (1.3, 30.0, 0.7), statistics, 2
+        logits, torch.from_numpy(targets).to(gpu), 0, None, Transform(1.3, 30.0, 0.7), statistics, 2
     )
     x = 1.3 * 30 * np.tanh(z / 30) / 0.7
     check_state(state.cpu().numpy(), x, 0, targets, None, statistics)
     check_targets(found.cpu().numpy(), x, 0, targets)
     untouched = [c for c in range(rs.WIDTH) if c not in (rs.MAX, rs.SUM_EXP, *written)]
-    fresh = rs.new_state(6, gpu)
+    fresh = Reduction(torch.from_numpy(targets).to(gpu)).state
     assert torch.equal(state[:, untouched], fresh[:, untouched])
 
 
@@ -187,7 +175,7 @@ def test_varentropy_is_accurate_relative_to_itself(gpu, columns, statistics, par
     rows = np.concatenate([hard_rows(columns), np.full((1, columns), 3.7, np.float32)])
     logits, none = torch.from_numpy(rows).to(gpu), torch.zeros(len(rows), 1, dtype=torch.int64)
     threshold = torch.zeros(len(rows), device=gpu)
-    state, _ = reduced(logits, none.to(gpu), 0, threshold, (1.0, 0.0, 1.0), statistics, parts)
+    state, _ = reduced(logits, none.to(gpu), 0, threshold, IDENTITY, statistics, parts)
     varentropy = (state[:, rs.SUM_EXP_DEV2] / state[:, rs.SUM_EXP]).cpu()
     want = float64_state(rows.astype(np.float64))["varentropy"]
     np.testing.assert_allclose(varentropy, want, rtol=3e-5, atol=1e-10)
@@ -203,14 +191,14 @@ def test_infinities_and_nan(gpu, columns):
     logits[4, : columns - 1] = float("-inf")
     targets = torch.zeros(5, 1, dtype=torch.int64, device=gpu)
     zeros = torch.zeros(5, device=gpu)
-    state, _ = reduced(logits, targets, 0, zeros, (1.0, 0.0, 1.0), EVERYTHING, 3)
+    state, _ = reduced(logits, targets, 0, zeros, IDENTITY, EVERYTHING, 3)
     sums = state[:, rs.SUM_EXP].cpu()
     assert sums[0].isfinite() and sums[1].isnan() and sums[2].isnan()
     assert sums[3] == 0 and state[3, rs.MAX] == float("-inf")
     assert sums[4] == 1 and state[4, rs.ARGMAX] == columns - 1
     assert state[3:, rs.SUM_EXP_X].cpu().tolist() == [0, 0]
     assert state[3:, rs.SUM_EXP_DEV2].cpu().tolist() == [0, 0]
-    varentropy = rs._statistic("varentropy", state)
+    varentropy = rs._STATISTICS["varentropy"][1](state)
     assert varentropy[0].isfinite() and varentropy[1:3].isnan().all() and varentropy[4] == 0
 
 
@@ -220,7 +208,7 @@ def test_equal_logits_take_the_lowest_id_and_bits_repeat(gpu, columns):
     logits = torch.randint(-3, 4, (64, columns), device=gpu).bfloat16()
     targets = torch.randint(columns, (64, 1), device=gpu)
     threshold = logits.gather(1, targets)[:, 0].float()
-    arguments = (targets, 0, threshold, (1.0, 0.0, 1.0), EVERYTHING)
+    arguments = (targets, 0, threshold, IDENTITY, EVERYTHING)
     state, found = reduced(logits, *arguments, 2)
     want = logits.float().cpu().numpy()
     assert (state[:, rs.ARGMAX].cpu().numpy() == want.argmax(1)).all()
@@ -245,42 +233,27 @@ def test_gathered_products_equal_float64(gpu, dtype, size):
     targets = rng.integers(0, 120, (19, 4))
     z = hidden.double() @ weight.double().T + bias.double()
     x = (1.5 * 6 * torch.tanh(z / 6) / 0.8).cpu().numpy()
-    out = rs.new_target_logits(19, 4, gpu)
-    native.target_logits(
-        hidden, weight, bias, torch.from_numpy(targets).to(gpu), 20, 1.5, 6.0, 0.8, out
-    )
-    check_targets(out.cpu().numpy(), x, 20, targets)
+    out = Reduction(torch.from_numpy(targets).to(gpu), Transform(1.5, 6.0, 0.8), first_id=20)
+    head.target_logits(hidden, weight, bias, out)
+    check_targets(out.target_logits.cpu().numpy(), x, 20, targets)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_tiled_product_on_the_gpu_equals_float64(gpu, dtype):
+def test_the_tiled_product_on_the_gpu_equals_float64(gpu, dtype, monkeypatch):
     rng = np.random.default_rng(5)
     rows, columns, size = 1100, 40_000, 256
     hidden = torch.from_numpy(rng.standard_normal((rows, size))).to(gpu, dtype)
     weight = torch.from_numpy(rng.standard_normal((columns, size)) * 3 / 16).to(gpu, dtype)
     targets = torch.from_numpy(rng.integers(0, columns, (rows, 1))).to(gpu)
     x = (hidden.double() @ weight.double().T).cpu().numpy()
-    for reduce_logits in (native.reduce_logits, reference.reduce_logits):
-        state = rs.new_state(rows, gpu)
-        found = rs.new_target_logits(rows, 1, gpu)
-        score_head_tiled(
-            hidden,
-            weight,
-            None,
-            targets,
-            0,
-            None,
-            1.0,
-            0.0,
-            1.0,
-            rs.TOP_BIT,
-            state,
-            found,
-            reduce_logits=reduce_logits,
-        )
-        check_state(state.cpu().numpy(), x, 0, targets.cpu().numpy(), None, rs.TOP_BIT)
-        check_targets(found.cpu().numpy(), x, 0, targets.cpu().numpy())
+    for name in ("pytorch", "native"):
+        monkeypatch.setenv(kernels.KERNEL_VARIABLE, name)
+        assert kernels.choose_kernel("cuda").name == name
+        out = Reduction(targets, statistics=rs.TOP_BIT)
+        head.score_head_tiled(hidden, weight, None, out)
+        check_state(out.state.cpu().numpy(), x, 0, targets.cpu().numpy(), None, rs.TOP_BIT)
+        check_targets(out.target_logits.cpu().numpy(), x, 0, targets.cpu().numpy())
 
 
 @pytest.mark.cuda
@@ -295,37 +268,34 @@ def test_the_head_with_the_varentropy_equals_float64(gpu, dtype, statistics):
     targets = torch.from_numpy(rng.integers(0, columns, (rows, 1))).to(gpu)
     # Far from any logit, so that rounding decides no rank.
     threshold = torch.full((rows,), 100.0, device=gpu)
-    state, found = rs.new_state(rows, gpu), rs.new_target_logits(rows, 1, gpu)
-    numbers = (1.0, 0.0, 1.0, statistics)
-    native.score_head(hidden, weight, None, targets, 0, threshold, *numbers, state, found)
+    out = Reduction(targets, statistics=statistics, threshold=threshold)
+    head.score_head(hidden, weight, None, out)
     x = (hidden.double() @ weight.double().T).cpu().numpy()
     ids, limit = targets.cpu().numpy(), threshold.cpu().numpy()
-    check_state(state.cpu().numpy(), x, 0, ids, limit, statistics, tolerance=1e-4)
-    check_targets(found.cpu().numpy(), x, 0, ids)
+    check_state(out.state.cpu().numpy(), x, 0, ids, limit, statistics, tolerance=1e-4)
+    check_targets(out.target_logits.cpu().numpy(), x, 0, ids)
 
 
 @pytest.mark.cuda
 def test_errors_name_the_argument(gpu):
     logits = torch.randn(3, 50, device=gpu)
     targets = torch.zeros(3, 1, dtype=torch.int64, device=gpu)
-    state, found = rs.new_state(3, gpu), rs.new_target_logits(3, 1, gpu)
+    out = Reduction(targets)
     with pytest.raises(RuntimeError, match="state is on another device"):
-        native.reduce_logits(
-            logits, targets, 0, None, 1.0, 0.0, 1.0, 0, rs.new_state(3, torch.device("cpu")), found
-        )
+        head.reduce_logits(logits, replace(out, state=out.state.cpu()))
     with pytest.raises(RuntimeError, match="logits must have contiguous rows"):
-        native.reduce_logits(logits.T[:3], targets, 0, None, 1.0, 0.0, 1.0, 0, state, found)
+        head.reduce_logits(logits.T[:3], out)
 
 
 @pytest.mark.cuda
 def test_the_rule_of_the_head_holds(gpu):
     hidden = torch.zeros(2048, 64, dtype=torch.bfloat16, device=gpu)
     weight = torch.zeros(300, 64, dtype=torch.bfloat16, device=gpu)
-    capable = torch.cuda.get_device_capability() == native.FUSED_CAPABILITY
-    assert native.head_path(hidden, weight) == ("fused" if capable else "tiled")
-    assert native.head_path(hidden, weight, EVERYTHING) == "tiled"
-    assert native.head_path(hidden[:1], weight) == "tiled"
-    assert native.head_path(hidden.float(), weight.float()) == "tiled"
+    capable = torch.cuda.get_device_capability() == head.FUSED_CAPABILITY
+    assert head.head_path(hidden, weight) == ("fused" if capable else "tiled")
+    assert head.head_path(hidden, weight, EVERYTHING) == "tiled"
+    assert head.head_path(hidden[:1], weight) == "tiled"
+    assert head.head_path(hidden.float(), weight.float()) == "tiled"
     odd = torch.zeros(300, 65, dtype=torch.bfloat16, device=gpu)
-    assert native.head_path(hidden, odd[:, :64]) == "tiled"
-    assert native.head_path(hidden, odd[:, 1:]) == "tiled"
+    assert head.head_path(hidden, odd[:, :64]) == "tiled"
+    assert head.head_path(hidden, odd[:, 1:]) == "tiled"

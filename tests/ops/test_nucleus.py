@@ -1,4 +1,4 @@
-"""The nucleus against sorted sums in float64 NumPy."""
+"""Top-p: the nucleus against sorted sums in float64 NumPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops.nucleus import FIRST_LOOK, nucleus
+from vllm.score.ops.top_p import FIRST_LOOK, nucleus
 
 
 def sorted_sums(row: np.ndarray, top_p: float) -> tuple[float, int, float, float]:

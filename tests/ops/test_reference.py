@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm.score.engine.statistics import STATISTICS
+from vllm.score.errors import ScoreModeError
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.reference import reduce_logits, score_head, target_logits
 from vllm.score.ops.row_layout import RowLayout
+from vllm.score.ops.row_state import Reduction, Transform
 
 # The others are not of the row state.
 STATE_STATISTICS = tuple(s for s in STATISTICS if s not in ("head_mass", "model_logprob"))
@@ -19,18 +21,15 @@ STATE_STATISTICS = tuple(s for s in STATISTICS if s not in ("head_mass", "model_
 
 def reduce(x: torch.Tensor, targets: torch.Tensor, layout: RowLayout, parts: int = 1):
     """All columns of `layout` but the most likely tokens, from `parts` tiles of the vocabulary."""
-    state = rs.new_state(len(x), x.device)
-    found = rs.new_target_logits(len(x), targets.shape[1], x.device)
     threshold = x.float().gather(1, targets[:, :1])[:, 0] / layout.temperature
     mask = rs.statistics_mask(layout.statistics)
+    sums = Reduction(targets, Transform(temperature=layout.temperature), mask, threshold)
     first = 0
     for tile in x.tensor_split(parts, dim=1):
-        reduce_logits(
-            tile, targets, first, threshold, 1.0, 0.0, layout.temperature, mask, state, found
-        )
+        reduce_logits(tile, sums.at(first))
         first += tile.shape[1]
     out = torch.empty(len(x), layout.num_targets + len(layout.statistics))
-    rs.score_columns(state, found, layout, out)
+    rs.score_columns(sums.state, sums.target_logits, layout, out)
     return out
 
 
@@ -124,21 +123,22 @@ def test_input_is_not_modified():
 
 
 def test_columns_not_asked_for_are_left_alone():
-    state = torch.full((3, rs.WIDTH), 7.0)
-    state[:, rs.MAX] = -torch.inf
-    state[:, rs.SUM_EXP] = 0
-    none = torch.zeros(3, 0, dtype=torch.int64)
-    reduce_logits(torch.randn(3, 9), none + 0, 0, None, 1, 0, 1, 0, state, torch.empty(3, 0))
-    assert (state[:, 2:] == 7).all()
+    sums = Reduction(torch.zeros(3, 0, dtype=torch.int64))
+    sums.state[:, 2:] = 7.0
+    reduce_logits(torch.randn(3, 9), sums)
+    assert (sums.state[:, 2:] == 7).all()
 
 
 def test_varentropy_needs_the_entropys_bit():
-    state = rs.new_state(2, torch.device("cpu"))
     none = torch.zeros(2, 0, dtype=torch.int64)
     with pytest.raises(ValueError, match="needs the entropy's bit"):
-        reduce_logits(
-            torch.randn(2, 9), none, 0, None, 1, 0, 1, rs.VARENTROPY_BIT, state, torch.empty(2, 0)
-        )
+        reduce_logits(torch.randn(2, 9), Reduction(none, statistics=rs.VARENTROPY_BIT))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ScoreModeError, match="temperature must be above 0, got"):
+        Transform(temperature=temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,21 +152,19 @@ def test_head_with_soft_cap_scale_and_shard(dtype, bias, monkeypatch):
     targets = torch.randint(0, 33, (6, 2), generator=rng)
     x = hidden.double() @ weight.double().T + (offset.double() if bias else 0)
     x = torch.tanh(x / 5) * 5 * 0.7 / 1.3
-    states, founds = [], []
+    parts = []
     for first, last in ((0, 20), (20, 33)):
-        state, found = rs.new_state(6, x.device), rs.new_target_logits(6, 2, x.device)
         shard = None if offset is None else offset[first:last]
-        common = (0.7, 5.0, 1.3)
-        score_head(
-            hidden, weight[first:last], shard, targets, first, None, *common, 1, state, found
+        part, again = (
+            Reduction(targets, Transform(0.7, 5.0, 1.3), rs.ENTROPY_BIT, first_id=first)
+            for _ in range(2)
         )
-        states.append(state)
-        founds.append(found)
-        again = rs.new_target_logits(6, 2, x.device)
-        target_logits(hidden, weight[first:last], shard, targets, first, *common, again)
-        torch.testing.assert_close(again, found, atol=2e-5, rtol=0)
-    merged = rs.merge(torch.stack(states))
-    found = torch.stack(founds).amax(0)
+        score_head(hidden, weight[first:last], shard, part)
+        target_logits(hidden, weight[first:last], shard, again)
+        torch.testing.assert_close(again.target_logits, part.target_logits, atol=2e-5, rtol=0)
+        parts.append(part)
+    merged = rs.merge(torch.stack([part.state for part in parts]))
+    found = torch.stack([part.target_logits for part in parts]).amax(0)
     layout = RowLayout(2, ("entropy",))
     out = torch.empty(6, 3)
     rs.score_columns(merged, found, layout, out)

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.float64_rows import IDENTITY, float64_state, hard_rows
+from tests.ops.float64_rows import float64_state, hard_rows
 from vllm.score.engine.statistics import STATISTICS
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.reference import reduce_logits
+from vllm.score.ops.row_state import Reduction
 
 CPU = torch.device("cpu")
 SUMS = rs.ENTROPY_BIT | rs.VARENTROPY_BIT | rs.COLLISION_BIT | rs.TOP_BIT
@@ -21,10 +22,15 @@ COLUMNS = 600
 
 
 def state_of(x: torch.Tensor, first_id: int) -> torch.Tensor:
-    state, none = rs.new_state(len(x), CPU), torch.zeros(len(x), 0, dtype=torch.int64)
-    found = rs.new_target_logits(len(x), 0, CPU)
-    reduce_logits(x, none, first_id, None, *IDENTITY, SUMS, state, found)
-    return state
+    none = torch.zeros(len(x), 0, dtype=torch.int64)
+    out = Reduction(none, statistics=SUMS, first_id=first_id)
+    reduce_logits(x, out)
+    return out.state
+
+
+def statistic(name: str, state: torch.Tensor) -> torch.Tensor:
+    _, formula = rs._STATISTICS[name]
+    return formula(state)
 
 
 def kinds_of_rows(seed: int) -> np.ndarray:
@@ -59,7 +65,7 @@ def test_any_split_gives_the_measures_of_the_whole(cuts, grouping, seed):
     for row, got in zip(rows.astype(np.float64), state, strict=True):
         want = {n: v[0] for n, v in float64_state(row[np.isfinite(row)][None]).items()}
         values = {
-            name: float(rs._statistic(name, got[None]))
+            name: float(statistic(name, got[None]))
             for name in ("entropy", "varentropy", "logsumexp", "collision_probability", "margin")
         }
         assert values["entropy"] == pytest.approx(want["entropy"], abs=4e-6)
@@ -76,13 +82,13 @@ def test_the_varentropy_of_a_flat_row_is_zero_in_any_split():
     for cuts in ([], [1], [200, 400], [599]):
         parts = [state_of(x[:, a:b], a) for a, b in pairwise([0, *cuts, COLUMNS])]
         state = rs.merge(torch.stack(parts))
-        assert rs._statistic("varentropy", state).item() == 0
+        assert statistic("varentropy", state).item() == 0
 
 
 def test_parts_without_a_finite_logit_change_nothing():
     x = torch.randn(4, COLUMNS, generator=torch.Generator().manual_seed(0))
     state, empty = state_of(x, 0), state_of(torch.full((4, 9), -torch.inf), COLUMNS)
-    new = rs.new_state(4, CPU)
+    new = Reduction(torch.zeros(4, 0, dtype=torch.int64)).state
     for parts in ([state, empty], [empty, state], [new, state, new]):
         merged = rs.merge(torch.stack(parts))
         for column in (rs.MAX, rs.SUM_EXP, rs.SUM_EXP_X, rs.SUM_EXP2, rs.SUM_EXP_DEV2):
@@ -98,7 +104,7 @@ def test_a_part_that_is_not_a_number_spoils_the_row(bad, place):
     x[0, place] = bad
     merged = rs.merge(torch.stack([state_of(x[:, :3], 0), state_of(x[:, 3:], 3)]))
     for name in ("entropy", "varentropy", "logsumexp", "collision_probability"):
-        assert torch.isnan(rs._statistic(name, merged)).all(), name
+        assert torch.isnan(statistic(name, merged)).all(), name
 
 
 def test_every_statistic_has_its_bits():

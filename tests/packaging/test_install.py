@@ -25,7 +25,7 @@ FOLDERS = ("vllm", "csrc", "vllm_score_command")
 
 REPORT = """
 import json, vllm, vllm.score
-from vllm.score.ops.choice import choose_kernel
+from vllm.score.ops.kernels import choose_kernel
 from importlib.metadata import distribution
 points = distribution("vllm-score").entry_points
 print(json.dumps({

@@ -1,14 +1,21 @@
-"""The operators of the native library in plain PyTorch: same arguments, same results, any device.
+"""The operators: their definition to torch, and what each computes, in plain PyTorch.
 
-Every kernel is tested against this one, and this one against float64 NumPy. It is also what runs
-where nothing was compiled.
+torch dispatches a call to the kernel that is registered for the device (`vllm.score.ops.kernels`
+loads the compiled ones), and where there is none to the functions here: every device is served.
+Every kernel is tested against these functions, and these against float64 NumPy.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from vllm.score.ops import row_state as rs
+from vllm.score.ops.row_state import Reduction, Transform
 
 # Bytes of a block of float32 logits. On a CPU it stays in the caches, because it is read several
 # times; on a GPU it bounds the temporaries, of which the statistics need half a dozen.
@@ -17,83 +24,37 @@ BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 8 << 20}
 WEIGHT_TILE_BYTES = 16 << 20
 
 
-def transform(z: torch.Tensor, scale: float, soft_cap: float, temperature: float) -> torch.Tensor:
-    """Raw logits to ``x = scale * cap(z) / temperature``, float32; ``soft_cap`` 0 means none."""
-    x = z.float()
-    if soft_cap > 0:
-        x = torch.tanh(x / soft_cap) * soft_cap
-    factor = scale / temperature
-    return x if factor == 1.0 else x * factor
+def reduce_logits(logits: torch.Tensor, out: Reduction) -> None:
+    """Add a tile of logits to the sums of its rows. Over the whole vocabulary, with
 
+        x = out.transform(logits)
+        logprobs = F.log_softmax(x, -1).gather(1, out.targets)
 
-def reduce_logits(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    first_id: int,
-    threshold: torch.Tensor | None,
-    scale: float,
-    soft_cap: float,
-    temperature: float,
-    statistics: int,
-    state: torch.Tensor,
-    target_logits: torch.Tensor,
-) -> None:
-    """Merge a tile of logits into the rows' states, in place.
+    `logprobs` equals ``out.target_logits - log_sum_exp(out.state)[:, None]``.
 
     Args:
-        logits: [R, n], any floating dtype; column j is the id ``first_id + j``. Not modified.
-        targets: int64 [R, k], ids of the whole vocabulary; those outside the tile are left alone.
-        first_id: of the tile.
-        threshold: float32 [R], the (transformed) logit of the first target; with RANK_BIT only.
-        scale, soft_cap, temperature: see `transform`.
-        statistics: bits of `row_state`.
-        state: float32 [R, 11], see `row_state`.
-        target_logits: float32 [R, k].
+        logits: [R, n], any floating dtype; column j is the id ``out.first_id + j``. Not modified.
+        out: targets outside the tile are left alone.
     """
-    columns = logits.shape[1]
-    if columns == 0:
+    if logits.shape[1] == 0:
         return
-    block = max(1, BLOCK_BYTES.get(logits.device.type, 8 << 20) // (4 * columns))
+    asked = [columns for bit, columns in rs.COLUMNS_OF.items() if out.statistics & bit]
+    written = [rs.MAX, rs.SUM_EXP, *itertools.chain(*asked)]
+    block = max(1, BLOCK_BYTES.get(logits.device.type, 8 << 20) // (4 * logits.shape[1]))
     for first in range(0, logits.shape[0], block):
-        part = slice(first, first + block)
-        x = transform(logits[part], scale, soft_cap, temperature)
-        inside = targets[part] - first_id
-        held = (inside >= 0) & (inside < columns)
-        found = x.gather(1, inside.clamp(0, columns - 1))
-        target_logits[part] = torch.where(held, found, target_logits[part])
-        tile = _tile_state(
-            x, inside[:, :1], first_id, None if threshold is None else threshold[part], statistics
-        )
-        merged = rs.merge(torch.stack([state[part], tile]))
-        for column in _columns(statistics):
-            state[part, column] = merged[:, column]
+        rows = out.rows(slice(first, first + block))
+        x = out.transform(logits[first : first + block])
+        rows.put_targets(x.shape[1], partial(x.gather, 1))
+        merged = rs.merge(torch.stack([rows.state, _tile_state(x, rows)]))
+        rows.state[:, written] = merged[:, written]
 
 
-def _columns(statistics: int) -> list[int]:
-    columns = [rs.MAX, rs.SUM_EXP]
-    for bit, names in (
-        (rs.ENTROPY_BIT, [rs.SUM_EXP_X]),
-        (rs.VARENTROPY_BIT, [rs.SUM_EXP_DEV2]),
-        (rs.COLLISION_BIT, [rs.SUM_EXP2]),
-        (rs.TOP_BIT, [rs.SECOND, rs.ARGMAX]),
-        (rs.MOMENTS_BIT, [rs.MEAN, rs.M2, rs.COUNT]),
-        (rs.RANK_BIT, [rs.RANK]),
-    ):
-        if statistics & bit:
-            columns += names
-    return columns
-
-
-def _tile_state(
-    x: torch.Tensor,
-    own: torch.Tensor,
-    first_id: int,
-    threshold: torch.Tensor | None,
-    statistics: int,
-) -> torch.Tensor:
-    rows, columns = x.shape
-    state = rs.new_state(rows, x.device)
-    m, best = x.max(dim=1)
+def _tile_state(x: torch.Tensor, rows: Reduction) -> torch.Tensor:
+    """The state of x [R, n] alone."""
+    columns, statistics = x.shape[1], rows.statistics
+    place = torch.arange(columns, device=x.device)
+    state = Reduction(rows.targets).state
+    m = x.amax(1)
     state[:, rs.MAX] = m
     # A row of -inf alone has no maximum to subtract.
     shifted = x - torch.where(m == float("-inf"), 0.0, m)[:, None]
@@ -110,9 +71,8 @@ def _tile_state(
         state[:, rs.SUM_EXP2] = (e * e).sum(1)
     if statistics & rs.TOP_BIT:
         # torch.max may point at any of several equal maxima.
-        place = torch.arange(columns, device=x.device)
         best = torch.where(x == m[:, None], place, columns).amin(1).clamp_max(columns - 1)
-        state[:, rs.ARGMAX] = (best + first_id).float()
+        state[:, rs.ARGMAX] = (best + rows.first_id).float()
         if columns > 1:
             state[:, rs.SECOND] = torch.topk(x, 2, dim=1).values[:, 1]
     if statistics & rs.MOMENTS_BIT:
@@ -120,11 +80,10 @@ def _tile_state(
         state[:, rs.M2] = x.var(1, correction=0) * columns
         state[:, rs.COUNT] = columns
     if statistics & rs.RANK_BIT:
-        if threshold is None:
+        if rows.threshold is None:
             raise ValueError("the rank needs a threshold, the logit of the first target.")
-        larger = x > threshold[:, None]
-        place = torch.arange(columns, device=x.device)
-        state[:, rs.RANK] = (larger & (place != own)).sum(1).float()
+        others = place != rows.targets[:, :1] - rows.first_id
+        state[:, rs.RANK] = ((x > rows.threshold[:, None]) & others).sum(1).float()
     return state
 
 
@@ -138,68 +97,79 @@ def product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def score_head(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    first_id: int,
-    threshold: torch.Tensor | None,
-    scale: float,
-    soft_cap: float,
-    temperature: float,
-    statistics: int,
-    state: torch.Tensor,
-    target_logits: torch.Tensor,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: Reduction
 ) -> None:
-    """The product with the head's rows ``weight`` [n, H] and `reduce_logits`, a tile at a time."""
-    tile = max(1, WEIGHT_TILE_BYTES // (4 * max(weight.shape[1], hidden.shape[0])))
-    for first in range(0, weight.shape[0], tile):
-        part = slice(first, first + tile)
-        reduce_logits(
-            product(hidden, weight[part], None if bias is None else bias[part]),
-            targets,
-            first_id + first,
-            threshold,
-            scale,
-            soft_cap,
-            temperature,
-            statistics,
-            state,
-            target_logits,
-        )
+    """Add the logits of a part of the head to the sums of the rows, a tile at a time. It equals
 
-
-def target_logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    first_id: int,
-    scale: float,
-    soft_cap: float,
-    temperature: float,
-    out: torch.Tensor,
-) -> None:
-    """Write the transformed logits of the targets that this shard of the head holds.
+        reduce_logits(F.linear(hidden, weight, bias), out)
 
     Args:
         hidden: [R, H].
-        weight: [n, H], row j is the id ``first_id + j``.
+        weight: [n, H], row j is the id ``out.first_id + j``.
         bias: [n] or None.
-        targets: int64 [R, k].
-        first_id, scale, soft_cap, temperature: as in `reduce_logits`.
-        out: float32 [R, k]; entries whose target is elsewhere are left alone.
+    """
+    tile = max(1, WEIGHT_TILE_BYTES // (4 * max(weight.shape[1], hidden.shape[0])))
+    for first in range(0, weight.shape[0], tile):
+        part = slice(first, first + tile)
+        z = product(hidden, weight[part], None if bias is None else bias[part])
+        reduce_logits(z, out.at(out.first_id + first))
+
+
+def target_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: Reduction
+) -> None:
+    """Write the x of the targets that this part of the head holds. Over the whole vocabulary,
+
+        out.target_logits[:] = out.transform(F.linear(hidden, weight, bias)).gather(1, out.targets)
+
+    Args:
+        hidden, weight, bias: as in `score_head`.
+        out: its state is left alone, and targets elsewhere.
     """
     if weight.shape[0] == 0:
         return
-    block = max(1, WEIGHT_TILE_BYTES // (4 * weight.shape[1] * max(1, targets.shape[1])))
+    block = max(1, WEIGHT_TILE_BYTES // (4 * weight.shape[1] * max(1, out.targets.shape[1])))
     for first in range(0, hidden.shape[0], block):
-        part = slice(first, first + block)
-        inside = targets[part] - first_id
-        held = (inside >= 0) & (inside < weight.shape[0])
-        inside = inside.clamp(0, weight.shape[0] - 1)
-        z = (weight[inside].float() * hidden[part, None].float()).sum(-1)
-        if bias is not None:
-            z = z + bias[inside].float()
-        x = transform(z, scale, soft_cap, temperature)
-        out[part] = torch.where(held, x, out[part])
+        h = hidden[first : first + block, None].float()
+
+        def x_at(column: torch.Tensor, h: torch.Tensor = h) -> torch.Tensor:
+            z = (weight[column].float() * h).sum(-1)
+            return out.transform(z if bias is None else z + bias[column].float())
+
+        out.rows(slice(first, first + block)).put_targets(weight.shape[0], x_at)
+
+
+# What `Reduction.arguments` gives. `scale` is already divided by the temperature.
+_ROWS = (
+    "Tensor targets, int first_id, Tensor? threshold, float scale, float soft_cap, "
+    "int statistics, Tensor(a!) state, Tensor(b!) target_logits"
+)
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+# The compiled libraries are built for these arguments: whoever changes them changes the stamp in
+# csrc/bindings.h and in kernels.py.
+OPERATORS: dict[str, tuple[str, Callable[..., None]]] = {
+    "reduce_logits": (f"(Tensor logits, {_ROWS}) -> ()", reduce_logits),
+    "score_head": (f"({_HEAD}, {_ROWS}) -> ()", score_head),
+    "target_logits": (f"({_HEAD}, {_ROWS}) -> ()", target_logits),
+}
+
+
+def kernel_of(function: Callable[..., None]) -> Callable[..., None]:
+    """A function above as a kernel of its operator, with the operator's arguments."""
+
+    def kernel(*arguments: Any) -> None:
+        *operands, targets, first_id, threshold = arguments[:-5]
+        scale, soft_cap, statistics, state, found = arguments[-5:]
+        transform = Transform(scale, soft_cap)
+        out = Reduction(targets, transform, statistics, threshold, first_id, state, found)
+        function(*operands, out)
+
+    return kernel
+
+
+_library = torch.library.Library("vllm_score", "DEF")
+for _name, (_schema, _function) in OPERATORS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, kernel_of(_function), "CompositeExplicitAutograd")
+    # They write to their arguments and return nothing.
+    torch.library.register_fake(f"vllm_score::{_name}", lambda *_: None, lib=_library)

@@ -26,11 +26,16 @@ leaves an error of 1e-4, and of 2e-3 of the result, at a vocabulary of 152k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
+from vllm.score.errors import ScoreModeError
 from vllm.score.ops.row_layout import RowLayout
 
 MAX, SUM_EXP, SUM_EXP_X, SUM_EXP2, SECOND, ARGMAX, MEAN, M2, COUNT, RANK, SUM_EXP_DEV2 = range(11)
@@ -39,43 +44,111 @@ WIDTH = 11
 # Bits of the `statistics` argument of the operators; MAX and SUM_EXP are always computed. The
 # varentropy's is valid only beside the entropy's, whose column holds its mean.
 ENTROPY_BIT, COLLISION_BIT, TOP_BIT, MOMENTS_BIT, RANK_BIT, VARENTROPY_BIT = 1, 2, 4, 8, 16, 32
-
-_BITS_OF = {
-    "entropy": ENTROPY_BIT,
-    "varentropy": ENTROPY_BIT | VARENTROPY_BIT,
-    "rank": RANK_BIT,
-    "argmax": TOP_BIT,
-    "argmax_logprob": 0,
-    "margin": TOP_BIT,
-    "collision_probability": COLLISION_BIT,
-    "logsumexp": 0,
-    # Not of the state.
-    "head_mass": 0,
-    "model_logprob": 0,
-    "logit_mean": MOMENTS_BIT,
-    "logit_variance": MOMENTS_BIT,
+COLUMNS_OF = {
+    ENTROPY_BIT: [SUM_EXP_X],
+    VARENTROPY_BIT: [SUM_EXP_DEV2],
+    COLLISION_BIT: [SUM_EXP2],
+    TOP_BIT: [SECOND, ARGMAX],
+    MOMENTS_BIT: [MEAN, M2, COUNT],
+    RANK_BIT: [RANK],
 }
 
 
-def statistics_mask(names: tuple[str, ...]) -> int:
-    """The bits that the named statistics need."""
-    mask = 0
-    for name in names:
-        mask |= _BITS_OF[name]
-    return mask
+@dataclass(frozen=True)
+class Transform:
+    """Raw logits z to ``x = scale * cap(z) / temperature``, float32.
+
+    ``cap(z) = soft_cap * tanh(z / soft_cap)``; a `soft_cap` of 0 means none.
+    """
+
+    scale: float = 1.0
+    soft_cap: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ScoreModeError(f"temperature must be above 0, got {self.temperature}.")
+
+    @property
+    def factor(self) -> float:
+        """``scale / temperature``, rounded once: equal logits stay equal."""
+        return self.scale / self.temperature
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        x = z.float()
+        if self.soft_cap > 0:
+            x = torch.tanh(x / self.soft_cap) * self.soft_cap
+        return x if self.factor == 1.0 else x * self.factor
 
 
-def new_state(rows: int, device: torch.device) -> torch.Tensor:
-    """The state of `rows` rows of which no logit has been seen, float32 [rows, 11]."""
-    state = torch.zeros(rows, WIDTH, dtype=torch.float32, device=device)
-    state[:, MAX] = state[:, SECOND] = float("-inf")
-    state[:, ARGMAX] = -1
-    return state
+IDENTITY = Transform()
 
 
-def new_target_logits(rows: int, num_targets: int, device: torch.device) -> torch.Tensor:
-    """Float32 [rows, num_targets] of -inf: no target has been seen."""
-    return torch.full((rows, num_targets), float("-inf"), dtype=torch.float32, device=device)
+@dataclass
+class Reduction:
+    """What is computed of R rows of logits, and the tensors that the operators add it to, in place.
+
+    Attributes:
+        targets: int64 [R, k], ids of the whole vocabulary.
+        transform: of raw logits to x.
+        statistics: bits of the columns to compute.
+        threshold: float32 [R], x of the first target; with RANK_BIT only.
+        first_id: id of the first column of the logits that are added next.
+        state: float32 [R, 11], see above; by default that of rows of which no logit has been seen.
+        target_logits: float32 [R, k], x of the targets seen so far, -inf for the others; by
+            default no target has been seen.
+    """
+
+    targets: torch.Tensor
+    transform: Transform = IDENTITY
+    statistics: int = 0
+    threshold: torch.Tensor | None = None
+    first_id: int = 0
+    state: torch.Tensor = None
+    target_logits: torch.Tensor = None
+
+    def __post_init__(self) -> None:
+        options = {"dtype": torch.float32, "device": self.targets.device}
+        if self.state is None:
+            self.state = torch.zeros(len(self.targets), WIDTH, **options)
+            self.state[:, MAX] = self.state[:, SECOND] = float("-inf")
+            self.state[:, ARGMAX] = -1
+        if self.target_logits is None:
+            self.target_logits = torch.full(self.targets.shape, float("-inf"), **options)
+
+    def rows(self, part: slice) -> Reduction:
+        """That of some of the rows, on the same memory."""
+        return replace(
+            self,
+            targets=self.targets[part],
+            state=self.state[part],
+            target_logits=self.target_logits[part],
+            threshold=None if self.threshold is None else self.threshold[part],
+        )
+
+    def at(self, first_id: int) -> Reduction:
+        """The same before the logits of another part of the vocabulary."""
+        return replace(self, first_id=first_id)
+
+    def put_targets(self, count: int, x_at: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Write the x of the targets among the next `count` ids, at least one.
+
+        Args:
+            x_at: gives it for columns int64 [R, k] of 0 .. count - 1.
+        """
+        column = self.targets - self.first_id
+        held = (column >= 0) & (column < count)
+        x = x_at(column.clamp(0, count - 1))
+        self.target_logits.copy_(torch.where(held, x, self.target_logits))
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the operators take them, behind their operands."""
+        return (
+            *(self.targets, self.first_id, self.threshold),
+            *(self.transform.factor, self.transform.soft_cap, self.statistics),
+            *(self.state, self.target_logits),
+        )
 
 
 def merge(states: torch.Tensor) -> torch.Tensor:
@@ -127,6 +200,28 @@ def log_sum_exp(state: torch.Tensor) -> torch.Tensor:
     return state[:, MAX] + torch.log(state[:, SUM_EXP])
 
 
+# Of each statistic the bits that it needs, and its formula; None where the state does not hold it.
+_STATISTICS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor] | None]] = {
+    "entropy": (ENTROPY_BIT, lambda s: torch.log(s[:, SUM_EXP]) - s[:, SUM_EXP_X] / s[:, SUM_EXP]),
+    "varentropy": (ENTROPY_BIT | VARENTROPY_BIT, lambda s: s[:, SUM_EXP_DEV2] / s[:, SUM_EXP]),
+    "rank": (RANK_BIT, lambda s: s[:, RANK] + 1),
+    "argmax": (TOP_BIT, lambda s: s[:, ARGMAX]),
+    "argmax_logprob": (0, lambda s: -torch.log(s[:, SUM_EXP])),
+    "margin": (TOP_BIT, lambda s: s[:, MAX] - s[:, SECOND]),
+    "collision_probability": (COLLISION_BIT, lambda s: s[:, SUM_EXP2] / s[:, SUM_EXP].square()),
+    "logsumexp": (0, log_sum_exp),
+    "head_mass": (0, None),
+    "model_logprob": (0, None),
+    "logit_mean": (MOMENTS_BIT, lambda s: s[:, MEAN]),
+    "logit_variance": (MOMENTS_BIT, lambda s: s[:, M2] / s[:, COUNT]),
+}
+
+
+def statistics_mask(names: tuple[str, ...]) -> int:
+    """The bits that the named statistics need."""
+    return functools.reduce(operator.or_, (_STATISTICS[name][0] for name in names), 0)
+
+
 def score_columns(
     state: torch.Tensor,
     target_logits: torch.Tensor,
@@ -141,7 +236,7 @@ def score_columns(
         target_logits: float32 [R, k].
         layout: names the columns.
         out: float32 [R, at least k + number of statistics]; its first columns are written.
-        given: statistics that the state does not hold, by name, float32 [R].
+        given: the statistics that the state does not hold, by name, float32 [R].
     """
     k = layout.num_targets
     if k:
@@ -149,29 +244,5 @@ def score_columns(
         # Targets may be summed in another order than the row, and come out above it by a rounding.
         out[:, :k].clamp_max_(0.0)
     for column, name in enumerate(layout.statistics, start=k):
-        out[:, column] = given[name] if name in given else _statistic(name, state)
-
-
-def _statistic(name: str, state: torch.Tensor) -> torch.Tensor:
-    total = state[:, SUM_EXP]
-    if name == "entropy":
-        return torch.log(total) - state[:, SUM_EXP_X] / total
-    if name == "varentropy":
-        return state[:, SUM_EXP_DEV2] / total
-    if name == "rank":
-        return state[:, RANK] + 1
-    if name == "argmax":
-        return state[:, ARGMAX]
-    if name == "argmax_logprob":
-        return -torch.log(total)
-    if name == "margin":
-        return state[:, MAX] - state[:, SECOND]
-    if name == "collision_probability":
-        return state[:, SUM_EXP2] / (total * total)
-    if name == "logsumexp":
-        return log_sum_exp(state)
-    if name == "logit_mean":
-        return state[:, MEAN]
-    if name == "logit_variance":
-        return state[:, M2] / state[:, COUNT]
-    raise ValueError(f"no implementation computes the statistic {name!r}.")
+        formula = _STATISTICS[name][1]
+        out[:, column] = given[name] if formula is None else formula(state)

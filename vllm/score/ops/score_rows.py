@@ -5,16 +5,15 @@ between ranks come together.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from vllm.score.ops import row_state as rs
-from vllm.score.ops.head import Head
-from vllm.score.ops.operators import operators
-from vllm.score.ops.reference import product, transform
+from vllm.score.ops.head import Head, reduce_logits, score_head, target_logits
+from vllm.score.ops.kernels import choose_kernel
 from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
-from vllm.score.ops.truncated import truncated_state
+from vllm.score.ops.row_state import Reduction, Transform
+from vllm.score.ops.top_p import reduce_nucleus
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not
 # consecutive, so this bounds that copy as well.
@@ -65,74 +64,66 @@ def score_rows(
     Returns:
         float32 [c, layout.width(V)].
     """
+    choose_kernel(hidden.device.type)
     mask = rs.statistics_mask(layout.statistics)
     targets = targets.contiguous()
-    common = (head.scale, head.soft_cap, layout.temperature)
-    ops = operators(hidden.device.type)
-    logits = _logits(head, hidden) if layout.needs_logits or head.needs_logits else None
+    transform = Transform(head.scale, head.soft_cap, layout.temperature)
+    logits = head.logits(hidden) if layout.needs_logits or head.needs_logits else None
     if layout.top_p < 1 and head.gather is not None:
         head, logits = _whole_vocabulary(head, logits, vocab_size)
     threshold = None
     if mask & rs.RANK_BIT:
-        threshold = _threshold(head, hidden, logits, targets, common, ops)
+        threshold = _threshold(head, hidden, logits, Reduction(_first(targets), transform))
     given = {}
     if "model_logprob" in layout.statistics:
-        given["model_logprob"] = _model_logprob(head, hidden, logits, targets[:, :1], ops)
-    x = None if logits is None or not layout.needs_logits else transform(logits, *common)
+        given["model_logprob"] = _model_logprob(head, hidden, logits, targets)
+    x = None if logits is None or not layout.needs_logits else transform(logits)
     if layout.top_p < 1:
-        state, found, mass = truncated_state(x, targets, layout.top_p, threshold, mask, ops)
+        done = Reduction(targets, statistics=mask, threshold=threshold)
+        given["head_mass"] = reduce_nucleus(x, layout.top_p, done)
     else:
-        state, found = _reduced(head, hidden, logits, targets, threshold, common, mask, ops)
-        mass = torch.ones_like(state[:, 0])
-    given["head_mass"] = mass
+        done = _reduce(head, hidden, logits, Reduction(targets, transform, mask, threshold))
+        given["head_mass"] = torch.ones_like(done.state[:, 0])
     out = torch.empty(
         len(hidden), layout.width(vocab_size), dtype=torch.float32, device=hidden.device
     )
-    rs.score_columns(state, found, layout, out, given)
+    rs.score_columns(done.state, done.target_logits, layout, out, given)
     if layout.top:
-        _top_columns(head, x, rs.log_sum_exp(state), layout, out[:, layout.top_start :])
+        _top_columns(head, x, rs.log_sum_exp(done.state), layout, out[:, layout.top_start :])
     return out
 
 
-def _reduced(
-    head: Head,
-    hidden: torch.Tensor,
-    logits: torch.Tensor | None,
-    targets: torch.Tensor,
-    threshold: torch.Tensor | None,
-    common: tuple[float, float, float],
-    mask: int,
-    ops: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state and the targets' logits of whole rows, of all ranks."""
-    state = rs.new_state(len(hidden), hidden.device)
-    found = rs.new_target_logits(len(hidden), targets.shape[1], hidden.device)
+def _first(targets: torch.Tensor) -> torch.Tensor:
+    return targets[:, :1].contiguous()
+
+
+def _reduce(
+    head: Head, hidden: torch.Tensor, logits: torch.Tensor | None, out: Reduction
+) -> Reduction:
+    """The sums and the targets' logits of whole rows, of all ranks."""
+    here = out.at(head.first_id)
     # A rank may hold padding only.
-    if head.num_ids:
-        source = (logits,) if logits is not None else (hidden, head.weight, head.bias)
-        run = ops.reduce_logits if logits is not None else ops.score_head
-        run(*source, targets, head.first_id, threshold, *common, mask, state, found)
-    if head.gather is not None:
-        both = head.gather(torch.cat([state, found], dim=1))
-        state = rs.merge(both[..., : rs.WIDTH])
-        found = both[..., rs.WIDTH :].amax(dim=0)
-    return state, found
+    if head.num_ids and logits is not None:
+        reduce_logits(logits, here)
+    elif head.num_ids:
+        score_head(hidden, head.weight, head.bias, here)
+    if head.gather is None:
+        return out
+    both = head.gather(torch.cat([out.state, out.target_logits], dim=1))
+    state = rs.merge(both[..., : rs.WIDTH])
+    return replace(out, state=state, target_logits=both[..., rs.WIDTH :].amax(dim=0))
 
 
 def _model_logprob(
-    head: Head,
-    hidden: torch.Tensor,
-    logits: torch.Tensor | None,
-    target: torch.Tensor,
-    ops: Any,
+    head: Head, hidden: torch.Tensor, logits: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Float32 [c]: log-probability of the first target, [c, 1], at temperature 1 and top-p 1.
+    """Float32 [c]: log-probability of the first target, at temperature 1 and top-p 1.
 
     A pass of its own, so that the others need not carry a second sum.
     """
-    common = (head.scale, head.soft_cap, 1.0)
-    state, found = _reduced(head, hidden, logits, target.contiguous(), None, common, 0, ops)
-    return (found[:, 0] - rs.log_sum_exp(state)).clamp_max(0.0)
+    begun = Reduction(_first(targets), Transform(head.scale, head.soft_cap))
+    done = _reduce(head, hidden, logits, begun)
+    return (done.target_logits[:, 0] - rs.log_sum_exp(done.state)).clamp_max(0.0)
 
 
 def _whole_vocabulary(
@@ -145,36 +136,19 @@ def _whole_vocabulary(
     return alone, whole
 
 
-def _logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
-    """This range's raw logits [c, n], float32 where the weights are plain."""
-    if head.weight is None:
-        logits = head.logits_of(hidden)[:, : head.num_ids]
-    else:
-        logits = product(hidden, head.weight, head.bias)
-    return logits if head.delta is None else head.delta(hidden).add_(logits)
-
-
 def _threshold(
-    head: Head,
-    hidden: torch.Tensor,
-    logits: torch.Tensor | None,
-    targets: torch.Tensor,
-    common: tuple[float, float, float],
-    ops: Any,
+    head: Head, hidden: torch.Tensor, logits: torch.Tensor | None, out: Reduction
 ) -> torch.Tensor:
-    """Float32 [c]: the logit of the first target, whichever rank has it."""
-    first = targets[:, :1].contiguous()
-    out = rs.new_target_logits(len(first), 1, first.device)
+    """Float32 [c]: the x of the one target, whichever rank has it."""
+    here = out.at(head.first_id)
     if head.num_ids and logits is not None:
-        inside = first - head.first_id
-        held = (inside >= 0) & (inside < head.num_ids)
-        x = transform(logits.gather(1, inside.clamp(0, head.num_ids - 1)), *common)
-        out = torch.where(held, x, out)
+        here.put_targets(head.num_ids, lambda column: out.transform(logits.gather(1, column)))
     elif head.num_ids:
-        ops.target_logits(hidden, head.weight, head.bias, first, head.first_id, *common, out)
+        target_logits(hidden, head.weight, head.bias, here)
+    found = here.target_logits
     if head.gather is not None:
-        out = head.gather(out).amax(dim=0)
-    return out[:, 0].contiguous()
+        found = head.gather(found).amax(dim=0)
+    return found[:, 0].contiguous()
 
 
 def _top_columns(
@@ -185,8 +159,8 @@ def _top_columns(
         x.sub_(lse[:, None])
         if head.gather is None:
             out.copy_(x)
-            return
-        _gather_vocabulary(head, x, out)
+        else:
+            _gather_vocabulary(head, x, out)
         return
     count = min(layout.top, x.shape[1])
     values, ids = torch.topk(x, count, dim=-1)

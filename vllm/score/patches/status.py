@@ -43,13 +43,13 @@ def kernel_status(role: Role) -> dict[str, str]:
     Workers load and check it; other processes must not initialise CUDA, and say what they expect.
     """
     from vllm.platforms import current_platform
-    from vllm.score.ops.choice import choose_kernel, expected_kernel
+    from vllm.score.ops.kernels import choose_kernel, expected_kernel
 
     device = str(current_platform.device_type)
     choice = choose_kernel(device) if role == "worker" else expected_kernel(device)
     status = {"device": device, "name": choice.name, "reason": choice.reason}
     if choice.name == "native":
-        from vllm.score.ops.native import head_rule
+        from vllm.score.ops.head import head_rule
 
         status["rule"] = head_rule(device)
     return status

@@ -259,7 +259,7 @@ def describe_model(llm: LLM) -> dict[str, Any]:
 def describe_engine(llm: LLM) -> dict[str, Any]:
     """The settings of the engine that can move a score, if only in its last bits."""
     from vllm.platforms import current_platform
-    from vllm.score.ops.choice import expected_kernel
+    from vllm.score.ops.kernels import expected_kernel
 
     config = llm.llm_engine.vllm_config
     model, scheduler = config.model_config, config.scheduler_config

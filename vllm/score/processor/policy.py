@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from vllm.score.ops.nucleus import nucleus
+from vllm.score.ops.top_p import nucleus
 from vllm.score.processor.config import GenerationConfig
 
 

@@ -1,13 +1,19 @@
-"""The nucleus of a row of logits: the fewest most likely tokens whose probabilities reach top-p."""
+"""Top-p: a row's nucleus, the fewest most likely tokens whose probabilities reach top-p, and the
+row's sums restricted to it, as top-p sampling restricts it.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.ops import row_state as rs
+from vllm.score.ops.head import reduce_logits
+from vllm.score.ops.row_state import Reduction
 
 # Tokens looked at before a row is sorted as a whole: most nuclei of language models are smaller.
 FIRST_LOOK = 1024
@@ -19,6 +25,9 @@ _BYTES_PER_ENTRY = 40  # values, their places and the sums of one sorted entry
 _ONE = 1 << 60
 # In units of the dtype's precision: what a sum of p may be off.
 _SLACK = 4
+# Columns of the row state that describe the whole row whatever the top-p.
+WHOLE_ROW = (rs.SECOND, rs.ARGMAX, rs.MEAN, rs.M2, rs.COUNT, rs.RANK)
+WHOLE_ROW_BITS = rs.TOP_BIT | rs.MOMENTS_BIT | rs.RANK_BIT
 
 
 @torch.no_grad()
@@ -74,11 +83,10 @@ def nucleus(
 
 
 def _everything(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    floor = x.amin(1)
     # NaN wherever the row has no distribution, as below the full mass.
-    top = x.amax(1)
-    mass = torch.where(torch.isfinite(top), 1.0, float("nan")).to(x.dtype)
-    floor = torch.where(torch.isfinite(top), floor, float("nan"))
+    bad = ~torch.isfinite(x.amax(1))
+    floor = x.amin(1).masked_fill_(bad, float("nan"))
+    mass = torch.ones_like(floor).masked_fill_(bad, float("nan"))
     return floor, torch.zeros_like(floor, dtype=torch.int64), mass
 
 
@@ -99,3 +107,45 @@ def _cut(
     floor = ordered.gather(1, last).squeeze(1)
     mass = sums.gather(1, last).squeeze(1).double().div_(_ONE).clamp_max_(1.0)
     return floor, last.squeeze(1) + 1, mass.to(ordered.dtype), ~below[:, -1]
+
+
+def reduce_nucleus(x: Tensor, top_p: float, out: Reduction) -> Tensor:
+    """Add rows to their sums, restricted to their nuclei but for the columns in `WHOLE_ROW`.
+
+    Args:
+        x: float32 [c, V], transformed logits of the whole vocabulary. What lies outside the nucleus
+            becomes -inf.
+        top_p: in (0, 1).
+        out: new sums, without a transform. Targets outside the nucleus stay -inf.
+
+    Returns:
+        The nucleus's probability, float32 [c].
+    """
+    # The rank is that of the first target.
+    first = out.targets[:, :1].contiguous()
+    bits = out.statistics & WHOLE_ROW_BITS
+    whole = Reduction(first, statistics=bits, threshold=out.threshold)
+    reduce_logits(x, whole)
+    floor, surplus, mass = nucleus(x, top_p, log_partition=rs.log_sum_exp(whole.state))
+    x.masked_fill_(x < floor[:, None], float("-inf"))
+    reduce_logits(x, replace(out, statistics=out.statistics & ~WHOLE_ROW_BITS, threshold=None))
+    _leave_out(out.state, floor, surplus)
+    for column in WHOLE_ROW:
+        out.state[:, column] = whole.state[:, column]
+    return mass
+
+
+def _leave_out(state: Tensor, floor: Tensor, surplus: Tensor) -> None:
+    """Take `surplus` ids at the smallest kept x out of the sums: the count of the nucleus is what
+    is defined where ids are tied, not which of them are kept.
+    """
+    b = floor - state[:, rs.MAX]
+    e = b.exp()
+    weight = surplus * e
+    mean = state[:, rs.SUM_EXP_X] / state[:, rs.SUM_EXP]
+    state[:, rs.SUM_EXP] -= weight
+    state[:, rs.SUM_EXP_X] -= weight * b
+    state[:, rs.SUM_EXP2] -= weight * e
+    rest = state[:, rs.SUM_EXP_X] / state[:, rs.SUM_EXP]
+    state[:, rs.SUM_EXP_DEV2] -= weight * (b - mean) * (b - rest)
+    state[:, rs.SUM_EXP_DEV2].clamp_min_(0.0)
