@@ -19,10 +19,11 @@ PACKAGE = "vllm.score"
 # From the ground up. What stands on one floor does not know of each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "escapes"),
-    ("checks", "armed", "tokens", "results", "shared_prefixes", "launch"),
+    ("checks", "armed", "tokens", "results", "shared_prefixes"),
     ("ops",),
     ("engine",),
-    ("server",),  # what the patches of the endpoints call, as `engine` is for the other patches
+    # What the patches of the endpoints call, as `engine` is for the other patches; engines started.
+    ("server", "launch"),
     ("patches",),
     ("api",),
     ("continuations",),

@@ -113,9 +113,7 @@ async def _admitted(engine: Any, params: Any, unfinished: Callable[[], bool]) ->
 
 def _raise_if_refused(statuses: list[dict[str, Any]]) -> None:
     """Raise ScoreModeUnavailable when a process reports a problem; pass warnings on, once each."""
-    from vllm.score.patches.status import first_problem
-
-    problem = first_problem(statuses)
+    problem = next((s["problem"] for s in statuses if s["problem"]), None)
     if problem is not None:
         raise ScoreModeUnavailable(problem)
     for text in sorted({text for s in statuses for text in s.get("warnings", ())}):
