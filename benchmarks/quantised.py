@@ -150,7 +150,7 @@ def run(name: str, folder: str, options: argparse.Namespace, seconds: float) -> 
 
 def cpu_int8_error(name: str) -> str:
     """Error of the int8 product itself on this CPU; see `quantised_products`."""
-    from vllm.score.engine.quantised_products import cpu_int8_error
+    from vllm.score.engine.configuration import cpu_int8_error
 
     return f"{cpu_int8_error(64 if '7BIT' in name else 127):.2g}"
 

@@ -16,7 +16,7 @@ def test_the_amended_modules_are_those_of_the_register():
 
 
 def test_refused_options_are_listed():
-    from vllm.score.engine.support import REFUSED_OPTIONS
+    from vllm.score.engine.request import REFUSED_OPTIONS
 
     text = (ROOT / "SCORE_MODE_IMPLEMENTATION.md").read_text()
     for field, _, _ in REFUSED_OPTIONS:

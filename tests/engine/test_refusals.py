@@ -44,9 +44,13 @@ def test_one_bad_request_takes_the_others_back(llm):
         ([{"prompt_token_ids": "ab"}], {}, "must be a list of token ids, got str"),
         ("a text", {}, "requests must be a list, got one str"),
         ([[1] * 2049], {}, "2049 tokens, the engine's max_model_len is 2048"),
-        ([[1, 2]], {"statistics": ["perplexity"]}, "score_statistics names 'perplexity'"),
+        (
+            [[1, 2]],
+            {"statistics": ["perplexity"]},
+            "the statistic 'perplexity' is unknown",
+        ),
         ([[1, 2]], {"temperature": -1.0}, "score_temperature must be"),
-        ([[1, 2]], {"top": -2}, "top=-2"),
+        ([[1, 2]], {"top": -2}, "top must be a whole number of at least 0, got -2"),
         ([[1, 2]], {"top": 3, "full_vocabulary": True}, "not both"),
         (
             [{"prompt_token_ids": [1, 2], "target_token_ids": [2]}],
@@ -128,7 +132,7 @@ def test_prompt_embeddings_are_refused(engine):
 )
 def test_configurations_are_refused(llm, monkeypatch, field, value, message):
     """On the real configuration of a running engine, with one field changed."""
-    from vllm.score.engine.support import unsupported_configuration
+    from vllm.score.engine.configuration import unsupported_configuration
 
     config = llm.llm_engine.vllm_config
     assert unsupported_configuration(config) is None

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.perplexity.texts import byte_level_with_bos
-from vllm.score.engine.request import AS_TOKENISED, ModelFacts, plan_request, plan_tokenised
-from vllm.score.engine.worker import scored_rows
+from vllm.score.engine.request import AS_TOKENISED, ModelFacts, ScoreSpec, admit, admit_tokenised
+from vllm.score.engine.worker import RequestScores, ScheduledRows
+from vllm.score.ops.row_layout import RowLayout
 
 FACTS = ModelFacts(vocab_size=100, max_model_len=32)
 
@@ -20,8 +21,8 @@ def params(**options):
     return SamplingParams(score_mode=True, **options)
 
 
-def plan(ids, targets=None, facts=FACTS, **options):
-    return plan_request(ids, targets, params(**options), facts)
+def spec_of(ids, targets=None, facts=FACTS, **options):
+    return admit(ids, targets, params(**options), facts).spec
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def plan(ids, targets=None, facts=FACTS, **options):
         (list(range(33)), None, "33 tokens, the engine's max_model_len is 32"),
         ([1, 100, 2], None, r"prompt_token_ids\[1\] is 100, outside the vocabulary 0..99"),
         ([1, -1], None, r"prompt_token_ids\[1\] is -1"),
-        ([1, 2.5], None, "prompt_token_ids must be integers, got 1.0|got 2.5"),
+        ([1, 2.5], None, r"prompt_token_ids must be integers, got 2.5 at \[1\]"),
         ([1, 2, 3], [], "target_token_ids is empty"),
         ([1, 2, 3], [1, 2, 3], "has 3 rows, but a prompt of 3 tokens has 2 positions"),
         ([1], [1], "has 1 rows, but a prompt of 1 tokens has 0 positions"),
@@ -44,19 +45,26 @@ def plan(ids, targets=None, facts=FACTS, **options):
         ([1, 2, 3], [2**80], r"target_token_ids\[0\] is 1208925819614629174706176, outside"),
         ([1, 2, 3], [[1, 2], [3]], "the same number of candidates at every position"),
         ([1, 2, 3], [[], []], "k of at least 1"),
+        ([1, 2, 3], [[1, 2], 3], r"target_token_ids\[1\] must be a list of token ids, got int"),
+        ([1, 2, 3], [1, [2]], r"target_token_ids must be integers, got \[2\] at \[1\]"),
+        (
+            [1, 2, 3],
+            [[1, True], [2, 3]],
+            r"target_token_ids\[0\] must be integers, got True at \[1\]",
+        ),
         ([1, 2, 3], "12", "target_token_ids must be a list of token ids"),
         ([1, 2, 3], 7, "target_token_ids must be a list of token ids, .* got int"),
     ],
 )
 def test_malformed_prompts_and_targets(ids, targets, message):
     with pytest.raises(ValueError, match=message):
-        plan(ids, targets)
+        spec_of(ids, targets)
 
 
 def test_one_token_has_nothing_to_score_and_says_so():
-    made = plan([5], prompt_logprobs=0)
+    made = spec_of([5], prompt_logprobs=0)
     assert made.targets.shape == (0, 1) and "one token" in made.notes[0]
-    assert plan([5, 6], prompt_logprobs=0).notes == ()
+    assert spec_of([5, 6], prompt_logprobs=0).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +82,7 @@ def test_one_token_has_nothing_to_score_and_says_so():
         ({"bad_words": ["x"]}, "bad_words="),
         ({"trace_decode_token_ids": [1]}, "trace_decode_token_ids="),
         ({"extra_args": {"kv_transfer_params": {"do_remote_prefill": True}}}, "kv_transfer_params"),
-        ({"score_statistics": ["entropie"]}, "Did you mean 'entropy'"),
+        ({"score_statistics": ["entropie"]}, r"'entropie' is unknown \(did you mean 'entropy'\?\)"),
         ({"score_statistics": "entropy"}, r"write \['entropy'\]"),
         ({"score_statistics": ["rank", "rank"]}, "twice"),
         ({"score_temperature": 0.0}, "score_temperature must be a number above 0, got 0.0"),
@@ -137,6 +145,26 @@ def test_parameters_survive_copies_and_wires():
     )
 
 
+def test_what_is_scored_survives_copies_and_wires():
+    import copy
+    import pickle
+
+    from vllm import SamplingParams
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    asked = params(score_statistics=["rank"], score_temperature=0.5)
+    admitted = admit([1, 2, 3], [[4, 5], [6, 7]], asked, FACTS, notes=("a note",))
+    assert asked._score is None
+    given, spec = admitted.params, admitted.spec
+    wire = MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(given))
+    pickled = pickle.loads(pickle.dumps(given))
+    for other in (given.clone(), copy.copy(given), copy.deepcopy(given), pickled, wire):
+        np.testing.assert_array_equal(other._score.targets, [[4, 5], [6, 7]])
+        assert other._score.targets.dtype == np.int32
+        for field in ("start", "layout", "vocab_size", "flat", "unread", "notes", "view_ranks"):
+            assert getattr(other._score, field) == getattr(spec, field)
+
+
 def test_sampling_policy_is_accepted_and_ignored():
     assert params(temperature=0.0).max_tokens == 0
     assert (
@@ -159,14 +187,13 @@ def test_alignment_to_the_end(n, data):
         targets = [
             [int(t) for t in row] for row in np.random.default_rng(n).integers(0, 100, (m, k))
         ]
-        got = plan(ids, targets)
-        assert got.first_position == n - m
-        assert got.first_row == n - m - 1
-        assert got.engine_prompt == ids[:-1]
-        assert got.first_row + m == len(got.engine_prompt)  # the last computed row is scored
+        got = spec_of(ids, targets)
+        assert got.start == n - m - 1
+        assert got.unread == (ids[-1],)
+        assert got.start + m == n - 1  # the last row that is computed is scored
         assert got.result_shape == (m, k)
         assert not got.flat
-    own = plan(ids, prompt_logprobs=0)
+    own = spec_of(ids, prompt_logprobs=0)
     assert own.targets[:, 0].tolist() == ids[1:]
     assert own.flat
 
@@ -179,12 +206,13 @@ def test_alignment_to_the_end(n, data):
 def test_any_split_scores_each_row_once(length, chunks, data):
     m = data.draw(st.integers(0, length))
     start = length - m
+    scores = RequestScores(ScoreSpec(np.zeros((m, 1), np.int32), start, RowLayout(1), 100))
     seen, begin = [], 0
     for chunk in [*chunks, length]:
         num_tokens = min(chunk, length - begin)
         if num_tokens == 0:
             break
-        low, high = scored_rows(begin, num_tokens, start, m)
+        low, high = ScheduledRows("", scores, begin, num_tokens, length, 0).rows
         assert low >= high or (begin <= low and high <= begin + num_tokens)
         seen += range(low, high)
         begin += num_tokens
@@ -192,43 +220,43 @@ def test_any_split_scores_each_row_once(length, chunks, data):
 
 
 def test_whole_vocabulary_by_default_and_its_bound(monkeypatch):
-    got = plan([1, 2, 3])
+    got = spec_of([1, 2, 3])
     assert got.layout.top == -1
     assert got.result_shape == (2, 100)
     monkeypatch.setenv("VLLM_SCORE_FULL_VOCAB_BYTES", "800")
-    assert plan([1, 2, 3]).result_shape == (2, 100)
+    assert spec_of([1, 2, 3]).result_shape == (2, 100)
     with pytest.raises(ValueError, match=r"takes 1,200 bytes.*800 bytes.*target_token_ids"):
-        plan([1, 2, 3, 4])
+        spec_of([1, 2, 3, 4])
     with pytest.raises(ValueError, match="with 100 in use"):
-        plan_request([1, 2, 3], None, params(), FACTS, bytes_in_use=100)
+        admit([1, 2, 3], None, params(), FACTS, bytes_in_use=100)
     monkeypatch.setenv("VLLM_SCORE_FULL_VOCAB_BYTES", "many")
     with pytest.raises(ValueError, match="VLLM_SCORE_FULL_VOCAB_BYTES='many'"):
-        plan([1, 2, 3])
+        spec_of([1, 2, 3])
 
 
 def test_vocabulary_and_targets_exclude_each_other():
     with pytest.raises(ValueError, match="exclude each other"):
-        plan([1, 2, 3], [4], prompt_logprobs=-1)
+        spec_of([1, 2, 3], [4], prompt_logprobs=-1)
 
 
 def test_a_server_keeps_its_limit():
     server = ModelFacts(vocab_size=100, max_model_len=32, max_logprobs=5)
-    assert plan([1, 2, 3], prompt_logprobs=5, facts=server).layout.top == 5
-    assert plan([1, 2, 3], [[1, 2, 3, 4, 5]], facts=server).layout.num_targets == 5
+    assert spec_of([1, 2, 3], prompt_logprobs=5, facts=server).layout.top == 5
+    assert spec_of([1, 2, 3], [[1, 2, 3, 4, 5]], facts=server).layout.num_targets == 5
     with pytest.raises(ValueError, match=r"prompt_logprobs asks for 100 values .* max_logprobs=5"):
-        plan([1, 2, 3], facts=server)
+        spec_of([1, 2, 3], facts=server)
     with pytest.raises(ValueError, match="target_token_ids asks for 6 values"):
-        plan([1, 2, 3], [[1, 2, 3, 4, 5, 6]], facts=server)
+        spec_of([1, 2, 3], [[1, 2, 3, 4, 5, 6]], facts=server)
     with pytest.raises(ValueError, match="prompt_logprobs is 101, the vocabulary has 100"):
-        plan([1, 2, 3], prompt_logprobs=101)
+        spec_of([1, 2, 3], prompt_logprobs=101)
     unlimited = ModelFacts(vocab_size=100, max_model_len=32, max_logprobs=-1)
-    assert plan([1, 2, 3], facts=unlimited).layout.top == -1
+    assert spec_of([1, 2, 3], facts=unlimited).layout.top == -1
 
 
 def test_single_token_has_nothing_to_score():
-    assert plan([7]).result_shape == (0, 100)
-    assert plan([7], prompt_logprobs=0).result_shape == (0, 1)
-    assert plan([7]).engine_prompt == [7]
+    assert spec_of([7]).result_shape == (0, 100)
+    assert spec_of([7], prompt_logprobs=0).result_shape == (0, 1)
+    assert spec_of([7]).unread == () and spec_of([7]).start == 0
 
 
 def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it():
@@ -240,9 +268,9 @@ def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it():
     facts = ModelFacts(len(tokenizer), max_model_len=32)
     echo, own = params(prompt_logprobs=0), params(prompt_logprobs=0)
     setattr(echo, AS_TOKENISED, True)
-    planned = []
+    admitted = []
     for asked in (echo, own):
         sent = without_cache(asked)
         assert sent.skip_reading_prefix_cache and not asked.skip_reading_prefix_cache
-        planned.append(plan_tokenised(prompt, None, sent, facts, tokenizer).prompt_token_ids)
-    assert planned == [prompt["prompt_token_ids"], prompt["prompt_token_ids"][1:]]
+        admitted.append(admit_tokenised(prompt, sent, facts, tokenizer).ids.tolist())
+    assert admitted == [prompt["prompt_token_ids"], prompt["prompt_token_ids"][1:]]

@@ -12,8 +12,10 @@ import resource, sys
 import numpy as np
 import torch
 from vllm.score.ops.row_layout import RowLayout
-from vllm.score.engine.request_scores import RequestScores
-from vllm.score.engine.worker import Progress, score_step
+from vllm.score.engine.request import ScoreSpec
+from vllm.score.engine.worker import RequestScores
+from vllm.score.engine.request import ScoreSpec
+from vllm.score.engine.worker import ScheduledRows, score_step
 
 rows, vocab, top = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 layout = RowLayout(0 if top < 0 else 1, ("entropy", "rank") if top == 0 else (), top)
@@ -21,8 +23,8 @@ weight = torch.randn(vocab, 16, dtype=torch.bfloat16)
 hidden = torch.randn(rows, 16, dtype=torch.bfloat16)
 
 def run(count):
-    scores = RequestScores(layout, np.zeros((count, 1), np.int32), 0, vocab)
-    step = Progress("a", scores, 0, count, count, 0)
+    scores = RequestScores(ScoreSpec(np.zeros((count, 1), np.int32), 0, layout, vocab))
+    step = ScheduledRows("a", scores, 0, count, count, 0)
     done = score_step([step], hidden, lambda h: h @ weight.T)["a"]
     assert all(torch.isfinite(row).all() for row in done)
     return done

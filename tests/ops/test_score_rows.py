@@ -97,16 +97,19 @@ def test_shards_on_three_ranks_score_as_one(plain, top):
 @pytest.mark.parametrize("layout", [RowLayout(1), RowLayout(0, (), FULL_VOCABULARY)])
 def test_blocks_keep_the_memory_bound(vocab, layout):
     special = Head(None, None, lambda h: h, 0, vocab)
-    rows = block_rows(special, layout, vocab, 0)
+    rows = block_rows(special.needs_logits, layout, vocab, 0)
     assert rows >= 1
     assert rows * vocab * 4 <= max(LOGITS_BYTES, 4 * vocab)
-    assert block_rows(special, layout, vocab, 1 << 30) == 1
+    assert block_rows(special.needs_logits, layout, vocab, 1 << 30) == 1
 
 
 @pytest.mark.parametrize("top", [0, 3, FULL_VOCABULARY])
 def test_ranks_with_unequal_shares_have_equal_blocks(top):
     shares = [Head(None, None, lambda h: h, 0, n) for n in (75_008, 74_000, 0)]
-    assert len({block_rows(head, RowLayout(1, (), top), 149_008, 0) for head in shares}) == 1
+    assert (
+        len({block_rows(head.needs_logits, RowLayout(1, (), top), 149_008, 0) for head in shares})
+        == 1
+    )
 
 
 def test_wrong_head_width_gives_nan_not_scores(caplog):

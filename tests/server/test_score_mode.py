@@ -179,7 +179,7 @@ def test_the_openai_client(server: str, complete: Any) -> None:
         ({"target_token_ids": [4], "truncate_prompt_tokens": 2}, "would shift target_token_ids"),
         ({"prompt_logprobs": -1}, "max_logprobs=20"),
         ({"prompt_logprobs": 21}, "max_logprobs=20"),
-        ({"score_statistics": ["ranks"]}, "Did you mean 'rank'?"),
+        ({"score_statistics": ["ranks"]}, "did you mean 'rank'?"),
         ({"score_statistics": "rank"}, "score_statistics must be a list of names"),
         ({"score_temperature": "hot"}, "score_temperature must be a number"),
         ({"score_top_p": 0}, "score_top_p must be a number above 0 and of at most 1, got 0"),

@@ -18,21 +18,22 @@ if getattr(vllm, "__file__", None) is None:  # there is only our part of the pac
     )
 
 if TYPE_CHECKING:
-    from vllm.score.api import score
+    from vllm.score.api import ScoreRequest, score
     from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
     from vllm.score.results import TokenScores
 
-__all__ = ["ScoreModeError", "ScoreModeUnavailable", "TokenScores", "score"]
+__all__ = ["ScoreModeError", "ScoreModeUnavailable", "ScoreRequest", "TokenScores", "score"]
 
 _HOMES = {
-    "ScoreModeError": "vllm.score.errors",
-    "ScoreModeUnavailable": "vllm.score.errors",
-    "TokenScores": "vllm.score.results",
-    "score": "vllm.score.api",
+    "ScoreModeError": "errors",
+    "ScoreModeUnavailable": "errors",
+    "ScoreRequest": "api",
+    "TokenScores": "results",
+    "score": "api",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

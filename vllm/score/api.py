@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+from pydantic import Field
+
+from vllm.score.checks import Whole, check
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
 from vllm.score.tokens import encode_texts, own_prefix_note
 
 if TYPE_CHECKING:
+    import numpy as np
     from tqdm import tqdm
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.score.engine.request import AdmittedRequest
 
 NOTES = "notes"  # of a prompt, for its result
 
 
+class ScoreRequest(TypedDict, total=False):
+    """One request of `score`, as `LLM.generate` takes prompts.
+
+    Attributes:
+        prompt: a text, which gets the tokenizer's special tokens (`vllm.score.tokens`); or
+        prompt_token_ids: [n] ids, with what stands in front of them.
+        target_token_ids: m ids, or m lists of k candidates, for the last m positions; without them
+            all tokens of the prompt but the first are scored.
+    """
+
+    prompt: str
+    prompt_token_ids: Sequence[int] | np.ndarray
+    target_token_ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+
+
 def score(
     llm: LLM,
-    requests: Iterable[Any],
+    requests: Iterable[str | Sequence[int] | np.ndarray | ScoreRequest | Mapping[str, Any]],
     *,
     statistics: Sequence[str] = (),
     temperature: float = 1.0,
@@ -38,11 +58,8 @@ def score(
 
     Args:
         llm: a `vllm.LLM` on which nothing else is running.
-        requests: each a text, a list of token ids, or a prompt as `LLM.generate` takes it:
-            `{"prompt_token_ids": [...]}` or `{"prompt": "..."}`, with `target_token_ids` (m ids,
-            or m lists of k candidates) for the last m positions. Without targets all tokens of
-            the prompt but the first are scored. Texts get the tokenizer's special tokens, once
-            (`vllm.score.tokens`).
+        requests: each a text, a list of token ids, or a `ScoreRequest`, which is a prompt as
+            `LLM.generate` takes it, with or without targets.
         statistics: names from `vllm.score.engine.statistics`.
         temperature: divides the logits.
         top_p: the scores are those of the most likely tokens whose probabilities first add up to
@@ -58,125 +75,98 @@ def score(
             reached it, so that the batches are the same (not under data parallelism).
 
     Returns:
-        One `TokenScores` a request, in the order of the requests. (They are sent so that those
+        One `TokenScores` per request, in the order of the requests. (They are sent so that those
         with a common context follow each other, and share its computation.)
 
     Raises:
         ScoreModeError: a request is malformed (before anything runs), or came back unsound.
         ScoreModeUnavailable: score mode is off in this installation.
     """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
     from vllm.score.armed import require_score_mode
+    from vllm.score.engine.configuration import check_llm
     from vllm.score.engine.feed import run_requests
     from vllm.score.engine.output import FailedScores
-    from vllm.score.engine.support import check_llm
 
     require_score_mode()
     check_llm(llm)
-    skip_prefix_cache = bool(skip_prefix_cache or reproducible)
-    policy = {"score_temperature": temperature, "score_top_p": top_p}
-    params = _sampling_params(statistics, policy, top, full_vocabulary, skip_prefix_cache)
+    check("top", top, Annotated[Whole, Field(ge=0)], "it is a number of tokens")
+    if top and full_vocabulary:
+        raise ScoreModeError(f"top={top} and full_vocabulary=True: give one of them, not both.")
+    params = SamplingParams(
+        score_mode=True,
+        score_statistics=statistics or None,
+        score_temperature=temperature,
+        score_top_p=top_p,
+        prompt_logprobs=None if full_vocabulary else top,
+        skip_reading_prefix_cache=bool(skip_prefix_cache or reproducible),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
     prompts = _prompts(llm, requests)
     adapters = _adapters(llm, lora_request, len(prompts))
-    _check(llm, prompts, params, full_vocabulary)
-    results: list[TokenScores | None] = [None] * len(prompts)
-    again = True
-    orders = _orders(prompts, params, adapters)
-    with _progress(use_tqdm, prompts) as bar:
-        while orders:
-            running = run_requests(llm, prompts, orders[0], params, adapters, reproducible)
-            # At an error the rest is aborted now, not when the traceback is let go.
-            with closing(running):
-                for index, output in running:
-                    result = output.scores
-                    if again and isinstance(result, FailedScores) and result.nan:
-                        # It may be the KV cache's, which the next request finds empty.
-                        again = False
-                        break
-                    if result is None:
-                        raise ScoreModeError(
-                            f"requests[{index}] was aborted; score it again when the engine is "
-                            "free."
-                        )
-                    len(result)  # failed scores raise their reason
-                    results[index] = result
-                    bar.update(len(prompts[index]["prompt_token_ids"]))
-                else:
-                    del orders[0]
-                    continue
-            orders[0] = [i for i in orders[0] if results[i] is None]
-    return [r for r in results if r is not None]
+    admitted = _admitted(llm, prompts, params)
+    results: dict[int, TokenScores] = {}
+    retry_nan = True
+    with _progress(use_tqdm, sum(len(request.ids) for request in admitted)) as bar:
+        for order in _orders(llm, admitted, params.skip_reading_prefix_cache, adapters):
+            while left := [i for i in order if i not in results]:
+                running = run_requests(llm, admitted, left, adapters, reproducible)
+                # At an error the rest is aborted now, not when the traceback is let go.
+                with closing(running):
+                    for index, output in running:
+                        found = output.scores
+                        if retry_nan and isinstance(found, FailedScores) and found.nan:
+                            # It may be the KV cache's, which the next request finds empty.
+                            retry_nan = False
+                            break
+                        if found is None:
+                            raise ScoreModeError(
+                                f"requests[{index}] was aborted; score it again when the engine "
+                                "is free."
+                            )
+                        len(found)  # failed scores raise their reason
+                        results[index] = found
+                        bar.update(len(admitted[index].ids))
+    return [results[i] for i in range(len(prompts))]
 
 
-def _prompts(llm: LLM, requests: Iterable[Any]) -> list[dict[str, Any]]:
+def _prompts(llm: LLM, requests: Any) -> list[dict[str, Any]]:
     """Every request as a token prompt."""
     if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
         raise ScoreModeError(
             f"requests must be a list, got one {type(requests).__name__}; write [request]."
         )
-    requests = list(requests)
-    texts = [i for i, r in enumerate(requests) if _text_of(r) is not None]
-    prompts: list[dict[str, Any]] = [{} for _ in requests]
+    prompts = [_prompt(i, request) for i, request in enumerate(requests)]
+    texts = {i: prompt.pop("prompt") for i, prompt in enumerate(prompts) if "prompt" in prompt}
     if texts:
         tokenizer = llm.get_tokenizer()
-        encoded = encode_texts(
-            tokenizer,
-            [str(_text_of(requests[i])) for i in texts],
-            [f"requests[{i}]" for i in texts],
-        )
+        names = [f"requests[{i}]" for i in texts]
+        encoded = encode_texts(tokenizer, list(texts.values()), names)
         for i, tokens in zip(texts, encoded, strict=True):
-            prompts[i] = {"prompt_token_ids": tokens.ids}
+            prompts[i]["prompt_token_ids"] = tokens.ids
             if tokens.own_prefix:
                 prompts[i][NOTES] = (own_prefix_note(tokenizer),)
-    for i, request in enumerate(requests):
-        if isinstance(request, Mapping):
-            unknown = set(request) - {"prompt", "prompt_token_ids", "target_token_ids"}
-            if unknown:
-                raise ScoreModeError(
-                    f"requests[{i}] has the keys {sorted(unknown)}, which are not supported; use "
-                    "prompt or prompt_token_ids, and target_token_ids."
-                )
-            if not prompts[i]:
-                prompts[i] = {"prompt_token_ids": request.get("prompt_token_ids")}
-            if request.get("target_token_ids") is not None:
-                prompts[i]["target_token_ids"] = request["target_token_ids"]
-        elif not prompts[i]:
-            prompts[i] = {"prompt_token_ids": request}
     return prompts
 
 
-def _text_of(request: Any) -> str | None:
+def _prompt(index: int, request: Any) -> dict[str, Any]:
+    """A request as a dict with either "prompt" (a text) or "prompt_token_ids"."""
     if isinstance(request, str):
-        return request
-    if isinstance(request, Mapping) and request.get("prompt_token_ids") is None:
-        text = request.get("prompt")
-        return text if isinstance(text, str) else None
-    return None
-
-
-def _sampling_params(
-    statistics: Sequence[str],
-    policy: dict[str, float],
-    top: int,
-    full_vocabulary: bool,
-    skip: bool,
-) -> SamplingParams:
-    from vllm import SamplingParams
-
-    whole = isinstance(top, Integral) and not isinstance(top, bool) and top >= 0
-    if not whole or (top and full_vocabulary):
+        return {"prompt": request}
+    if not isinstance(request, Mapping):
+        return {"prompt_token_ids": request}
+    unknown = request.keys() - ScoreRequest.__annotations__.keys()
+    if unknown:
         raise ScoreModeError(
-            f"top={top!r}: give a number of tokens from 0 on, or full_vocabulary=True, not both."
+            f"requests[{index}] has the keys {sorted(unknown)}, which are not supported; use "
+            "prompt or prompt_token_ids, and target_token_ids."
         )
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        score_mode=True,
-        score_statistics=statistics or None,
-        **policy,
-        prompt_logprobs=None if full_vocabulary else top,
-        skip_reading_prefix_cache=skip,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    prompt = dict(request)
+    ids, text = prompt.pop("prompt_token_ids", None), prompt.pop("prompt", None)
+    if ids is None and isinstance(text, str):
+        return {**prompt, "prompt": text}
+    return {**prompt, "prompt_token_ids": ids}
 
 
 def _adapters(
@@ -196,61 +186,58 @@ def _adapters(
     return adapters
 
 
-def _check(
-    llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams, full_vocabulary: bool
-) -> None:
-    """Refuse a malformed request by its index, before the first one runs."""
-    from vllm.score.engine.request import PLAN, ModelFacts, plan_request
-    from vllm.score.engine.support import check_configuration
+def _admitted(
+    llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams
+) -> list[AdmittedRequest]:
+    """Each request checked, the first malformed one refused by its index before any runs."""
+    from vllm.score.engine.configuration import check_configuration
+    from vllm.score.engine.request import ModelFacts, admit
 
     check_configuration(llm.llm_engine.vllm_config)
-    model = llm.llm_engine.model_config
-    facts = ModelFacts(model.get_vocab_size(), model.max_model_len)
-    in_use = 0
+    facts = ModelFacts.of(llm.llm_engine.input_processor)
+    full_vocabulary = params.prompt_logprobs is None
+    admitted: list[AdmittedRequest] = []
+    bytes_in_use = 0
     for i, prompt in enumerate(prompts):
+        ids, targets = prompt["prompt_token_ids"], prompt.get("target_token_ids")
+        if full_vocabulary and targets is not None:
+            raise ScoreModeError(
+                f"requests[{i}]: full_vocabulary=True and target_token_ids exclude each other."
+            )
         try:
-            ids = prompt["prompt_token_ids"]
-            if full_vocabulary and prompt.get("target_token_ids") is not None:
-                raise ScoreModeError(
-                    "full_vocabulary=True and target_token_ids exclude each other."
-                )
-            targets, notes = prompt.get("target_token_ids"), prompt.pop(NOTES, ())
-            plan = plan_request(ids, targets, params, facts, in_use, notes)
+            request = admit(ids, targets, params, facts, bytes_in_use, prompt.get(NOTES, ()))
         except ValueError as error:
             raise ScoreModeError(f"requests[{i}]: {error}") from error
-        prompt["prompt_token_ids"] = plan.prompt_token_ids
-        prompt[PLAN] = plan
+        admitted.append(request)
         if full_vocabulary:
-            rows, width = plan.result_shape
-            in_use += 4 * rows * width
+            bytes_in_use += 4 * math.prod(request.spec.result_shape)
+    return admitted
 
 
 def _orders(
-    prompts: list[dict[str, Any]],
-    params: SamplingParams,
+    llm: LLM,
+    requests: Sequence[AdmittedRequest],
+    skip_prefix_cache: bool,
     adapters: Sequence[LoRARequest | None],
 ) -> list[list[int]]:
     """The requests that are sent together, those with a common context after each other."""
-    from vllm.platforms import current_platform
-    from vllm.score.engine.request import PLAN
-    from vllm.score.shared_prefixes import shared_prefix_order
+    from vllm.score.engine.configuration import confuses_adapters
+    from vllm.score.engine.feed import shared_prefix_order
 
-    order = list(range(len(prompts)))
-    if not params.skip_reading_prefix_cache:
-        order = shared_prefix_order([p[PLAN].ids for p in prompts])
-    if not any(adapters) or not current_platform.is_cpu():
+    order = list(range(len(requests)))
+    if not skip_prefix_cache:
+        order = shared_prefix_order([request.ids for request in requests])
+    if not any(adapters) or not confuses_adapters(llm.llm_engine.vllm_config):
         return [order]
-    # On a CPU vLLM computes rows without an adapter with one, if there are both in a step.
-    apart = [[i for i in order if (adapters[i] is None) is without] for without in (True, False)]
-    return [group for group in apart if group]
+    return [[i for i in order if (adapters[i] is None) is without] for without in (True, False)]
 
 
-def _progress(use_tqdm: bool | Callable[..., tqdm], prompts: Iterable[dict[str, Any]]) -> Any:
+def _progress(use_tqdm: bool | Callable[..., tqdm], tokens: int) -> Any:
     from tqdm import tqdm as default
 
     make = use_tqdm if callable(use_tqdm) else default
     return make(
-        total=sum(len(p["prompt_token_ids"]) for p in prompts),
+        total=tokens,
         desc="Scoring",
         unit="tok",
         unit_scale=True,

@@ -21,7 +21,7 @@ from vllm.score.results import TokenScores
 TokenPair = tuple[Sequence[int], Sequence[int]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ContinuationScores(TokenScores):
     """The scores of one continuation of m tokens: `token_ids`, `logprobs` and `statistics` are [m].
 
@@ -37,6 +37,7 @@ class ContinuationScores(TokenScores):
     def is_greedy(self) -> bool:
         """Whether each token is the most likely one of its position (the lowest id among equals),
         which is how lm-eval defines it."""
+        assert self.token_ids is not None
         return np.array_equal(self.statistics["argmax"], self.token_ids)
 
     def mean(self) -> float:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from vllm.score.errors import ScoreModeError
+
 if TYPE_CHECKING:
+    import pandas
+
     from vllm.logprobs import Logprob
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenScores:
     """The scores of one request; m positions, k candidates each, V tokens in the vocabulary.
 
@@ -54,6 +58,46 @@ class TokenScores:
                 "before adding up."
             )
         return float(self.logprobs.sum(dtype=np.float64))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The scores as a `pandas.DataFrame`, one row per scored token.
+
+        Columns: `position` (in the prompt), `token_id`, `logprob` (nats), one for each statistic,
+        and `top_token_id_1`, `top_logprob_1`, ... from the likeliest token on. Several candidates
+        of a position, or the V tokens of a whole vocabulary, are a row each.
+
+        Raises:
+            ScoreModeError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ScoreModeError("to_pandas() needs pandas: pip install pandas.") from error
+        logprobs = self.logprobs if self.logprobs.ndim == 2 else self.logprobs[:, None]
+        rows, width = logprobs.shape
+        ids = np.arange(width) if self.token_ids is None else self.token_ids.reshape(rows, width)
+        columns = {
+            "position": np.repeat(self.start + np.arange(rows), width),
+            "token_id": np.broadcast_to(ids, logprobs.shape).ravel(),
+            "logprob": logprobs.ravel(),
+        }
+        per_position = dict(self.statistics)
+        if self.top_token_ids is not None and self.top_logprobs is not None:
+            for i in range(self.top_token_ids.shape[1]):
+                per_position[f"top_token_id_{i + 1}"] = self.top_token_ids[:, i]
+                per_position[f"top_logprob_{i + 1}"] = self.top_logprobs[:, i]
+        columns |= {name: np.repeat(values, width) for name, values in per_position.items()}
+        return pandas.DataFrame(columns)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{value:.4f}" for value in self.logprobs.flat[:4])
+        more = ", ..." if self.logprobs.size > 4 else ""
+        total = f", sum={self.sum():.4f}" if self.logprobs.ndim == 1 else ""
+        names = f", statistics={list(self.statistics)}" if self.statistics else ""
+        return (
+            f"{type(self).__name__}(start={self.start}, shape={self.logprobs.shape}, "
+            f"logprobs=[{values}{more}]{total}{names})"
+        )
 
 
 class VocabularyRow(Mapping[int, "Logprob"]):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm.score.engine.length import with_room_for_one_more
+from vllm.score.engine.configuration import with_room_for_one_more
 from vllm.score.launch.start import DEBUG, start_llm
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from vllm.score.eig.reasoning import ReasoningOptions, reason
 from vllm.score.eig.rules import EntropyThreshold, FixedBudget, StoppingRule
 from vllm.score.eig.types import Trace
 from vllm.score.eig.work import Steps
-from vllm.score.engine.token_ids import read_token_ids
+from vllm.score.engine.request import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.contexts import context_token_ids
 

@@ -17,7 +17,7 @@ from vllm.score.eig.problems import (
 )
 from vllm.score.eig.types import FAILURE, TIME, Trace
 from vllm.score.eig.work import Steps
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -1,4 +1,4 @@
-"""Sending requests to the engine of an `LLM`, and taking what comes back."""
+"""Sending requests to the engine of an `LLM`, in which order, and taking what comes back."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.engine.request import PLAN
+from vllm.score.engine.request import AdmittedRequest
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
 # Enough to keep any engine full, few enough that a long list costs no memory before its turn.
 MAX_REQUESTS_IN_FLIGHT = 4096
 MAX_TOKENS_IN_FLIGHT = 1 << 20
+# Shorter prefixes are not worth another order: they fill no block of the cache.
+SHARED_TOKENS = 16
 # Sent before the engine begins, at most: more would keep it waiting for us.
 HELD_REQUESTS = 256
 
@@ -64,19 +66,50 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else shorter
 
 
+def shared_prefix_order(prompts: Sequence[np.ndarray]) -> list[int]:
+    """Indices of `prompts`, those that share a prefix next to each other.
+
+    The engine computes a prefix once while its blocks stay in the cache, from the step on in which
+    they are first computed. Neighbours find them there however small the cache is.
+
+    Groups that share at least `SHARED_TOKENS` tokens stay in the order of their first members. In
+    a group the order is that of the token ids, so that longer shared prefixes are adjacent too.
+    The order is unchanged where nothing is shared.
+
+    Args:
+        prompts: arrays of token ids, [n] each, of one dtype.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        # Prompts too short to share so much are groups of their own.
+        long_enough = len(prompt) >= SHARED_TOKENS
+        prefix = prompt[:SHARED_TOKENS].tobytes() if long_enough else b"%d" % i
+        groups.setdefault(prefix, []).append(i)
+
+    # Bytes compare fast; big-endian ones compare like the numbers.
+    def key(i: int) -> bytes:
+        return prompts[i].astype(">i4").tobytes()
+
+    return [
+        i
+        for group in groups.values()
+        for i in (group if len(group) == 1 else sorted(group, key=key))
+    ]
+
+
 def run_requests(
     llm: LLM,
-    prompts: Sequence[dict[str, Any]],
+    requests: Sequence[AdmittedRequest],
     order: Sequence[int],
-    params: SamplingParams,
     adapters: Sequence[LoRARequest | None],
     queue_first: bool,
 ) -> Generator[tuple[int, Any], None, None]:
     """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted.
 
     Args:
-        prompts: token prompts with their plans.
-        order: indices of `prompts`, in which they are sent.
+        requests: of a call, with equal options.
+        order: indices of `requests`, in which they are sent.
+        adapters: of each request.
         queue_first: let the engine begin only when all requests have reached it.
 
     Raises:
@@ -87,38 +120,35 @@ def run_requests(
         raise ScoreModeError("llm has unfinished requests; score() needs an idle engine.")
     if not order:
         return
-    waiting = iter(order)
-    running: dict[str, int] = {}
+    waiting = list(reversed(order))
+    running: dict[str, tuple[int, str]] = {}  # index and internal id by request id
     tokens_in_flight = 0
-    internal_ids: dict[str, str] = {}
-    hold = _Hold(engine, queue_first, shares=not params.skip_reading_prefix_cache)
+    shares = not requests[order[0]].params.skip_reading_prefix_cache
+    hold = _Hold(engine, queue_first, shares)
     try:
-        while True:
-            while len(running) < MAX_REQUESTS_IN_FLIGHT and tokens_in_flight < MAX_TOKENS_IN_FLIGHT:
-                index = next(waiting, None)
-                if index is None:
-                    break
-                prompt = prompts[index]
-                request_id = str(next(llm.request_counter))
-                running[request_id] = index
-                internal_ids[request_id] = engine.add_request(
-                    request_id,
-                    {"type": "token", **prompt},
-                    params,
-                    lora_request=adapters[index],
+        while waiting or running:
+            while (
+                waiting
+                and len(running) < MAX_REQUESTS_IN_FLIGHT
+                and tokens_in_flight < MAX_TOKENS_IN_FLIGHT
+            ):
+                index = waiting.pop()
+                request, request_id = requests[index], str(next(llm.request_counter))
+                internal_id = engine.add_request(
+                    request_id, request.prompt, request.params, lora_request=adapters[index]
                 )
-                tokens_in_flight += len(prompt["prompt_token_ids"])
-                hold.sent(prompt[PLAN].ids)
+                running[request_id] = index, internal_id
+                tokens_in_flight += len(request.ids)
+                hold.sent(request.ids)
             hold.release()
-            if not running:
-                return
             for output in engine.step():
                 if output.finished and output.request_id in running:
-                    index = running.pop(output.request_id)
-                    internal_ids.pop(output.request_id, None)
-                    tokens_in_flight -= len(prompts[index]["prompt_token_ids"])
+                    index, _ = running.pop(output.request_id)
+                    tokens_in_flight -= len(requests[index].ids)
                     yield index, output
     finally:
         hold.release()
-        if internal_ids:
-            engine.abort_request(list(internal_ids.values()), internal=True)
+        if running:
+            engine.abort_request(
+                [internal_id for _, internal_id in running.values()], internal=True
+            )

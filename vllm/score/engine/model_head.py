@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm.score.engine.adapters import adapter_delta
 from vllm.score.ops.head import Head
 from vllm.score.ops.reference import product
 
 logger = logging.getLogger(__name__)
+
+# On upstream's LogitsProcessorWithLoRA: the slots whose adapter has weights for the head.
+SLOTS = "score_mode_slots"
 
 
 class _Touched(Exception):
@@ -40,15 +41,16 @@ class _Untouchable(torch.Tensor):
 
 @dataclass
 class Captured:
-    """What `LogitsProcessor.forward` was called with."""
+    """What `LogitsProcessor.forward` was called with, and the tensor that it returned."""
 
     processor: Any
     lm_head: Any
     hidden: torch.Tensor
     bias: torch.Tensor | None
+    returned: torch.Tensor
 
 
-_open = threading.local()
+_open = threading.local()  # `calls`: while this thread asks a model for its head
 
 
 def capturing() -> bool:
@@ -60,22 +62,11 @@ def captured_call(
     processor: Any, lm_head: Any, hidden: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Take the arguments of `LogitsProcessor.forward` while `capturing`."""
-    _open.calls.append(Captured(processor, lm_head, hidden, bias))
+    standing_in: torch.Tensor = torch.Tensor._make_subclass(_Untouchable, torch.empty(0))
+    _open.calls.append(Captured(processor, lm_head, hidden, bias, standing_in))
     if processor.logits_as_input:
         raise _Touched("logits_as_input")
-    standing_in: torch.Tensor = torch.Tensor._make_subclass(_Untouchable, torch.empty(0))
-    _open.returned = standing_in
     return standing_in
-
-
-@contextmanager
-def _capturing() -> Iterator[list[Captured]]:
-    calls: list[Captured] = []
-    _open.calls = calls
-    try:
-        yield calls
-    finally:
-        _open.calls = _open.returned = None
 
 
 def head_of(
@@ -97,7 +88,7 @@ def head_of(
         return head, calls[0].hidden
     if any(hasattr(call.processor, "lora_a_stacked") for call in calls):
         reason = "LoRA is enabled and the model changes its logits after the head"
-        return _no_head(reason, vocab_size), hidden
+        return Head(None, None, partial(_nan_logits, reason, vocab_size), 0, vocab_size), hidden
     return _whole_head(compute_logits, vocab_size), hidden
 
 
@@ -105,13 +96,15 @@ def _capture(
     compute_logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
 ) -> tuple[list[Captured], bool]:
     """The calls of the head, and whether a single one's result is the model's answer."""
-    with _capturing() as calls:
-        try:
-            result = compute_logits(hidden)
-            plain = len(calls) == 1 and result is _open.returned
-        except _Touched:
-            plain = False
-    return calls, plain
+    calls: list[Captured] = []
+    _open.calls = calls
+    try:
+        result = compute_logits(hidden)
+    except _Touched:
+        return calls, False
+    finally:
+        _open.calls = None
+    return calls, len(calls) == 1 and result is calls[0].returned
 
 
 def _whole_head(compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Head:
@@ -119,27 +112,23 @@ def _whole_head(compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_si
 
     def logits_of(rows: torch.Tensor) -> torch.Tensor:
         logits = compute_logits(rows)
-        if logits.shape[-1] == vocab_size:
-            return logits
         width = logits.shape[-1]
+        if width == vocab_size:
+            return logits
         reason = f"the model's head gives {width} logits a row, its configuration says {vocab_size}"
-        return _no_head(reason, vocab_size).logits_of(rows)
+        return _nan_logits(reason, vocab_size, rows)
 
     return Head(None, None, logits_of, 0, vocab_size)
 
 
-def _no_head(reason: str, vocab_size: int) -> Head:
-    """A head that cannot be scored.
+def _nan_logits(reason: str, vocab_size: int, rows: torch.Tensor) -> torch.Tensor:
+    """Logits of a head that cannot be scored.
 
     An exception here would take the engine and everybody's requests down; NaN fails just these
     requests, with an error, at the front end.
     """
-
-    def logits_of(rows: torch.Tensor) -> torch.Tensor:
-        logger.error("No scores: %s.", reason)
-        return rows.new_full((len(rows), vocab_size), float("nan"))
-
-    return Head(None, None, logits_of, 0, vocab_size)
+    logger.error("No scores: %s.", reason)
+    return rows.new_full((len(rows), vocab_size), float("nan"))
 
 
 def _shard(call: Captured, index: np.ndarray, vocab_size: int) -> Head | None:
@@ -178,7 +167,7 @@ def _shard(call: Captured, index: np.ndarray, vocab_size: int) -> Head | None:
         scale=float(processor.scale),
         soft_cap=float(processor.soft_cap or 0.0),
         gather=_gather if lm_head.tp_size > 1 else None,
-        delta=None if adapted is None else adapter_delta(adapted, index, first, count),
+        delta=None if adapted is None else _adapter_delta(adapted, index, first, count),
     )
 
 
@@ -223,6 +212,52 @@ def _plain_weight(lm_head: Any, hidden: torch.Tensor, count: int) -> torch.Tenso
         return None
     plain: torch.Tensor = weight.detach()[:count]
     return plain
+
+
+def adapter_slots(layer: Any) -> set[int]:
+    """The LoRA slots in use by adapters with weights for the head; a layer starts with none."""
+    found: set[int] = vars(layer).setdefault(SLOTS, set())
+    return found
+
+
+def _adapter_delta(
+    layer: Any, index: np.ndarray, first_id: int, num_ids: int
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What adapters with weights for the head add to the logits of prompt rows.
+
+    Args:
+        layer: vLLM's `LogitsProcessorWithLoRA`. Its weights ``lora_a_stacked`` [slots, 1, r, H] and
+            ``lora_b_stacked`` [slots, 1, V, r] are whole on every rank.
+        index: [c], the rows' places in the step.
+        first_id, num_ids: the range of token ids.
+
+    Returns:
+        Hidden states [c, H] to float32 [c, num_ids]; None when no adapter changes the head.
+    """
+    used = sorted(adapter_slots(layer))
+    if not used:
+        return None
+
+    def delta(hidden: torch.Tensor) -> torch.Tensor:
+        # The slot of every token of the step, -1 without an adapter.
+        of_rows = layer.punica_wrapper.token_lora_indices[to_device(index, hidden.device)]
+        out = torch.zeros(len(hidden), num_ids, dtype=torch.float32, device=hidden.device)
+        for slot in used:
+            a = layer.lora_a_stacked[slot, 0].float()
+            b = layer.lora_b_stacked[slot, 0, first_id : first_id + num_ids].float()
+            inner = (hidden.float() @ a.t()) * (of_rows == slot)[:, None]
+            out.addmm_(inner, b.t())
+        return out
+
+    return delta
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`values` on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _gather(values: torch.Tensor) -> torch.Tensor:

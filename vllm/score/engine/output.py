@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import wrapt
 
-from vllm.score.engine.request import ScorePlan
+from vllm.score.engine.request import ScoreSpec
 from vllm.score.engine.statistics import INTEGER_STATISTICS
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import PromptLogprobsView, TokenScores
 
 NAN = "is NaN; in the order in which to look"
+
+# Attribute of sampling parameters whose generated tokens, too, may be any id of the model: the
+# stock code that decodes alternatives takes the whole server down at one without a text.
+ANY_ID = "score_any_id"
+
+# What tokenizers raise for an id that they lack.
+_UNKNOWN_ID = (IndexError, KeyError, OverflowError, TypeError, ValueError)
 
 
 class FailedScores:
@@ -42,9 +50,9 @@ class FailedScores:
         return f"FailedScores({self.reason!r})"
 
 
-def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
+def split_columns(rows: np.ndarray, spec: ScoreSpec) -> TokenScores:
     """The columns of `rows`, [m, width], as `TokenScores`."""
-    layout, start, notes = plan.layout, plan.first_position, plan.notes
+    layout, start, notes = spec.layout, spec.start + 1, spec.notes
     columns = rows[:, layout.statistics_columns]
     statistics = {
         name: columns[:, i].astype(np.int64) if name in INTEGER_STATISTICS else columns[:, i].copy()
@@ -52,8 +60,8 @@ def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
     }
     if layout.top < 0:
         return TokenScores(None, layout.vocabulary_of(rows), statistics, start, notes=notes)
-    logprobs, ids = layout.targets_of(rows), plan.targets.astype(np.int64)
-    if plan.flat:
+    logprobs, ids = layout.targets_of(rows), spec.targets.astype(np.int64)
+    if spec.flat:
         logprobs, ids = logprobs[:, 0], ids[:, 0]
     top_ids = top_logprobs = None
     if layout.top:
@@ -62,7 +70,7 @@ def split_columns(rows: np.ndarray, plan: ScorePlan) -> TokenScores:
     return TokenScores(ids, logprobs.copy(), statistics, start, top_ids, top_logprobs, notes)
 
 
-def problem_with(output: Any, plan: ScorePlan) -> str | None:
+def problem_with(output: Any, spec: ScoreSpec) -> str | None:
     """Why the engine's answer must not be taken for scores; None when it is sound."""
     rows, completion = output.prompt_token_id_logprobs, output.outputs[0]
     where = "; `vllm-score doctor` shows whether the engine is patched"
@@ -70,11 +78,11 @@ def problem_with(output: Any, plan: ScorePlan) -> str | None:
         return f"the engine generated tokens for a score request{where}."
     if rows is None:
         return f"the engine returned no scores (finish_reason {completion.finish_reason!r}){where}."
-    if rows.shape != plan.result_shape:
-        return f"the engine returned scores of shape {rows.shape}, not {plan.result_shape}{where}."
+    if rows.shape != spec.result_shape:
+        return f"the engine returned scores of shape {rows.shape}, not {spec.result_shape}{where}."
     unsound = _unsound_rows(rows)
     if unsound.any():
-        row = plan.first_position + int(unsound.argmax())
+        row = spec.start + 1 + int(unsound.argmax())
         return (
             f"the score of prompt position {row} {NAN}: NaN that "
             "another request left in the KV cache (score it again: the cache is emptied before the "
@@ -100,16 +108,16 @@ def _unsound_rows(rows: np.ndarray) -> np.ndarray:
     return whole.amax(dim=1).isnan().numpy()
 
 
-def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | None) -> None:
+def attach_scores(output: Any, spec: ScoreSpec, decode: Callable[[int], str] | None) -> None:
     """Turn a finished `RequestOutput` of a score request into what the user reads.
 
     Sets `scores`, `prompt_logprobs` and `prompt_token_ids`. An aborted request has no scores; a
     failed one raises ScoreModeError when they are read, and its finish_reason is "error".
     """
-    output.prompt_token_ids = plan.prompt_token_ids
+    output.prompt_token_ids = [*output.prompt_token_ids, *spec.unread]
     if not output.finished or output.outputs[0].finish_reason == "abort":
         return
-    problem = problem_with(output, plan)
+    problem = problem_with(output, spec)
     if problem is not None:
         failed = FailedScores(f"request {output.request_id}: {problem}", nan=NAN in problem)
         output.scores = output.prompt_logprobs = failed
@@ -117,15 +125,55 @@ def attach_scores(output: Any, plan: ScorePlan, decode: Callable[[int], str] | N
         output.outputs[0].finish_reason = "error"
         return
     rows = output.prompt_token_id_logprobs
-    scores = split_columns(rows, plan)
+    scores = split_columns(rows, spec)
     ranks = scores.statistics.get("rank")
-    if plan.view_ranks:
+    if spec.view_ranks:
         del scores.statistics["rank"]  # computed for the view alone
     output.scores = scores
-    output.prompt_logprobs = PromptLogprobsView(scores, plan.prompt_token_ids, decode, ranks)
+    output.prompt_logprobs = PromptLogprobsView(scores, output.prompt_token_ids, decode, ranks)
     # The stock field holds what its name says, the statistics' columns are ours. Not a view: on a
     # GPU the engine's array lies in pinned memory, which is to be given back.
-    if plan.layout.top >= 0:
+    if spec.layout.top >= 0:
         output.prompt_token_id_logprobs = scores.logprobs.reshape(
-            len(rows), plan.layout.num_targets
+            len(rows), spec.layout.num_targets
         )
+
+
+class EveryId(wrapt.ObjectProxy):
+    """A tokenizer for which ids that it lacks are empty texts.
+
+    A model's vocabulary may be larger than its tokenizer's: padded for the hardware, or with
+    reserved ids.
+    """
+
+    def convert_ids_to_tokens(self, ids: Sequence[int], **options: Any) -> list[str]:
+        """The tokens [n] of ids [n]."""
+        return [self._token(token_id, **options) for token_id in ids]
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        """The text of one id or several; those that the tokenizer lacks add nothing."""
+        try:
+            return str(self.__wrapped__.decode(ids, **options))
+        except _UNKNOWN_ID:
+            known = [i for i in ([ids] if isinstance(ids, int) else ids) if self._token(i)]
+            return str(self.__wrapped__.decode(known, **options)) if known else ""
+
+    def _token(self, token_id: int, **options: Any) -> str:
+        try:
+            return self.__wrapped__.convert_ids_to_tokens([token_id], **options)[0] or ""
+        except _UNKNOWN_ID:
+            return ""
+
+
+def decoder(tokenizer: Any) -> Callable[[int], str] | None:
+    """Token id to text, as vLLM decodes single ids; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    every = EveryId(tokenizer)
+
+    def decode(token_id: int) -> str:
+        from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+        return convert_ids_list_to_tokens(every, [token_id])[0]
+
+    return decode

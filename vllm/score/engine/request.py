@@ -6,25 +6,33 @@ nothing is lost, a token of work is saved, and a prompt may be as long as the mo
 
 from __future__ import annotations
 
+import copy
+import math
+import operator
 import os
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from numbers import Integral
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
+from pydantic import Field
 
-from vllm.score.engine.invalid import InvalidScoreRequest
-from vllm.score.engine.token_ids import as_sequence, read_token_id_rows, read_token_ids
+from vllm.exceptions import VLLMValidationError
+from vllm.score.checks import Flag, Fraction, Number, Whole, check
+from vllm.score.engine.statistics import check_statistics
+from vllm.score.errors import ScoreModeError
 from vllm.score.ops.row_layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
 from vllm.score.tokens import own_prefix_note, prefix_once
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
 DEFAULT_FULL_VOCABULARY_BYTES = 4 << 30
 
-# In the engine's input: what is scored, as the user gave it.
+# Key of a prompt, `TokensPrompt(target_token_ids=...)`.
 TARGETS = "target_token_ids"
-# In the engine's input: the plan that `score()` made when it checked all requests.
-PLAN = "score_plan"
 
 # Attribute of sampling parameters whose prompt must stay as vLLM has tokenised it: an ordinary
 # request of a client that does not know of score mode.
@@ -32,13 +40,218 @@ AS_TOKENISED = "score_as_tokenised"
 # Attribute of sampling parameters whose scores nobody reads as stock prompt log-probabilities.
 NO_VIEW = "score_no_view"
 
+# Attribute of the input processor of an `LLM`, whose user may ask for any number of values.
+NO_CLIENT_LIMIT = "score_mode_no_client_limit"
+
+# Options that mean nothing without sampling: (field, value that is accepted, what to do). The table
+# in SCORE_MODE_IMPLEMENTATION.md follows this list.
+_NOTHING = "nothing is generated; leave it out"
+_UNCONSTRAINED = "scores are those of the unconstrained model; leave it out"
+REFUSED_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("n", 1, "a prompt has one score; send the request once"),
+    ("stop", [], _NOTHING),
+    ("stop_token_ids", [], _NOTHING),
+    ("min_tokens", 0, _NOTHING),
+    ("logprobs", None, "use prompt_logprobs, target_token_ids or score_statistics"),
+    ("logprob_token_ids", None, "use target_token_ids in the prompt"),
+    ("prompt_logprob_token_ids", None, "use target_token_ids in the prompt"),
+    ("prompt_logprob_start", None, "use target_token_ids in the prompt"),
+    ("structured_outputs", None, _UNCONSTRAINED),
+    ("logit_bias", None, _UNCONSTRAINED),
+    ("allowed_token_ids", None, _UNCONSTRAINED),
+    ("bad_words", [], _UNCONSTRAINED),
+    ("trace_decode_token_ids", None, _NOTHING),
+)
+
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("score_mode", Flag),
+    ("prompt_logprobs", Annotated[Whole, Field(ge=FULL_VOCABULARY)] | None),
+    ("score_temperature", Annotated[Number, Field(gt=0)]),
+    ("score_top_p", Fraction),
+)
+
+
+class InvalidScoreRequest(VLLMValidationError, ScoreModeError):
+    """Caught as ValueError offline, answered with status 400 by the server.
+
+    Args:
+        message: names the field, the value and the remedy.
+        parameter: the field.
+    """
+
+    def __init__(self, message: str, *, parameter: str | None = None) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter)
+
+    def __str__(self) -> str:
+        # The sentence names the field already; the stock class would append it.
+        return str(self.args[0])
+
+
+def check_field(field: str, value: Any, kind: Any) -> Any:
+    """`vllm.score.checks.check` of a field of a request.
+
+    Raises:
+        InvalidScoreRequest: the value is not of that kind.
+    """
+    try:
+        return check(field, value, kind)
+    except ScoreModeError as error:
+        raise InvalidScoreRequest(str(error), parameter=field) from None
+
+
+def check_options(params: Any) -> None:
+    """Check the score options of `SamplingParams`, and refuse those that a score cannot honour.
+
+    Raises:
+        InvalidScoreRequest: names the field, its value and the remedy.
+    """
+    if params.score_statistics is not None:
+        try:
+            params.score_statistics = list(check_statistics(params.score_statistics))
+        except ScoreModeError as error:
+            raise InvalidScoreRequest(str(error), parameter="score_statistics") from None
+    for field, kind in _OPTIONS:
+        setattr(params, field, check_field(field, getattr(params, field), kind))
+    for field, accepted, remedy in REFUSED_OPTIONS:
+        value = getattr(params, field)
+        if value is not None and value != accepted:
+            raise InvalidScoreRequest(
+                f"{field}={value!r} cannot be combined with score_mode=True: {remedy}.",
+                parameter=field,
+            )
+    if (params.extra_args or {}).get("kv_transfer_params"):
+        raise InvalidScoreRequest(
+            "kv_transfer_params cannot be combined with score_mode=True: a transferred prefix has "
+            "no hidden states to score.",
+            parameter="extra_args",
+        )
+
+
+def check_prompt(engine_input: Any, resumable: bool) -> None:
+    """Refuse kinds of prompt that cannot be scored.
+
+    Raises:
+        InvalidScoreRequest: names the kind and the remedy.
+    """
+    kind = engine_input.get("type")
+    if kind != "token":
+        field = {"embeds": "prompt_embeds", "multimodal": "multi_modal_data"}.get(kind, "prompt")
+        raise InvalidScoreRequest(
+            f"{field} cannot be combined with score_mode=True where a prompt is of type {kind!r}: "
+            "give prompt_token_ids or a text.",
+            parameter=field,
+        )
+    if resumable:
+        raise InvalidScoreRequest(
+            "streaming input cannot be combined with score_mode=True: send the whole prompt.",
+            parameter="resumable",
+        )
+
+
+def read_token_ids(given: Any, vocab_size: int, field: str) -> np.ndarray:
+    """Checked token ids, int64 [n].
+
+    Args:
+        given: whole numbers as a list, tuple, array or tensor; truth values and floats are refused,
+            whatever they are equal to.
+        vocab_size: V.
+        field: for errors.
+
+    Raises:
+        InvalidScoreRequest: no flat list of token ids of the vocabulary.
+    """
+    given = _sequence(given, field, "a list of token ids")
+    ids = _whole_numbers(given)
+    if ids is None or (len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size):
+        # One by one, which names the first that is wrong.
+        each = [_token_id(value, vocab_size, field, i) for i, value in enumerate(given)]
+        ids = np.array(each, dtype=np.int64)
+    return ids
+
+
+def read_token_id_rows(given: Any, vocab_size: int, field: str) -> np.ndarray:
+    """Checked token ids, int64 [m] or [m, k].
+
+    Raises:
+        InvalidScoreRequest: neither a flat list of token ids nor lists of equal length.
+    """
+    what = "a list of token ids, or a list of lists for several candidates per position"
+    given = _sequence(given, field, what)
+    if not len(given) or not _is_sequence(_listed(given[0])):
+        return read_token_ids(given, vocab_size, field)
+    rows = [_sequence(row, f"{field}[{i}]", "a list of token ids") for i, row in enumerate(given)]
+    widths = sorted(set(map(len, rows)))
+    if len(widths) > 1 or widths == [0]:
+        raise InvalidScoreRequest(
+            f"{field} must have the same number of candidates at every position, k of at least 1, "
+            f"got rows of {widths} candidates.",
+            parameter=field,
+        )
+    matrix = isinstance(given, np.ndarray) and given.ndim == 2
+    ids = _whole_numbers(given.ravel() if matrix else list(chain.from_iterable(rows)))
+    if ids is None or not 0 <= ids.min() <= ids.max() < vocab_size:
+        each = [read_token_ids(row, vocab_size, f"{field}[{i}]") for i, row in enumerate(rows)]
+        ids = np.stack(each)
+    return ids.reshape(len(rows), widths[0])
+
+
+def _sequence(given: Any, field: str, what: str) -> Any:
+    """A sequence or an array with a dimension; tensors and their like as lists."""
+    if not isinstance(given, np.ndarray) or given.ndim == 0 or given.dtype == object:
+        given = _listed(given)
+    if not _is_sequence(given):
+        raise InvalidScoreRequest(
+            f"{field} must be {what}, got {type(given).__name__}.", parameter=field
+        )
+    return given
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_sequence(value: Any) -> bool:
+    texts = (str, bytes, bytearray, memoryview)
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, texts)
+
+
+def _whole_numbers(given: Any) -> np.ndarray | None:
+    """Int64 [n] where all are plain whole numbers; None: they have to be looked at one by one."""
+    if isinstance(given, np.ndarray):
+        return given.astype(np.int64) if given.ndim == 1 and given.dtype.kind in "iu" else None
+    kinds = set(map(type, given))
+    if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
+        return None
+    try:
+        return np.frombuffer(array("q", given), dtype=np.int64)  # 3 times as fast as NumPy's
+    except OverflowError:
+        return None
+
+
+def _token_id(value: Any, vocab_size: int, field: str, place: int) -> int:
+    """A checked token id, the element `place` of `field`."""
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise InvalidScoreRequest(
+            f"{field} must be integers, got {value!r:.60} at [{place}].", parameter=field
+        ) from None
+    if not 0 <= number < vocab_size:
+        raise InvalidScoreRequest(
+            f"{field}[{place}] is {number}, outside the vocabulary 0..{vocab_size - 1}.",
+            parameter=field,
+        )
+    return number
+
 
 @dataclass(frozen=True)
 class ModelFacts:
     """What admission needs to know of the model and the front end.
 
     Attributes:
-        max_logprobs: values a position that a client may ask for; None: no limit. A server keeps
+        max_logprobs: values per position that a client may ask for; None: no limit. A server keeps
             vLLM's own limit for its clients, `LLM` has none.
     """
 
@@ -46,67 +259,70 @@ class ModelFacts:
     max_model_len: int
     max_logprobs: int | None = None
 
+    @classmethod
+    def of(cls, input_processor: Any) -> ModelFacts:
+        """From the `InputProcessor` of an engine."""
+        model = input_processor.model_config
+        unlimited = model.max_logprobs == -1 or getattr(input_processor, NO_CLIENT_LIMIT, False)
+        limit = None if unlimited else model.max_logprobs
+        return cls(model.get_vocab_size(), model.max_model_len, limit)
 
-@dataclass(frozen=True, eq=False)
-class ScorePlan:
-    """One admitted request.
+
+class ScoreSpec(msgspec.Struct, frozen=True, eq=False):
+    """One admitted request, from the front end to the worker and back: what is scored, and how.
+
+    The field `_score` of the engine's `SamplingParams` carries it; their other fields stay the
+    user's.
 
     Attributes:
-        prompt_token_ids: the whole prompt, [n].
-        ids: the same as an array, int64 [n].
         targets: int32 [m, k]; the last m positions are scored.
-        flat: targets were given as a flat list, so results are [m] instead of [m, k].
+        start: engine prompt position whose hidden state scores the first target.
         layout: the columns that come back.
-        vocab_size: V.
+        vocab_size: V, as the front end knows it.
+        flat: targets were given as a flat list, so results are [m] instead of [m, k].
+        unread: the end of the prompt that the engine is not given: its last token, or nothing.
         notes: for whoever reads the result.
         view_ranks: the statistic `rank` was not asked for: it is the view's.
     """
 
-    prompt_token_ids: list[int]
-    ids: np.ndarray
     targets: np.ndarray
-    flat: bool
+    start: int
     layout: RowLayout
     vocab_size: int
+    flat: bool = True
+    unread: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     view_ranks: bool = False
 
     @property
-    def first_position(self) -> int:
-        """Prompt position of the first scored token."""
-        return len(self.prompt_token_ids) - len(self.targets)
-
-    @property
-    def engine_prompt(self) -> list[int]:
-        """What the engine computes: all but the last token (a single token is kept)."""
-        ids = self.prompt_token_ids
-        return ids[:-1] if len(ids) > 1 else ids
-
-    @property
-    def first_row(self) -> int:
-        """Engine prompt position whose hidden state scores the first target."""
-        return max(self.first_position - 1, 0)
-
-    @property
     def result_shape(self) -> tuple[int, int]:
+        """(m, columns)."""
         return len(self.targets), self.layout.width(self.vocab_size)
 
 
-def full_vocabulary_limit() -> int:
-    """Bytes that the full-vocabulary results of unfinished requests may take together."""
-    text = os.environ.get(FULL_VOCABULARY_BYTES_VARIABLE)
-    if text is None:
-        return DEFAULT_FULL_VOCABULARY_BYTES
-    try:
-        return int(text)
-    except ValueError:
-        raise InvalidScoreRequest(
-            f"{FULL_VOCABULARY_BYTES_VARIABLE}={text!r} is not a whole number of bytes.",
-            parameter=FULL_VOCABULARY_BYTES_VARIABLE,
-        ) from None
+class AdmittedRequest(NamedTuple):
+    """A checked request, as `add_request` of an engine takes it.
+
+    Attributes:
+        ids: int64 [n], the whole prompt.
+        params: a copy of the `SamplingParams` that carries the `ScoreSpec`.
+    """
+
+    ids: np.ndarray
+    params: Any
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """The rendered token prompt."""
+        return {"type": "token", "prompt_token_ids": self.ids.tolist()}
+
+    @property
+    def spec(self) -> ScoreSpec:
+        spec: ScoreSpec = self.params._score
+        return spec
 
 
-def plan_request(
+def admit(
     prompt_token_ids: Sequence[int],
     target_token_ids: Any,
     params: Any,
@@ -114,7 +330,7 @@ def plan_request(
     bytes_in_use: int = 0,
     notes: tuple[str, ...] = (),
     view: bool = False,
-) -> ScorePlan:
+) -> AdmittedRequest:
     """Check one score request and say what the engine is to compute.
 
     Args:
@@ -129,44 +345,54 @@ def plan_request(
     Raises:
         InvalidScoreRequest: (a ValueError) naming the field, the value and the remedy.
     """
-    ids, array = _prompt_ids(prompt_token_ids, facts)
-    top = _top(params, target_token_ids)
+    ids = _prompt_ids(prompt_token_ids, facts)
+    top = _top(params.prompt_logprobs, target_token_ids is not None)
     if target_token_ids is None:
-        targets, flat = array[1:, None].astype(np.int32), True
+        targets, flat = ids[1:, None].astype(np.int32), True
     else:
         targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+    if not len(targets):
+        notes += ("the prompt is one token, which has no context: nothing was scored",)
+    _check_values_per_position(top, targets.shape[1], facts)
     statistics = tuple(params.score_statistics or ())
     # Of whole rows the view counts them itself.
     view_ranks = view and top != FULL_VOCABULARY and "rank" not in statistics
-    if not len(targets):
-        notes += ("the prompt is one token, which has no context: nothing was scored",)
-    layout = RowLayout(
-        num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
-        statistics=(*statistics, "rank") if view_ranks else statistics,
-        top=top,
-        temperature=params.score_temperature,
-        top_p=params.score_top_p,
+    spec = ScoreSpec(
+        targets=targets,
+        start=max(len(ids) - len(targets) - 1, 0),
+        layout=RowLayout(
+            num_targets=0 if top == FULL_VOCABULARY else targets.shape[1],
+            statistics=(*statistics, "rank") if view_ranks else statistics,
+            top=top,
+            temperature=params.score_temperature,
+            top_p=params.score_top_p,
+        ),
+        vocab_size=facts.vocab_size,
+        flat=flat,
+        unread=(int(ids[-1]),) if len(ids) > 1 else (),
+        notes=notes,
+        view_ranks=view_ranks,
     )
-    plan = ScorePlan(ids, array, targets, flat, layout, facts.vocab_size, notes, view_ranks)
-    _check_values_a_position(plan, facts)
     if top == FULL_VOCABULARY:
-        _check_bytes(plan, bytes_in_use)
-    return plan
+        _check_bytes(spec, bytes_in_use)
+    params = copy.copy(params)
+    params._score = spec
+    return AdmittedRequest(ids, params)
 
 
-def plan_tokenised(
+def admit_tokenised(
     engine_input: Mapping[str, Any],
-    target_token_ids: Any,
     params: Any,
     facts: ModelFacts,
     tokenizer: Any,
     bytes_in_use: int = 0,
     view: bool = False,
-) -> ScorePlan:
-    """`plan_request` for a prompt that vLLM has tokenised, with its special tokens in front once.
+) -> AdmittedRequest:
+    """`admit` for a prompt that vLLM has tokenised, with its special tokens in front once.
 
     Args:
-        engine_input: with "prompt_token_ids", and "prompt" where they come from a text.
+        engine_input: with "prompt_token_ids", "prompt" where they come from a text, and perhaps
+            "target_token_ids".
         tokenizer: of the engine.
     """
     ids: list[int] = engine_input["prompt_token_ids"]
@@ -175,105 +401,99 @@ def plan_tokenised(
     if isinstance(text, str) and tokenizer is not None and not hasattr(params, AS_TOKENISED):
         ids, own = prefix_once(tokenizer, text, ids)
         notes = (own_prefix_note(tokenizer),) if own else ()
-    return plan_request(ids, target_token_ids, params, facts, bytes_in_use, notes, view)
+    return admit(ids, engine_input.get(TARGETS), params, facts, bytes_in_use, notes, view)
 
 
-def _prompt_ids(prompt_token_ids: Sequence[int], facts: ModelFacts) -> tuple[list[int], np.ndarray]:
-    """The checked ids, as a list and as an array [n]."""
-    field = "prompt_token_ids"
-    given = as_sequence(prompt_token_ids, field, "a list of token ids")
-    if len(given) == 0:
-        raise InvalidScoreRequest(
-            "the prompt has no token; give a text that is not empty, or at least one token id.",
-            parameter=field,
-        )
-    if len(given) > facts.max_model_len:
-        raise InvalidScoreRequest(
-            f"{field} has {len(given)} tokens, the engine's max_model_len is "
-            f"{facts.max_model_len}: shorten the prompt or score it in windows "
-            "(vllm.score.perplexity).",
-            parameter=field,
-            value=len(given),
-        )
+def _prompt_ids(given: Any, facts: ModelFacts) -> np.ndarray:
+    """The checked ids of a prompt, int64 [n]."""
     if facts.vocab_size > MAX_EXACT_ID:
         raise InvalidScoreRequest(
             f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
         )
-    checked = read_token_ids(given, facts.vocab_size, field)
-    return checked.tolist(), checked
+    field = "prompt_token_ids"
+    ids = read_token_ids(given, facts.vocab_size, field)
+    if len(ids) == 0:
+        raise InvalidScoreRequest(
+            "the prompt has no token; give a text that is not empty, or at least one token id.",
+            parameter=field,
+        )
+    if len(ids) > facts.max_model_len:
+        raise InvalidScoreRequest(
+            f"{field} has {len(ids)} tokens, the engine's max_model_len is {facts.max_model_len}: "
+            "shorten the prompt or score it in windows (vllm.score.perplexity).",
+            parameter=field,
+        )
+    return ids
 
 
 def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
-    field = "target_token_ids"
-    what = "a list of token ids, or a list of lists for several candidates a position"
-    given = as_sequence(given, field, what)
-    if len(given) == 0:
+    """The checked targets, int32 [m, k], and whether they were a flat list."""
+    rows = read_token_id_rows(given, vocab_size, TARGETS)
+    if len(rows) == 0:
         raise InvalidScoreRequest(
-            f"{field} is empty: leave it out to score the whole prompt.", parameter=field, value=[]
+            f"{TARGETS} is empty: leave it out to score the whole prompt.", parameter=TARGETS
         )
-    if len(given) > prompt_len - 1:
+    if len(rows) > prompt_len - 1:
         raise InvalidScoreRequest(
-            f"{field} has {len(given)} rows, but a prompt of {prompt_len} tokens has "
+            f"{TARGETS} has {len(rows)} rows, but a prompt of {prompt_len} tokens has "
             f"{prompt_len - 1} positions with a context; the targets are aligned to its end.",
-            parameter=field,
-            value=len(given),
+            parameter=TARGETS,
         )
-    rows = read_token_id_rows(given, vocab_size, field)
     flat = rows.ndim == 1
-    return np.ascontiguousarray(rows[:, None] if flat else rows, dtype=np.int32), flat
+    return (rows[:, None] if flat else rows).astype(np.int32), flat
 
 
-def _top(params: Any, target_token_ids: Any) -> int:
-    asked = params.prompt_logprobs
-    if asked is not None and asked < FULL_VOCABULARY:
-        raise InvalidScoreRequest(
-            f"prompt_logprobs must be -1 or at least 0, got {asked}.",
-            parameter="prompt_logprobs",
-            value=asked,
-        )
-    if target_token_ids is None:
-        return FULL_VOCABULARY if asked is None else int(asked)
-    if asked == FULL_VOCABULARY:
+def _top(prompt_logprobs: int | None, with_targets: bool) -> int:
+    """How many most likely tokens are to come back; without targets None is the vocabulary."""
+    if with_targets and prompt_logprobs == FULL_VOCABULARY:
         raise InvalidScoreRequest(
             "prompt_logprobs=-1 (the whole vocabulary) and target_token_ids exclude each other: "
             "leave one of them out.",
             parameter="prompt_logprobs",
-            value=asked,
         )
-    return int(asked or 0)
+    if prompt_logprobs is None:
+        return 0 if with_targets else FULL_VOCABULARY
+    return int(prompt_logprobs)
 
 
-def _check_values_a_position(plan: ScorePlan, facts: ModelFacts) -> None:
-    top = plan.layout.top
-    if top > plan.vocab_size:
+def _check_values_per_position(top: int, candidates: int, facts: ModelFacts) -> None:
+    if top > facts.vocab_size:
         raise InvalidScoreRequest(
-            f"prompt_logprobs is {top}, the vocabulary has {plan.vocab_size} tokens.",
+            f"prompt_logprobs is {top}, the vocabulary has {facts.vocab_size} tokens.",
             parameter="prompt_logprobs",
-            value=top,
         )
-    if facts.max_logprobs is None or facts.max_logprobs == -1:
-        return
-    asked = plan.vocab_size if top == FULL_VOCABULARY else max(top, plan.targets.shape[1])
-    if asked > facts.max_logprobs:
-        field = "target_token_ids" if 0 <= top < asked else "prompt_logprobs"
+    limit = math.inf if facts.max_logprobs in (None, -1) else facts.max_logprobs
+    asked = facts.vocab_size if top == FULL_VOCABULARY else max(top, candidates)
+    if asked > limit:
+        field = TARGETS if 0 <= top < asked else "prompt_logprobs"
         raise InvalidScoreRequest(
-            f"{field} asks for {asked} values a position, this server allows max_logprobs="
-            f"{facts.max_logprobs}: name the tokens in target_token_ids, or start the server with "
-            "a larger --max-logprobs.",
+            f"{field} asks for {asked} values per position, this server allows max_logprobs="
+            f"{limit}: name the tokens in target_token_ids, or start the server with a larger "
+            "--max-logprobs.",
             parameter=field,
-            value=asked,
         )
 
 
-def _check_bytes(plan: ScorePlan, bytes_in_use: int) -> None:
-    rows, width = plan.result_shape
+def full_vocabulary_limit() -> int:
+    """Bytes that the full-vocabulary results of unfinished requests may take together."""
+    text = os.environ.get(FULL_VOCABULARY_BYTES_VARIABLE, str(DEFAULT_FULL_VOCABULARY_BYTES))
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidScoreRequest(
+            f"{FULL_VOCABULARY_BYTES_VARIABLE}={text!r} is not a whole number of bytes.",
+            parameter=FULL_VOCABULARY_BYTES_VARIABLE,
+        ) from None
+
+
+def _check_bytes(spec: ScoreSpec, bytes_in_use: int) -> None:
+    rows, width = spec.result_shape
     needed, limit = 4 * rows * width, full_vocabulary_limit()
     if bytes_in_use + needed > limit:
         raise InvalidScoreRequest(
-            f"the whole vocabulary of {plan.vocab_size} tokens at {rows} positions takes "
+            f"the whole vocabulary of {spec.vocab_size} tokens at {rows} positions takes "
             f"{needed:,} bytes, with {bytes_in_use:,} in use by unfinished requests more than the "
             f"limit of {limit:,} bytes: name the tokens that you need in target_token_ids, send "
             f"fewer requests at once, or raise {FULL_VOCABULARY_BYTES_VARIABLE}.",
-            parameter="target_token_ids",
-            value=needed,
+            parameter=TARGETS,
         )

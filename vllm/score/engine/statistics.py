@@ -25,8 +25,10 @@ counts tokens nearer to the target than float32 rounding either way.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from vllm.score.checks import check_name
+from vllm.score.errors import ScoreModeError
 
 STATISTICS: tuple[str, ...] = (
     "entropy",
@@ -50,24 +52,14 @@ def check_statistics(names: Iterable[str]) -> tuple[str, ...]:
     """Return `names` as a tuple.
 
     Raises:
-        ValueError: a name is unknown or given twice.
+        ScoreModeError: a name is unknown or given twice.
     """
-    if isinstance(names, str):
-        raise ValueError(
-            f"score_statistics must be a list of names, got the string {names!r}; "
-            f"write [{names!r}]."
-        )
-    if not isinstance(names, Iterable):
-        raise ValueError(f"score_statistics must be a list of names, got {names!r}.")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        remedy = f"; write [{names!r}]" if isinstance(names, str) else ""
+        raise ScoreModeError(f"score_statistics must be a list of names, got {names!r}{remedy}.")
     checked = tuple(names)
     for name in checked:
-        if name not in STATISTICS:
-            close = difflib.get_close_matches(str(name), STATISTICS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"score_statistics names {name!r}, which is unknown.{hint} "
-                f"Choose from: {', '.join(STATISTICS)}."
-            )
+        check_name("score_statistics: the statistic", name, STATISTICS)
     if len(set(checked)) != len(checked):
-        raise ValueError(f"score_statistics names a statistic twice: {list(checked)}.")
+        raise ScoreModeError(f"score_statistics names a statistic twice: {list(checked)}.")
     return checked

@@ -1,4 +1,4 @@
-"""Scores inside the worker: which rows of this step belong to score requests, and their results.
+"""Scores inside the worker: which rows of a step belong to score requests, and their results.
 
 Rows: for an engine prompt of L tokens whose first scored row is `start`, row r (the hidden state
 at position r) scores the token after it. The engine is given the prompt without its last token
@@ -11,50 +11,67 @@ and those of the requests that are complete go to the host in one copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
-from vllm.score.engine.host_copy import HostWriter, to_device, to_host
-from vllm.score.engine.model_head import head_of
-from vllm.score.engine.request_scores import RequestScores
+from vllm.score.engine.model_head import head_of, to_device
+from vllm.score.engine.request import ScoreSpec
 from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import block_rows, score_rows
 
+ComputeLogits = Callable[[torch.Tensor], torch.Tensor]
 
-def scored_rows(begin: int, num_tokens: int, start: int, num_rows: int) -> tuple[int, int]:
-    """Rows ``[low, high)`` scored by a step that computes prompt positions
-    ``[begin, begin + num_tokens)`` of a request with scored rows ``[start, start + num_rows)``;
-    ``low >= high`` when there are none.
+
+@dataclass(eq=False)
+class RequestScores:
+    """One request's growing scores.
+
+    Attributes:
+        spec: of the request.
+        parts: (first row, results [c, width]) of what was computed, in order. They lie on the
+            device, and for the whole vocabulary in `buffer`.
+        buffer: float32 [m, width] on the host, for the whole vocabulary only: its rows are too many
+            to wait on the device.
+        spoiled: the model was not computed as it should have been; every score is NaN.
     """
-    return max(begin, start), min(begin + num_tokens, start + num_rows)
+
+    spec: ScoreSpec
+    parts: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    buffer: torch.Tensor | None = None
+    spoiled: bool = False
+
+    def add(self, low: int, rows: torch.Tensor) -> None:
+        """Append the results of the rows from `low` on; a row computed again replaces itself."""
+        kept = [(first, part[: low - first]) for first, part in self.parts if first < low]
+        self.parts = [*kept, (low, rows)]
+
+    def host_rows(self, low: int, high: int) -> torch.Tensor:
+        """The buffer's rows ``[low, high)``, to be written and then added."""
+        if self.buffer is None:
+            # NumPy asks for huge pages, which saves most of the time of touching a gigabyte.
+            self.buffer = torch.from_numpy(np.empty(self.spec.result_shape, dtype=np.float32))
+        return self.buffer[low - self.spec.start : high - self.spec.start]
+
+    def assemble(self) -> torch.Tensor:
+        """Float32 [m, width]; NaN where a row was not computed."""
+        end = self.spec.start
+        for first, part in self.parts:
+            if first == end:
+                end += len(part)
+        if self.spoiled or not self.parts or end != self.spec.start + len(self.spec.targets):
+            return torch.full(self.spec.result_shape, float("nan"))
+        if self.buffer is not None:
+            return self.buffer
+        rows = [part for _, part in self.parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 @dataclass
-class StepRows:
-    """The scored rows of one request in one step: rows ``[low, high)``, whose first hidden state
-    is the step's `hidden_first`.
-    """
-
-    scores: RequestScores
-    hidden_first: int
-    low: int
-    high: int
-
-    @property
-    def count(self) -> int:
-        return self.high - self.low
-
-    @property
-    def targets(self) -> np.ndarray:
-        """int32 [count, k]."""
-        start = self.scores.start
-        return self.scores.targets[self.low - start : self.high - start]
-
-
-@dataclass
-class Progress:
+class ScheduledRows:
     """One request's share of a step.
 
     Attributes:
@@ -71,16 +88,38 @@ class Progress:
     prompt_len: int
     first_index: int
 
+    @property
+    def complete(self) -> bool:
+        """Whether the prompt is computed with this step."""
+        return self.begin + self.num_tokens >= self.prompt_len
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The scored rows ``[low, high)`` of the step; ``low >= high`` when there are none."""
+        start = self.scores.spec.start
+        end = start + len(self.scores.spec.targets)
+        return max(self.begin, start), min(self.begin + self.num_tokens, end)
+
+    @property
+    def index(self) -> np.ndarray:
+        """[c], the places in the step of the hidden states of `rows`."""
+        low, high = self.rows
+        return np.arange(low, high) + self.first_index - self.begin
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int32 [c, k]."""
+        (low, high), spec = self.rows, self.scores.spec
+        return spec.targets[low - spec.start : high - spec.start]
+
 
 def score_step(
-    progress: Iterable[Progress],
-    hidden: torch.Tensor,
-    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    scheduled: Iterable[ScheduledRows], hidden: torch.Tensor, compute_logits: ComputeLogits
 ) -> dict[str, torch.Tensor]:
     """Score one step.
 
     Args:
-        progress: the score requests of the step.
+        scheduled: the score requests of the step.
         hidden: [T, H], the step's hidden states.
         compute_logits: the model's head.
 
@@ -88,89 +127,146 @@ def score_step(
         The results float32 [m, width] of the requests that are complete, on the host. On a GPU
         they are valid once the stream has caught up.
     """
-    groups: dict[RowLayout, list[StepRows]] = {}
-    complete: dict[str, RequestScores] = {}
+    groups: dict[RowLayout, list[ScheduledRows]] = {}
     # In the order of their hidden states, so that rows that follow each other need no copy.
-    for p in sorted(progress, key=lambda p: p.first_index):
-        low, high = scored_rows(p.begin, p.num_tokens, p.scores.start, len(p.scores.targets))
+    scheduled = sorted(scheduled, key=lambda s: s.first_index)
+    for s in scheduled:
+        low, high = s.rows
         if low < high:
-            step = StepRows(p.scores, p.first_index + low - p.begin, low, high)
-            groups.setdefault(p.scores.layout, []).append(step)
-        if p.begin + p.num_tokens >= p.prompt_len:
-            complete[p.request_id] = p.scores
+            groups.setdefault(s.scores.spec.layout, []).append(s)
     for layout, members in groups.items():
         if layout.top == FULL_VOCABULARY:
-            for step in members:
-                _score_whole_vocabulary(step, hidden, compute_logits)
+            for member in members:
+                _score_whole_vocabulary(member, hidden, compute_logits)
         else:
             _score_group(members, hidden, compute_logits)
-    return _to_host(complete)
+    return _to_host({s.request_id: s.scores.assemble() for s in scheduled if s.complete})
 
 
 def _score_group(
-    members: list[StepRows],
-    hidden: torch.Tensor,
-    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    members: list[ScheduledRows], hidden: torch.Tensor, compute_logits: ComputeLogits
 ) -> None:
     """Requests with the same layout, together; their results stay on the device."""
-    index = np.concatenate([np.arange(s.hidden_first, s.hidden_first + s.count) for s in members])
+    index = np.concatenate([s.index for s in members])
     targets = np.concatenate([s.targets for s in members])
-    blocks = [
-        scored
-        for _, scored in _score_blocks(members[0].scores, index, targets, hidden, compute_logits)
-    ]
+    scored = _score_blocks(members[0].scores.spec, index, targets, hidden, compute_logits)
+    blocks = [block for _, block in scored]
     results = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    first = 0
-    for step in members:
-        step.scores.add(step.low, results[first : first + step.count])
-        first += step.count
+    parts = results.split([len(s.targets) for s in members])
+    for s, part in zip(members, parts, strict=True):
+        s.scores.add(s.rows[0], part)
 
 
 def _score_whole_vocabulary(
-    step: StepRows,
-    hidden: torch.Tensor,
-    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    member: ScheduledRows, hidden: torch.Tensor, compute_logits: ComputeLogits
 ) -> None:
     """One request, whose results go to the host block by block."""
-    index = np.arange(step.hidden_first, step.hidden_first + step.count)
-    out = step.scores.host_rows(step.low, step.high)
-    # The targets are those of the rank.
-    blocks = _score_blocks(step.scores, index, step.targets[:, :1], hidden, compute_logits)
-    with HostWriter() as writer:
-        for rows, scored in blocks:
-            writer.write(out[rows], scored)
-    step.scores.add(step.low, out)
+    scores, (low, high) = member.scores, member.rows
+    out = scores.host_rows(low, high)
+    # The first target of each row is the one whose rank the statistic `rank` tells.
+    first_targets = member.targets[:, :1]
+    blocks = _score_blocks(scores.spec, member.index, first_targets, hidden, compute_logits)
+    writer = HostWriter()
+    for rows, scored in blocks:
+        writer.write(out[rows], scored)
+    writer.finish()
+    scores.add(low, out)
 
 
 def _score_blocks(
-    scores: RequestScores,
+    spec: ScoreSpec,
     index: np.ndarray,
     targets: np.ndarray,
     hidden: torch.Tensor,
-    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    compute_logits: ComputeLogits,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield the results of the hidden states `index`, [c, width], a block of rows at a time."""
-    layout, vocab_size = scores.layout, scores.vocab_size
-    consecutive = int(index[-1]) - int(index[0]) + 1 == len(index)
-    first_row = hidden[int(index[0]) : int(index[0]) + 1]
-    head, _ = head_of(compute_logits, first_row, index[:1], vocab_size)
-    a_row = 0 if consecutive else hidden.element_size() * hidden.shape[1]
-    block = block_rows(head, layout, vocab_size, a_row)
+    layout, vocab_size = spec.layout, spec.vocab_size
+    first_index, last_index = int(index[0]), int(index[-1])
+    consecutive = last_index - first_index + 1 == len(index)
+    copied_bytes = 0 if consecutive else hidden.element_size() * hidden.shape[1]
     device_targets = to_device(targets.astype(np.int64), hidden.device)
-    for first in range(0, len(index), block):
+    block = block_rows(False, layout, vocab_size, copied_bytes)
+    first = 0
+    while first < len(index):
         rows = slice(first, min(first + block, len(index)))
         if consecutive:
-            part = hidden[int(index[rows.start]) : int(index[rows.stop - 1]) + 1]
+            part = hidden[first_index + rows.start : first_index + rows.stop]
         else:
             part = hidden.index_select(0, to_device(index[rows], hidden.device))
         head, taken = head_of(compute_logits, part, index[rows], vocab_size)
+        block = block_rows(head.needs_logits, layout, vocab_size, copied_bytes)
+        if len(part) > block:
+            continue  # the first block, of a head that needs logits: again with fewer rows
         yield rows, score_rows(head, taken, device_targets[rows], layout, vocab_size)
+        first = rows.stop
 
 
-def _to_host(complete: dict[str, RequestScores]) -> dict[str, torch.Tensor]:
-    """The finished results, those on the device in one copy that is not waited for."""
-    wholes = {request_id: s.assemble() for request_id, s in complete.items()}
-    away = [request_id for request_id, whole in wholes.items() if whole.device.type != "cpu"]
-    if away:
-        wholes |= zip(away, to_host([wholes[r] for r in away]), strict=True)
-    return wholes
+def _to_host(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that lie on a device as views of one pinned array, in one copy, not waited for."""
+    away = {name: result for name, result in results.items() if result.device.type != "cpu"}
+    if not away:
+        return results
+    flat = torch.cat([result.flatten() for result in away.values()])
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    parts = host.split([result.numel() for result in away.values()])
+    return results | {
+        name: part.view(away[name].shape) for name, part in zip(away, parts, strict=True)
+    }
+
+
+class HostWriter:
+    """Writes blocks of a device's results into pageable memory, one behind the computation.
+
+    A block is copied to one of two pinned buffers while the device computes the next one, and from
+    there by the host.
+    """
+
+    def __init__(self) -> None:
+        self._pinned: list[torch.Tensor | None] = [None, None]
+        self._waiting: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event] | None = None
+        self._turn = 0
+
+    def write(self, out: torch.Tensor, block: torch.Tensor) -> None:
+        """Copy `block` to `out`, of the same shape; `out` is complete after `finish()`."""
+        if block.device.type != "cuda":
+            out.copy_(block)
+            return
+        pinned = self._pinned[self._turn]
+        if pinned is None or len(pinned) < len(block):
+            pinned = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
+            self._pinned[self._turn] = pinned
+        staged = pinned[: len(block)].copy_(block, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)
+        copied.record()
+        self.finish()
+        self._waiting = (out, staged, copied)
+        self._turn = 1 - self._turn
+
+    def finish(self) -> None:
+        """Wait for the last block."""
+        if self._waiting is not None:
+            out, staged, copied = self._waiting
+            copied.synchronize()
+            out.copy_(staged)
+            self._waiting = None
+
+
+def empty_kv_cache(engine_core: Any) -> bool:
+    """Forget all cached prefixes and write zeros over all blocks; False where some are in use.
+
+    NaN that a request left in the KV cache spoils later ones: attention that reads whole blocks
+    weighs what lies behind a prompt with 0, and 0 times NaN is NaN. Called in the engine core
+    between its steps, so that no request can be given a block meanwhile.
+    """
+    if not engine_core.reset_prefix_cache():
+        return False
+    engine_core.collective_rpc(_write_zeros)
+    return True
+
+
+def _write_zeros(worker: Any) -> None:
+    """Called in each worker."""
+    for tensor in tree_leaves(worker.model_runner.kv_caches):
+        tensor.zero_()

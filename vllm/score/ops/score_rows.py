@@ -24,12 +24,13 @@ GATHERED_BYTES = 32 << 20
 LOGITS_BYTES = 48 << 20
 
 
-def block_rows(head: Head, layout: RowLayout, vocab_size: int, hidden_bytes: int) -> int:
+def block_rows(needs_logits: bool, layout: RowLayout, vocab_size: int, hidden_bytes: int) -> int:
     """Rows scored at once, so that scoring takes less than 128 MiB beside the model.
 
     The same on every rank, whatever its share of the vocabulary: they exchange block by block.
 
     Args:
+        needs_logits: `Head.needs_logits`.
         vocab_size: of the model.
         hidden_bytes: of one hidden state that has to be copied; 0 where it need not be.
     """
@@ -40,7 +41,7 @@ def block_rows(head: Head, layout: RowLayout, vocab_size: int, hidden_bytes: int
         # Float32 logits, and the results of the block before or, with top-p, a copy.
         beside = max(layout.width(vocab_size), vocab_size if layout.top_p < 1 else 0)
         rows = min(rows, max(1, LOGITS_BYTES // (4 * (vocab_size + beside))))
-    elif head.needs_logits:
+    elif needs_logits:
         rows = min(rows, max(1, LOGITS_BYTES // (4 * vocab_size)))
     return rows
 

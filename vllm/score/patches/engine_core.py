@@ -45,7 +45,7 @@ def score_status(engine_core: Any) -> list[dict[str, Any]]:
 
 def score_empty_cache(engine_core: Any) -> bool:
     """Empty the KV cache, NaN included; reached as a utility call, between steps."""
-    from vllm.score.engine.kv_cache import empty_kv_cache
+    from vllm.score.engine.worker import empty_kv_cache
 
     return empty_kv_cache(engine_core)
 
@@ -78,7 +78,7 @@ class CappedRequest(wrapt.ObjectProxy):
 
     @property
     def num_tokens(self) -> int:
-        return int(self.__wrapped__.sampling_params.prompt_logprob_start) + 1
+        return int(self.__wrapped__.sampling_params._score.start) + 1
 
 
 @CACHE.wrap("KVCacheManager.get_computed_blocks")
@@ -87,7 +87,7 @@ def get_computed_blocks(stock: Any, self: Any, request: Any) -> Any:
     params = request.sampling_params
     if params is None or not params.score_mode:
         return stock(request)
-    if params.prompt_logprob_start == 0:
+    if params._score.start == 0:
         return self.empty_kv_cache_blocks, 0, 0
     return stock(CappedRequest(request))
 

@@ -28,9 +28,10 @@ from contextlib import contextmanager
 from inspect import isawaitable
 from typing import Any
 
-from vllm.score.engine.support import check_configuration
+from vllm.score.engine.configuration import check_configuration
+from vllm.score.engine.request import NO_CLIENT_LIMIT
 from vllm.score.errors import ScoreModeUnavailable
-from vllm.score.patches.front_end import NAN_SEEN, NO_CLIENT_LIMIT
+from vllm.score.patches.front_end import NAN_SEEN
 from vllm.score.patches.patch import Patch
 
 LLM_ENGINE = Patch("vllm.v1.engine.llm_engine", ("front end",))

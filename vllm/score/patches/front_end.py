@@ -9,10 +9,9 @@ vllm.renderers.base
     Deleted when: vLLM carries the key itself.
 
 vllm.v1.engine.input_processor
-    Why: Targets are checked before anything runs, and take the channel that 0.32 has for
-        prompt_logprob_token_ids.
+    Why: Targets are checked before anything runs, and travel to the worker with the request.
     How: The stock function sees an ordinary one-token request for the prompt without its last
-        token; the score fields are set on the engine request that it returns.
+        token; the ScoreSpec is set on the engine request that it returns.
     Risk: Checks that upstream adds for prompt_logprob_token_ids are not seen by score requests.
     Upstream: Pull request: a branch in process_inputs that calls the same planning function.
     Deleted when: process_inputs fills the channel for score requests.
@@ -26,7 +25,7 @@ vllm.outputs
 
 vllm.v1.engine.output_processor
     Why: Users read arrays, or what looks like stock prompt_logprobs; no dict is built unread.
-    How: The state remembers the plan made at admission; the output gets the scores after the stock
+    How: The state remembers the ScoreSpec of admission; the output gets the scores after the stock
         function built it, and is checked for shape, NaN and stray tokens. A token generated behind
         an echo has a text for every id of the model.
     Risk: An output path that bypasses _new_request_output returns the bare array.
@@ -42,18 +41,17 @@ import weakref
 from types import ModuleType
 from typing import Any
 
-from vllm.score.engine.invalid import InvalidScoreRequest
-from vllm.score.engine.output import FailedScores, attach_scores
+from vllm.score.engine.configuration import check_configuration, confuses_adapters
+from vllm.score.engine.output import ANY_ID, EveryId, FailedScores, attach_scores, decoder
 from vllm.score.engine.request import (
     NO_VIEW,
-    PLAN,
     TARGETS,
+    InvalidScoreRequest,
     ModelFacts,
-    ScorePlan,
-    plan_tokenised,
+    ScoreSpec,
+    admit_tokenised,
+    check_prompt,
 )
-from vllm.score.engine.support import check_configuration, check_prompt
-from vllm.score.engine.token_texts import ANY_ID, EveryId, decoder
 from vllm.score.ops.row_layout import FULL_VOCABULARY
 from vllm.score.patches.patch import Patch
 
@@ -73,8 +71,6 @@ OUTPUT = Patch(
 )
 OUTPUTS = Patch("vllm.v1.engine.output_processor", ("front end",))
 
-# On an input processor: whoever uses it may ask for any number of values (`LLM` has no clients).
-NO_CLIENT_LIMIT = "score_mode_no_client_limit"
 # On an input processor: a score was NaN, so a part of the KV cache may be.
 NAN_SEEN = "score_mode_nan_seen"
 # On an input processor: bytes of the whole-vocabulary results of its unfinished requests.
@@ -102,7 +98,6 @@ def _with_targets(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
             f"truncate_prompt_tokens={truncated} would shift {TARGETS}: truncate the prompt and "
             "the targets yourself.",
             parameter="truncate_prompt_tokens",
-            value=truncated,
         )
     engine_input[TARGETS] = prompt[TARGETS]
     return engine_input
@@ -135,14 +130,13 @@ def process_inputs(
             setattr(request.sampling_params, ANY_ID, True)  # the stock function copies them
         return request
     prompt = _rendered(self, prompt, kwargs.get("tokenization_kwargs"))
-    plan = _plan(self, prompt, params, bool(kwargs.get("resumable")))
-    lease = BytesLease(self, plan)
-    prompt = {**prompt, "prompt_token_ids": plan.engine_prompt}
+    ids, spec = _admitted(self, prompt, params, bool(kwargs.get("resumable")))
+    lease = BytesLease(self, spec)
+    prompt = {**prompt, "prompt_token_ids": ids[: len(ids) - len(spec.unread)]}
     prompt.pop(TARGETS, None)
-    prompt.pop(PLAN, None)
     carrier = _carrier(params, _cache_may_be_spoiled(self, *args, **kwargs))
     request = stock(request_id, prompt, carrier, supported_tasks, *args, **kwargs)
-    _mark(request.sampling_params, plan, lease)
+    _mark(request.sampling_params, spec, lease)
     return request
 
 
@@ -158,28 +152,24 @@ def _rendered(processor: Any, prompt: Any, tokenization_kwargs: Any) -> Any:
     return renderer.render_cmpl([parsed], tok_params)[0]
 
 
-def _plan(processor: Any, prompt: Any, params: Any, resumable: bool) -> Any:
-    if isinstance(prompt.get(PLAN), ScorePlan):
-        return prompt[PLAN]  # score() has checked everything once for all its requests
+def _admitted(
+    processor: Any, prompt: Any, params: Any, resumable: bool
+) -> tuple[list[int], ScoreSpec]:
+    """The whole prompt, and what is scored of it."""
+    if params._score is not None:  # score() has checked everything once for all its requests
+        return prompt["prompt_token_ids"], params._score
     check_configuration(processor.vllm_config)
     params._verify_score_mode()  # again: fields may have been set since construction
     check_prompt(prompt, resumable)
-    model = processor.model_config
-    unlimited = getattr(processor, NO_CLIENT_LIMIT, False)
-    facts = ModelFacts(
-        vocab_size=model.get_vocab_size(),
-        max_model_len=model.max_model_len,
-        max_logprobs=None if unlimited else model.max_logprobs,
-    )
-    return plan_tokenised(
+    admitted = admit_tokenised(
         prompt,
-        prompt.get(TARGETS),
         params,
-        facts,
+        ModelFacts.of(processor),
         processor.renderer.tokenizer,
         bytes_in_use=getattr(processor, BYTES_IN_USE, 0),
         view=not hasattr(params, NO_VIEW),
     )
+    return admitted.ids.tolist(), admitted.spec
 
 
 class BytesLease:
@@ -189,9 +179,9 @@ class BytesLease:
     the request finishes or is aborted.
     """
 
-    def __init__(self, processor: Any, plan: Any) -> None:
-        rows, width = plan.result_shape
-        size = 4 * rows * width if plan.layout.top == FULL_VOCABULARY else 0
+    def __init__(self, processor: Any, spec: ScoreSpec) -> None:
+        rows, width = spec.result_shape
+        size = 4 * rows * width if spec.layout.top == FULL_VOCABULARY else 0
 
         def count(change: int) -> None:
             setattr(processor, BYTES_IN_USE, getattr(processor, BYTES_IN_USE, 0) + change)
@@ -208,14 +198,8 @@ class BytesLease:
 def _cache_may_be_spoiled(
     processor: Any, arrival_time: Any = None, lora_request: Any = None, *_: Any, **__: Any
 ) -> bool:
-    """Whether cached prefixes of this request may have been computed with another's adapter.
-
-    See `vllm.score.patches.worker`: on a CPU, requests without an adapter beside others.
-    """
-    from vllm.platforms import current_platform
-
-    lora = processor.vllm_config.lora_config is not None
-    return lora and lora_request is None and bool(current_platform.is_cpu())
+    """Whether cached prefixes of this request may have been computed with another's adapter."""
+    return lora_request is None and confuses_adapters(processor.vllm_config)
 
 
 def _carrier(params: Any, skip_cache: bool) -> Any:
@@ -241,21 +225,14 @@ def _template(output_kind: Any, skip_reading_prefix_cache: bool) -> Any:
     )
 
 
-def _mark(engine_params: Any, plan: Any, lease: BytesLease) -> None:
+def _mark(engine_params: Any, spec: ScoreSpec, lease: BytesLease) -> None:
     engine_params.score_mode = True
+    engine_params._score = spec
     engine_params.max_tokens = 0
-    engine_params.score_statistics = list(plan.layout.statistics) or None
-    engine_params.score_temperature = plan.layout.temperature
-    engine_params.score_top_p = plan.layout.top_p
-    engine_params._score_top = plan.layout.top
-    engine_params._score_vocab_size = plan.vocab_size
-    engine_params.prompt_logprob_token_ids = plan.targets
-    engine_params.prompt_logprob_start = plan.first_row
     # The generation config's end-of-sequence ids mean nothing here.
     engine_params.stop_token_ids = []
     engine_params._all_stop_token_ids = set()
-    # For the output processor of this same process; not fields, so they stay off the wire.
-    engine_params.score_plan = plan
+    # For the output processor of this same process; not a field, so it stays off the wire.
     engine_params.score_lease = lease
 
 
@@ -263,11 +240,11 @@ def _mark(engine_params: Any, plan: Any, lease: BytesLease) -> None:
 def from_new_request(
     stock: Any, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Remember the plan with the request's state."""
+    """Remember with the request's state what is scored."""
     state = stock(tokenizer, request, *args, **kwargs)
     params = request.sampling_params
     if params is not None and params.score_mode:
-        state.score_plan = params.score_plan
+        state.score_spec = params._score
         state.score_lease = params.__dict__.pop("score_lease")
         state.score_tokenizer = tokenizer
     elif tokenizer is not None and hasattr(params, ANY_ID):
@@ -287,9 +264,9 @@ def new_request_output(
 ) -> Any:
     """Turn the engine's array into `scores`, and the view in `prompt_logprobs`."""
     output = stock(external_req_id, outputs, finished, *args, **kwargs)
-    plan = getattr(self, "score_plan", None)
-    if plan is not None:
-        attach_scores(output, plan, decoder(self.score_tokenizer))
+    spec = getattr(self, "score_spec", None)
+    if spec is not None:
+        attach_scores(output, spec, decoder(self.score_tokenizer))
         if isinstance(output.scores, FailedScores) and output.scores.nan:
             self.score_lease.found_nan()
     return output

@@ -1,4 +1,4 @@
-"""In every process: `SamplingParams(score_mode=True)`, a subclass with six more fields.
+"""In every process: `SamplingParams(score_mode=True)`, a subclass with five more fields.
 
 vllm.sampling_params
     Why: A request says that it wants scores; max_tokens=0 must be legal for it.
@@ -10,29 +10,15 @@ vllm.sampling_params
     Deleted when: SamplingParams has a score mode, or prompt_logprob_token_ids allows max_tokens=0.
 """
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from vllm.score.armed import front_end_problem
-from vllm.score.checks import Flag, Fraction, Number, Whole
-from vllm.score.engine.invalid import InvalidScoreRequest as Invalid
-from vllm.score.engine.invalid import check_field
-from vllm.score.engine.statistics import check_statistics
-from vllm.score.engine.support import check_options
+from vllm.score.engine.request import InvalidScoreRequest as Invalid
+from vllm.score.engine.request import ScoreSpec, check_options
 from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.patches.patch import Patch
-
-KINDS = {
-    "score_mode": Flag,
-    "prompt_logprobs": Whole | None,
-    "score_temperature": Annotated[Number, Field(gt=0)],
-    "score_top_p": Fraction,
-}
 
 
 def apply(module: ModuleType) -> None:
@@ -50,8 +36,9 @@ def apply(module: ModuleType) -> None:
         """Divides the logits before they are scored; `temperature` is for sampling only."""
         score_top_p: float = 1.0
         """Scores are those of the most likely tokens whose probabilities first add up to it."""
-        _score_top: int | None = None
-        _score_vocab_size: int = 0
+        # Private: no client of a server can set it. A type, not its name: msgspec and pydantic look
+        # names up in the stock module.
+        _score: ScoreSpec | None = None
         """Set at admission, which makes later copies exempt from the checks of user input."""
 
         def __post_init__(self) -> None:
@@ -75,7 +62,6 @@ def apply(module: ModuleType) -> None:
                 raise Invalid(
                     f"max_tokens must be at least 0, got {self.max_tokens}.",
                     parameter="max_tokens",
-                    value=self.max_tokens,
                 )
             if self.max_tokens != 0:
                 return base._verify_args(self)
@@ -88,18 +74,11 @@ def apply(module: ModuleType) -> None:
                 self.max_tokens = 0
 
         def _verify_score_mode(self) -> None:
-            if self._score_top is not None:
+            if self._score is not None:
                 return
             problem = front_end_problem()
             if problem is not None:
                 raise ScoreModeUnavailable(problem)
-            if self.score_statistics is not None:
-                try:
-                    self.score_statistics = list(check_statistics(self.score_statistics))
-                except ValueError as error:
-                    raise Invalid(str(error), parameter="score_statistics") from None
-            for field, kind in KINDS.items():
-                check_field(field, getattr(self, field), kind)
             check_options(self)
 
         @staticmethod

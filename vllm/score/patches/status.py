@@ -68,8 +68,7 @@ def versions() -> dict[str, str]:
 
 def worker_status(worker: Any) -> dict[str, Any]:
     """Called in each worker through `collective_rpc`: `process_status`, and warnings."""
-    from vllm.score.engine.hooks import dead_hooks_warning
-    from vllm.score.engine.quantised_products import int8_warning
+    from vllm.score.engine.configuration import dead_hooks_warning, int8_warning
 
     status = process_status("worker")
     on_cpu = status["kernel"].get("device") == "cpu"

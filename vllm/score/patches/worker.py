@@ -79,11 +79,10 @@ def sample_tokens(stock: Any, self: Any, grammar_output: Any, *args: Any, **kwar
 
 
 def _score_v1(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
-    from vllm.score.engine.request_scores import RequestScores
-    from vllm.score.engine.worker import Progress, score_step
+    from vllm.score.engine.worker import RequestScores, ScheduledRows, score_step
 
     spoils = _spoils_rows_without_adapter(runner, num_scheduled_tokens)
-    progress = []
+    scheduled = []
     for request_id, num_tokens in num_scheduled_tokens.items():
         request = runner.requests.get(request_id)
         params = None if request is None else request.sampling_params
@@ -91,12 +90,12 @@ def _score_v1(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, i
             continue
         scores = getattr(request, BUFFER, None)
         if scores is None:
-            scores = RequestScores.of(params)
+            scores = RequestScores(params._score)
             setattr(request, BUFFER, scores)
         scores.spoiled |= spoils and request.lora_request is None
         row = runner.input_batch.req_id_to_index[request_id]
-        progress.append(
-            Progress(
+        scheduled.append(
+            ScheduledRows(
                 request_id,
                 scores,
                 request.num_computed_tokens,
@@ -105,9 +104,9 @@ def _score_v1(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, i
                 int(runner.query_start_loc.np[row]),
             )
         )
-    if not progress:
+    if not scheduled:
         return {}
-    ready = score_step(progress, hidden_states, runner.model.compute_logits)
+    ready = score_step(scheduled, hidden_states, runner.model.compute_logits)
     if ready and hidden_states.is_cuda:
         import torch
 
@@ -116,12 +115,10 @@ def _score_v1(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, i
 
 
 def _spoils_rows_without_adapter(runner: Any, num_scheduled_tokens: dict[str, int]) -> bool:
-    """Whether the step has requests with a LoRA adapter and others without, on a CPU.
+    """Whether the step has requests with a LoRA adapter and others without, which it confuses."""
+    from vllm.score.engine.configuration import confuses_adapters
 
-    vLLM 0.32.0 takes -1, "no adapter", for the index of the last slot there, so that rows without
-    an adapter are computed with one, and their keys and values, too.
-    """
-    if runner.lora_config is None or runner.device.type != "cpu":
+    if not confuses_adapters(runner.vllm_config):
         return False
     kinds = {runner.requests[r].lora_request is None for r in num_scheduled_tokens}
     return len(kinds) == 2
@@ -133,9 +130,9 @@ def add_request(stock: Any, self: Any, req_id: str, req_idx: int, sampling_param
     if not sampling_params.score_mode:
         return stock(req_id, req_idx, sampling_params)
     from vllm import SamplingParams
-    from vllm.score.engine.request_scores import RequestScores
+    from vllm.score.engine.worker import RequestScores
 
-    _requests(self)[req_id] = RequestScores.of(sampling_params)
+    _requests(self)[req_id] = RequestScores(sampling_params._score)
     # Upstream is told of a request without prompt scores: its own state would cost three launches
     # per request and compute everything a second time.
     return stock(req_id, req_idx, SamplingParams())
@@ -157,10 +154,10 @@ def compute(
     requests = _requests(self)
     if not requests:
         return ready
-    from vllm.score.engine.worker import Progress, score_step
+    from vllm.score.engine.worker import ScheduledRows, score_step
 
-    progress = [
-        Progress(
+    scheduled = [
+        ScheduledRows(
             request_id,
             requests[request_id],
             int(input_batch.num_computed_prefill_tokens_np[i]),
@@ -171,7 +168,7 @@ def compute(
         for i, request_id in enumerate(input_batch.req_ids)
         if request_id in requests
     ]
-    return {**ready, **score_step(progress, hidden_states, logits_fn)}
+    return {**ready, **score_step(scheduled, hidden_states, logits_fn)}
 
 
 def _requests(worker: Any) -> dict[str, Any]:
@@ -201,17 +198,17 @@ def set_lora(
     stock: Any, self: Any, index: int, lora_a: Any, lora_b: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Remember a slot whose adapter has weights for the head."""
-    from vllm.score.engine.adapters import slots
+    from vllm.score.engine.model_head import adapter_slots
 
     result = stock(index, lora_a, lora_b, *args, **kwargs)
-    slots(self).add(index)
+    adapter_slots(self).add(index)
     return result
 
 
 @LORA_HEAD.wrap("LogitsProcessorWithLoRA.reset_lora")
 def reset_lora(stock: Any, self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
     """Forget the slot."""
-    from vllm.score.engine.adapters import slots
+    from vllm.score.engine.model_head import adapter_slots
 
-    slots(self).discard(index)
+    adapter_slots(self).discard(index)
     return stock(index, *args, **kwargs)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.data import TokenIdsSource, as_source
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import conventions as known_conventions
 from vllm.score.perplexity import figures

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor import generation
 from vllm.score.processor.batches import Response

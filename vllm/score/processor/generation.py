@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from vllm.score.engine.token_ids import read_token_ids
+from vllm.score.engine.request import read_token_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.checks import positive
 from vllm.score.processor.head import causal_model, evaluating

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.sequence.contexts import ContextLike
 from vllm.score.sequence.prepare import Prepared, prepare_pairs, prepare_product
 from vllm.score.sequence.requests import plan_requests

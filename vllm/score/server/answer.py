@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vllm.exceptions import GenerationError
-from vllm.score.engine.token_texts import EveryId
+from vllm.score.engine.output import EveryId
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
 from vllm.score.server.request import score_fields

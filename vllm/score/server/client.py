@@ -10,10 +10,9 @@ from typing import Any
 import wrapt
 
 from vllm.score.armed import front_end_problem
-from vllm.score.engine.invalid import InvalidScoreRequest
-from vllm.score.engine.request import AS_TOKENISED
-from vllm.score.engine.support import unsupported_configuration
-from vllm.score.engine.token_texts import ANY_ID
+from vllm.score.engine.configuration import unsupported_configuration
+from vllm.score.engine.output import ANY_ID
+from vllm.score.engine.request import AS_TOKENISED, InvalidScoreRequest
 from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.server.answer import scores_of, stock_prompt_logprobs
 from vllm.score.server.request import MARK, Echo, Explicit

@@ -27,10 +27,16 @@ from pydantic import Field
 
 from vllm.score.armed import front_end_problem
 from vllm.score.checks import Fraction, Number
-from vllm.score.engine.invalid import InvalidScoreRequest as Invalid
-from vllm.score.engine.invalid import check_field
-from vllm.score.engine.request import NO_VIEW, TARGETS, ModelFacts, plan_tokenised
-from vllm.score.engine.support import check_configuration, check_prompt
+from vllm.score.engine.configuration import check_configuration
+from vllm.score.engine.request import (
+    NO_VIEW,
+    TARGETS,
+    ModelFacts,
+    admit_tokenised,
+    check_field,
+    check_prompt,
+)
+from vllm.score.engine.request import InvalidScoreRequest as Invalid
 from vllm.score.errors import ScoreModeUnavailable
 
 MARK = "score_server"
@@ -167,14 +173,13 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
     check_configuration(serving.engine_client.vllm_config)
     targets = _targets_by_prompt(request, fields, len(engine_inputs))
     params = request.to_sampling_params(0, serving.default_sampling_params)
-    model = serving.model_config
-    facts = ModelFacts(model.get_vocab_size(), model.max_model_len, model.max_logprobs)
+    facts = ModelFacts.of(serving.engine_client.input_processor)
     tokenizer = serving.engine_client.renderer.tokenizer
     for engine_input, target in zip(engine_inputs, targets, strict=True):
         check_prompt(engine_input, resumable=False)
-        plan_tokenised(engine_input, target, params, facts, tokenizer)
         if target is not None:
             engine_input[TARGETS] = target
+        admit_tokenised(engine_input, params, facts, tokenizer)
 
 
 def _targets_by_prompt(request: Any, fields: ScoreFields, prompts: int) -> list[Any]:
@@ -303,5 +308,4 @@ def check_room(left: int, asked: int | None, otherwise: str = "") -> None:
             f"the prompt is as long as max_model_len and leaves no room for {wanted}: shorten it, "
             f"or start the server with a larger --max-model-len{otherwise}.",
             parameter="max_tokens",
-            value=asked,
         )

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.engine.request import ModelFacts
-from vllm.score.engine.token_ids import read_token_ids
+from vllm.score.engine.request import ModelFacts, read_token_ids
 from vllm.score.errors import ScoreModeError
 
 

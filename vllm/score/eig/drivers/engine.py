@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from vllm.score.eig.drivers.checks import whole
 from vllm.score.eig.drivers.requests import BatchRequests, facts_of
 from vllm.score.eig.work import Batch, DeadlineExceeded, Steps, ends_everything
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:

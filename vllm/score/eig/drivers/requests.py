@@ -14,10 +14,10 @@ import numpy as np
 
 from vllm.score.eig.drivers.checks import check_room, number, token_ids, whole
 from vllm.score.eig.work import Continuation, Next, Sample, Score, Work
-from vllm.score.engine.request import PLAN, ModelFacts, plan_request
+from vllm.score.engine.feed import shared_prefix_order
+from vllm.score.engine.request import ModelFacts, admit
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
-from vllm.score.shared_prefixes import shared_prefix_order
 
 MAX_TOP = 20
 
@@ -28,8 +28,8 @@ class EngineRequest:
 
     Attributes:
         ids: int64 [n], the prompt.
-        prompt: rendered token prompt, with the plan of a score request.
-        params: `SamplingParams`, shared with other requests.
+        prompt: rendered token prompt.
+        params: `SamplingParams`, for a score request with its specification.
     """
 
     ids: np.ndarray
@@ -93,18 +93,11 @@ def facts_of(engine: Any) -> ModelFacts:
         ScoreModeUnavailable: score mode is off in this installation.
     """
     from vllm.score.armed import require_score_mode
-    from vllm.score.engine.support import check_configuration
-    from vllm.score.patches.front_end import NO_CLIENT_LIMIT
+    from vllm.score.engine.configuration import check_configuration
 
     require_score_mode()
     check_configuration(engine.vllm_config)
-    model = engine.model_config
-    unlimited = getattr(engine.input_processor, NO_CLIENT_LIMIT, False)
-    return ModelFacts(
-        vocab_size=model.get_vocab_size(),
-        max_model_len=model.max_model_len,
-        max_logprobs=None if unlimited or model.max_logprobs == -1 else model.max_logprobs,
-    )
+    return ModelFacts.of(engine.input_processor)
 
 
 def _piece(index: int, work: Work, facts: ModelFacts) -> _Piece:
@@ -290,6 +283,5 @@ def _score_request(
     prompt: list[int], rows: list[list[int]], top: int, facts: ModelFacts
 ) -> EngineRequest:
     params = _score_params(top)
-    plan = plan_request(prompt, rows, params, facts)
-    rendered = {"type": "token", "prompt_token_ids": plan.prompt_token_ids, PLAN: plan}
-    return EngineRequest(plan.ids, rendered, params)
+    request = admit(prompt, rows, params, facts)
+    return EngineRequest(request.ids, request.prompt, request.params)

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from vllm.score.engine.length import with_room_for_one_more
+from vllm.score.engine.configuration import with_room_for_one_more
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:

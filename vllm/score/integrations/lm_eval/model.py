@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 
-from vllm.score.engine.support import check_llm
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.arguments import Arguments, read_arguments
 from vllm.score.integrations.lm_eval.encoding import Encoder

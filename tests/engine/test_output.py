@@ -1,14 +1,16 @@
-"""Ids that the model has and its tokenizer has not: empty texts, never an exception."""
+"""Results as users read them: numbers, tables, and texts of ids that a tokenizer lacks."""
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vllm.score.engine.token_texts import ANY_ID, EveryId, decoder
+from vllm.score import ScoreModeError
+from vllm.score.engine.output import ANY_ID, EveryId, decoder
 from vllm.score.results import PromptLogprobsView, TokenScores
 from vllm.score.server.answer import stock_prompt_logprobs
 
@@ -96,3 +98,62 @@ def test_alternatives_of_a_token_generated_for_an_echo(engine: Any) -> None:
     assert len(alternatives) == 21 and beyond
     assert {found.decoded_token for found in beyond} == {""}
     assert alternatives[5].decoded_token == tokenizer.convert_ids_to_tokens(5).replace("▁", " ")
+
+
+def scored(**more: Any) -> TokenScores:
+    return TokenScores(
+        np.array([7, 8, 9]), np.array([-1.0, -0.25, -np.inf], dtype=np.float32), start=4, **more
+    )
+
+
+def test_scores_show_their_numbers() -> None:
+    assert repr(scored()) == (
+        "TokenScores(start=4, shape=(3,), logprobs=[-1.0000, -0.2500, -inf], sum=-inf)"
+    )
+    entropy = {"entropy": np.zeros(2, dtype=np.float32)}
+    whole = TokenScores(None, np.full((2, 50), -3.5, dtype=np.float32), entropy)
+    assert repr(whole) == (
+        "TokenScores(start=1, shape=(2, 50), logprobs=[-3.5000, -3.5000, -3.5000, -3.5000, ...], "
+        "statistics=['entropy'])"
+    )
+    assert "shape=(0,), logprobs=[]" in repr(TokenScores(np.zeros(0, int), np.zeros(0)))
+
+
+def test_scores_as_a_table() -> None:
+    table = scored(
+        statistics={"rank": np.array([1, 2, 3])},
+        top_token_ids=np.array([[7, 1], [2, 8], [3, 4]]),
+        top_logprobs=np.array([[-1, -2], [-0.1, -0.25], [-3, -4]], dtype=np.float32),
+    ).to_pandas()
+    assert table.to_dict("list") == {
+        "position": [4, 5, 6],
+        "token_id": [7, 8, 9],
+        "logprob": [-1.0, -0.25, -np.inf],
+        "rank": [1, 2, 3],
+        "top_token_id_1": [7, 2, 3],
+        "top_logprob_1": [-1.0, pytest.approx(-0.1), -3.0],
+        "top_token_id_2": [1, 8, 4],
+        "top_logprob_2": [-2.0, -0.25, -4.0],
+    }
+    assert table["logprob"].dtype == np.float32
+
+
+def test_candidates_and_vocabularies_are_a_row_each() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    entropy = {"entropy": np.array([0.5, 1.5], dtype=np.float32)}
+    for ids, expected in (
+        (None, [0, 1, 2, 0, 1, 2]),
+        (np.array([[5, 6, 7], [8, 9, 5]]), [5, 6, 7, 8, 9, 5]),
+    ):
+        table = TokenScores(ids, values, entropy, start=2).to_pandas()
+        assert table["position"].tolist() == [2, 2, 2, 3, 3, 3]
+        assert table["token_id"].tolist() == expected
+        assert table["logprob"].tolist() == [0, 1, 2, 3, 4, 5]
+        assert table["entropy"].tolist() == [0.5] * 3 + [1.5] * 3
+    assert len(TokenScores(np.zeros(0, int), np.zeros(0)).to_pandas()) == 0
+
+
+def test_a_table_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)  # as where it is not installed
+    with pytest.raises(ScoreModeError, match="pip install pandas"):
+        scored().to_pandas()

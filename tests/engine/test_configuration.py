@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm.score.engine.length import with_room_for_one_more
+from vllm.score.engine.configuration import with_room_for_one_more
 
 LIMIT = 64
 LONGROPE = {

@@ -1,0 +1,222 @@
+"""What score mode says of an engine: which are refused, what to warn of, and their length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from vllm.score.engine.request import InvalidScoreRequest
+from vllm.score.errors import ScoreModeError
+
+# Llama 4 scales its attention in vLLM where max_model_len is above this, unless its generation
+# config says whether to.
+_LLAMA4_PLAIN_ATTENTION = 32768
+
+# Parts of a model that are called outside of the compiled graph.
+_OUTSIDE = ("lm_head", "logits_processor")
+
+
+def unsupported_configuration(config: Any) -> str | None:
+    """Why an engine with this `VllmConfig` cannot score, with the remedy; else None."""
+    model, parallel = config.model_config, config.parallel_config
+    speculative = config.speculative_config
+    # The table in SCORE_MODE_IMPLEMENTATION.md follows this list.
+    checks: tuple[tuple[bool, str], ...] = (
+        (model.runner_type != "generate", "pooling models have no next-token probabilities"),
+        (bool(model.is_encoder_decoder), "encoder-decoder models are not supported"),
+        (bool(model.is_diffusion), "diffusion models have no next-token probabilities"),
+        (
+            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
+            "context parallelism is not supported; use tensor_parallel_size",
+        ),
+        (
+            parallel.distributed_executor_backend == "external_launcher"
+            and parallel.pipeline_parallel_size > 1,
+            "external_launcher cannot run pipeline parallelism with it; use tensor_parallel_size",
+        ),
+        (
+            config.kv_transfer_config is not None,
+            "KV connectors are not supported: a transferred prefix has no hidden states to score",
+        ),
+        (
+            bool(config.cache_config.kv_sharing_fast_prefill),
+            "kv_sharing_fast_prefill skips the hidden states that are scored; switch it off",
+        ),
+        (
+            speculative is not None and speculative.method != "ngram",
+            "of the speculative methods only 'ngram' is supported yet; start without it",
+        ),
+        (
+            bool(model.return_sampling_mask),
+            "engines that return sampling masks are not supported",
+        ),
+    )
+    sentence = next((sentence for refused, sentence in checks if refused), None)
+    return sentence and f"score_mode: {sentence}."
+
+
+def check_configuration(config: Any) -> None:
+    """Raise InvalidScoreRequest when an engine with this `VllmConfig` cannot score."""
+    sentence = unsupported_configuration(config)
+    if sentence is not None:
+        raise InvalidScoreRequest(sentence, parameter="score_mode")
+
+
+def check_llm(llm: Any) -> None:
+    """Raise ScoreModeError for what is no `LLM`."""
+    if not hasattr(llm, "llm_engine"):
+        raise ScoreModeError(
+            f"llm is a {type(llm).__name__}; give a vllm.LLM, which scores in this process or "
+            "another, e.g. LLM(model=...)."
+        )
+
+
+def confuses_adapters(config: Any) -> bool:
+    """Whether requests without a LoRA adapter may be computed with another request's.
+
+    vLLM 0.32.0 on a CPU takes -1, "no adapter", for the index of the last slot: in a step with both
+    kinds of requests, rows without an adapter are computed with one, their keys and values too. All
+    that is done about it:
+
+    * `score()` sends the two kinds one after the other;
+    * at admission (`process_inputs` in `vllm.score.patches`) a request without an adapter is told
+      to read no cached prefixes;
+    * in the V1 runner (`vllm.score.patches`) a step with both kinds marks the scores of those
+      without an adapter as `spoiled`: they are NaN;
+    * the error for NaN (`vllm.score.engine.output`) names it among the causes.
+    """
+    from vllm.platforms import current_platform
+
+    return config.lora_config is not None and bool(current_platform.is_cpu())
+
+
+def with_room_for_one_more(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `vllm.LLM` with a max_model_len larger by one.
+
+    vLLM refuses a prompt of max_model_len tokens, as one more is to be generated. A score request
+    generates none, and its last token is predicted but not read: to read N tokens, and predict the
+    one after them, it needs an engine with max_model_len = N + 1. No position beyond N is ever
+    computed.
+
+    The settings are returned as they are where the larger number would change what the model
+    computes, or vLLM cannot be told to accept it.
+
+    Args:
+        settings: of `vllm.LLM`. Without max_model_len it is as long as vLLM makes it by itself.
+
+    Raises:
+        Exception: what vLLM raises for settings that it refuses.
+    """
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = {f.name for f in fields(EngineArgs)} & {f.name for f in fields(ModelConfig)}
+    given = {name: value for name, value in settings.items() if name in names}
+    config = EngineArgs(**given).create_model_config()
+    length = int(config.max_model_len)
+    larger = {**settings, "max_model_len": length + 1}
+    if _changes_the_model(config, length) or _breaks_the_batches(settings, length):
+        return dict(settings)
+    try:
+        config.get_and_verify_max_len(length + 1)
+    except ValueError:
+        # The model's own limit. vLLM goes beyond it where the configuration names another one.
+        overrides = settings.get("hf_overrides") or {}
+        if config.hf_text_config is not config.hf_config or not isinstance(overrides, Mapping):
+            return dict(settings)
+        larger["hf_overrides"] = {**overrides, "model_max_length": length + 1}
+    return larger
+
+
+def _changes_the_model(config: Any, length: int) -> bool:
+    """Whether vLLM builds another model for max_model_len = length + 1 than for length."""
+    from vllm.transformers_utils.config import iter_rope_parameters
+
+    text = config.hf_text_config
+    if "llama4" in text.model_type and length == _LLAMA4_PLAIN_ATTENTION:
+        return True
+    # LongRoPE has one set of factors up to this length, and another beyond it.
+    originals = [getattr(text, "original_max_position_embeddings", None)]
+    rope = list(iter_rope_parameters(text))
+    originals += [parameters.get("original_max_position_embeddings") for parameters in rope]
+    longrope = any(parameters.get("rope_type") == "longrope" for parameters in rope)
+    return longrope and length in originals
+
+
+def _breaks_the_batches(settings: Mapping[str, Any], length: int) -> bool:
+    """Whether the batches hold max_model_len tokens, which must be a whole prompt, and no more."""
+    batch = settings.get("max_num_batched_tokens")
+    whole = settings.get("enable_chunked_prefill") is False
+    return whole and batch is not None and int(batch) <= length
+
+
+def dead_hooks_warning(worker: Any, model: Any) -> str | None:
+    """Names hooked modules inside a compiled model, whose hooks are not run; else None."""
+    from vllm.config import CompilationMode
+
+    if worker.vllm_config.compilation_config.mode in (None, CompilationMode.NONE):
+        return None
+    hooked = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and name.rpartition(".")[2] not in _OUTSIDE
+        and (module._forward_hooks or module._forward_pre_hooks)
+    ]
+    if not hooked:
+        return None
+    shown = ", ".join(hooked[:3]) + (", ..." if len(hooked) > 3 else "")
+    return (
+        f"hooks on {shown} have no effect: the engine compiles the model, and compiled graphs do "
+        "not run them; start it with enforce_eager=True."
+    )
+
+
+def int8_warning(model: Any) -> str | None:
+    """What to tell a user whose model multiplies int8 numbers on a CPU that cannot; else None.
+
+    Args:
+        model: the worker's, a `torch.nn.Module`.
+    """
+    kernels = (getattr(getattr(m, "scheme", None), "kernel", None) for m in model.modules())
+    if not any(type(kernel).__name__ == "CPUInt8ScaledMMLinearKernel" for kernel in kernels):
+        return None
+    error = cpu_int8_error()
+    if error == 0:
+        return None
+    return (
+        f"vLLM's int8 product is off by {error:.0%} on this CPU, which has no VNNI instructions: "
+        "weights beyond ±64 overflow. Generations and scores of this model are those of another "
+        "one; use a machine with VNNI (or AMX), or another format."
+    )
+
+
+def cpu_int8_error(largest_weight: int = 127) -> float:
+    """Error of vLLM's int8 product on this CPU, relative to the product's standard deviation.
+
+    int8 products are sums of whole numbers, so 0 is what to expect. On x86 without VNNI
+    instructions oneDNN adds pairs of products in 16 bits, which overflow (and stay at 32,767) when
+    two weights beyond ±64 meet large inputs: stock generation and scores alike are then those of
+    another model.
+
+    Args:
+        largest_weight: weights are drawn from -largest_weight..largest_weight.
+    """
+    import torch
+
+    from vllm import _custom_ops as ops
+
+    generator = torch.Generator().manual_seed(0)
+    rows, inputs, outputs = 64, 128, 256
+    limits = (-largest_weight, largest_weight + 1)
+    weight = torch.randint(*limits, (outputs, inputs), generator=generator, dtype=torch.int8)
+    hidden = torch.randint(-127, 128, (rows, inputs), generator=generator).float()
+    hidden[:, 0] = 127.0  # the scale of every row is 1
+    scales = torch.ones(outputs, 1)  # oneDNN keeps no copy: it must outlive the product
+    product = ops.create_onednn_scaled_mm(weight.t(), scales, torch.float32, True, False, 32)
+    rounded, scale, _ = ops.onednn_scaled_int8_quant(hidden, None, None, True)
+    found = torch.empty(rows, outputs)
+    ops.onednn_scaled_mm(product, rounded, found, scale, None, None, None)
+    exact = hidden.double() @ weight.double().t()
+    return float((found - exact).pow(2).mean().sqrt() / exact.std())
