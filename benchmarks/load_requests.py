@@ -39,7 +39,7 @@ INVALID: tuple[tuple[dict[str, Any], str], ...] = (
     ({"target_token_ids": [10**9]}, "outside the vocabulary"),
     ({"target_token_ids": "words"}, "target_token_ids must be a list"),
     ({"target_token_ids": [[1, 2], [3]]}, "same number of candidates"),
-    ({"score_statistics": ["entropie"]}, "Did you mean 'entropy'?"),
+    ({"score_statistics": ["entropie"]}, "did you mean 'entropy'?"),
     ({"score_temperature": 0}, "score_temperature must be"),
     ({"n": 2}, "n=2"),
     ({"logprobs": 1}, "logprobs=1"),

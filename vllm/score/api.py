@@ -172,7 +172,7 @@ def _prompt(index: int, request: Any) -> dict[str, Any]:
 def _adapters(
     llm: LLM, given: LoRARequest | Sequence[LoRARequest | None] | None, count: int
 ) -> Sequence[LoRARequest | None]:
-    """One adapter or None a request."""
+    """One adapter or None per request."""
     adapters = list(given) if isinstance(given, Sequence) else [given] * count
     if len(adapters) != count:
         raise ScoreModeError(

@@ -11,7 +11,7 @@ import numpy as np
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
-    import pandas
+    import pandas  # type: ignore[import-untyped]
 
     from vllm.logprobs import Logprob
 
@@ -49,12 +49,12 @@ class TokenScores:
         """Log-probability of all scored tokens together, in nats, added up in float64.
 
         Raises:
-            ValueError: several candidates a position, or the whole vocabulary: there is no one
+            ValueError: several candidates per position, or the whole vocabulary: there is no one
                 sequence to add up.
         """
         if self.logprobs.ndim != 1:
             raise ValueError(
-                f"logprobs has the shape {self.logprobs.shape}: choose one candidate a position "
+                f"logprobs has the shape {self.logprobs.shape}: choose one candidate per position "
                 "before adding up."
             )
         return float(self.logprobs.sum(dtype=np.float64))
@@ -137,7 +137,7 @@ class VocabularyRow(Mapping[int, "Logprob"]):
 
 
 class PromptLogprobsView(Sequence[Any]):
-    """`RequestOutput.prompt_logprobs` of a score request: None or a mapping a position.
+    """`RequestOutput.prompt_logprobs` of a score request: None or a mapping per position.
 
     Args:
         scores: of the request.

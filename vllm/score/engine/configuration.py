@@ -108,12 +108,7 @@ def with_room_for_one_more(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         Exception: what vLLM raises for settings that it refuses.
     """
-    from vllm.config import ModelConfig
-    from vllm.engine.arg_utils import EngineArgs
-
-    names = {f.name for f in fields(EngineArgs)} & {f.name for f in fields(ModelConfig)}
-    given = {name: value for name, value in settings.items() if name in names}
-    config = EngineArgs(**given).create_model_config()
+    config = model_config(settings)
     length = int(config.max_model_len)
     larger = {**settings, "max_model_len": length + 1}
     if _changes_the_model(config, length) or _breaks_the_batches(settings, length):
@@ -127,6 +122,20 @@ def with_room_for_one_more(settings: Mapping[str, Any]) -> dict[str, Any]:
             return dict(settings)
         larger["hf_overrides"] = {**overrides, "model_max_length": length + 1}
     return larger
+
+
+def model_config(settings: Mapping[str, Any]) -> Any:
+    """vLLM's `ModelConfig` of settings of `vllm.LLM`.
+
+    Raises:
+        Exception: what vLLM raises for settings that it refuses.
+    """
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = {f.name for f in fields(EngineArgs)} & {f.name for f in fields(ModelConfig)}
+    given = {name: value for name, value in settings.items() if name in names}
+    return EngineArgs(**given).create_model_config()
 
 
 def _changes_the_model(config: Any, length: int) -> bool:

@@ -23,6 +23,9 @@ from vllm.score.ops.reference import product
 
 logger = logging.getLogger(__name__)
 
+# Of hidden states [c, H], [c, any number of ids].
+ComputeLogits = Callable[[torch.Tensor], torch.Tensor]
+
 # On upstream's LogitsProcessorWithLoRA: the slots whose adapter has weights for the head.
 SLOTS = "score_mode_slots"
 
@@ -70,10 +73,7 @@ def captured_call(
 
 
 def head_of(
-    compute_logits: Callable[[torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
-    index: np.ndarray,
-    vocab_size: int,
+    compute_logits: ComputeLogits, hidden: torch.Tensor, index: np.ndarray, vocab_size: int
 ) -> tuple[Head, torch.Tensor]:
     """The head and the hidden states [c, H'] that it takes, for hidden states [c, H].
 
@@ -92,9 +92,7 @@ def head_of(
     return _whole_head(compute_logits, vocab_size), hidden
 
 
-def _capture(
-    compute_logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
-) -> tuple[list[Captured], bool]:
+def _capture(compute_logits: ComputeLogits, hidden: torch.Tensor) -> tuple[list[Captured], bool]:
     """The calls of the head, and whether a single one's result is the model's answer."""
     calls: list[Captured] = []
     _open.calls = calls
@@ -107,7 +105,7 @@ def _capture(
     return calls, len(calls) == 1 and result is calls[0].returned
 
 
-def _whole_head(compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Head:
+def _whole_head(compute_logits: ComputeLogits, vocab_size: int) -> Head:
     """The model's own logits, gathered from all ranks; each rank reduces all of them."""
 
     def logits_of(rows: torch.Tensor) -> torch.Tensor:
@@ -115,7 +113,9 @@ def _whole_head(compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_si
         width = logits.shape[-1]
         if width == vocab_size:
             return logits
-        reason = f"the model's head gives {width} logits a row, its configuration says {vocab_size}"
+        reason = (
+            f"the model's head gives {width} logits per row, its configuration says {vocab_size}"
+        )
         return _nan_logits(reason, vocab_size, rows)
 
     return Head(None, None, logits_of, 0, vocab_size)
@@ -183,9 +183,7 @@ def _has_hooks(lm_head: Any) -> bool:
     return bool(hooked) and isinstance(layer, ParallelLMHead)
 
 
-def _through_hooks(
-    lm_head: Any, logits_of: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
-) -> torch.Tensor:
+def _through_hooks(lm_head: Any, logits_of: ComputeLogits, rows: torch.Tensor) -> torch.Tensor:
     """`logits_of` called as the layer's forward, so that torch runs the hooks around it.
 
     They get and return this rank's logits [c, n].
@@ -222,7 +220,7 @@ def adapter_slots(layer: Any) -> set[int]:
 
 def _adapter_delta(
     layer: Any, index: np.ndarray, first_id: int, num_ids: int
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
+) -> ComputeLogits | None:
     """What adapters with weights for the head add to the logits of prompt rows.
 
     Args:

@@ -10,7 +10,7 @@ and those of the requests that are complete go to the host in one copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from vllm.score.engine.model_head import head_of, to_device
+from vllm.score.engine.model_head import ComputeLogits, head_of, to_device
 from vllm.score.engine.request import ScoreSpec
 from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import block_rows, score_rows
-
-ComputeLogits = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(eq=False)
