@@ -45,7 +45,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vllm.score.cli.engine import open_llm
+    from vllm.score.launch.engine import open_llm
     from vllm.score.tiny.random_models import make_random_model
 
     with tempfile.TemporaryDirectory() as folder:

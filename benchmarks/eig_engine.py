@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import random
 import string
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import engines
@@ -74,14 +76,14 @@ class Decisions:
         from vllm.score.eig import State
 
         self.llm.reset_prefix_cache()
-        return [self.calculator.decide(self.driver, State(self.states[0]))]
+        return [asyncio.run(self.calculator.decide(self.driver, State(self.states[0])))]
 
     def all(self) -> list[Any]:
         """A decision at every state, side by side."""
         from vllm.score.eig import State
 
         self.llm.reset_prefix_cache()
-        problems = (self.calculator.decide_steps(State(ids)) for ids in self.states)
+        problems = (partial(self.calculator.decide, state=State(ids)) for ids in self.states)
         return [decision for _, decision in sorted(self.driver.run_all(problems))]
 
     def bulk(self) -> tuple[list[Any], list[list[list[int]]]]:

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,23 +182,24 @@ def measure(llm: Any, problems: Sequence[Any], options: argparse.Namespace) -> l
 def votes(llm: Any, questions: Sequence[str], gold: Sequence[str]) -> list[Point]:
     """Majority votes; those of fewer reasonings are over the first ones of the most."""
     from vllm.score.eig import EngineDriver
-    from vllm.score.eig.work import Batch, Sample, Steps
+    from vllm.score.eig.reasoner import Batch, Reasoner, Sample
     from vllm.score.tiny.additions import CUE, END
 
     driver = EngineDriver(llm)
     cue = driver.tokenizer.encode(CUE.rstrip(" "), add_special_tokens=False)
 
-    def ballots(question: str) -> Steps[list[tuple[int, str]]]:
+    async def ballots(question: str, reasoner: Reasoner) -> list[tuple[int, str]]:
         """Tokens of each reasoning, and the answer behind it."""
         ids = driver.tokenizer.encode(question)
-        (drawn,) = yield Batch([Sample(ids, max(VOTES), LONGEST)])
+        (drawn,) = await reasoner.run(Batch([Sample(ids, max(VOTES), LONGEST)]))
         contexts = [[*ids, *one.token_ids, *cue] for one in drawn]
-        answers = yield Batch([Sample(c, 1, 4, temperature=0.0, stop=(END,)) for c in contexts])
+        short = [Sample(c, 1, 4, temperature=0.0, stop=(END,)) for c in contexts]
+        answers = await reasoner.run(Batch(short))
         texts = [one.text.removesuffix(END).strip() for (one,) in answers]
         return [(len(one.token_ids), text) for one, text in zip(drawn, texts, strict=True)]
 
     begin = time.perf_counter()
-    found = dict(driver.run_all(ballots(question) for question in questions))
+    found = dict(driver.run_all(partial(ballots, question) for question in questions))
     seconds = time.perf_counter() - begin
     cast = [found[i] for i in range(len(questions))]
     points = []
@@ -219,7 +221,7 @@ def votes(llm: Any, questions: Sequence[str], gold: Sequence[str]) -> list[Point
 
 def row(point: Point) -> dict[str, Any]:
     """A line of the table."""
-    from vllm.score.eig.table import wilson_interval
+    from vllm.score.eig.report import wilson_interval
 
     low, high = wilson_interval(int(point.correct.sum()), len(point.correct))
     n = len(point.correct)

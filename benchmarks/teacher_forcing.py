@@ -141,7 +141,7 @@ def arguments() -> argparse.Namespace:
 
 def make(options: argparse.Namespace, vocab_size: int) -> Any:
     """Random prompts, and responses of random tokens and one length."""
-    from vllm.score.processor.batches import pad_batch
+    from vllm.score.processor.sequences import pad_batch
 
     rng = np.random.default_rng(0)
     prompts = rng.integers(2, vocab_size, (options.prompts, options.prompt_length))

@@ -345,7 +345,7 @@ def test_options_of_the_lm_eval_model(llm: Any) -> None:
     from vllm.score.integrations.lm_eval import VLLMScoreLM
 
     for field, value in (("prefix_token_id", "x"), ("max_length", "x"), ("max_gen_toks", "x")):
-        with pytest.raises(ScoreModeError, match=f"{field} is 'x'; give a whole number"):
+        with pytest.raises(ScoreModeError, match=f"{field} must be a whole number.*'x'"):
             VLLMScoreLM.from_llm(llm, **{field: value})
     with pytest.raises(ScoreModeError, match="llm is a str"):
         VLLMScoreLM.from_llm("model")

@@ -8,15 +8,14 @@ reads FOLDER/NAME/**/results_*.json and samples_*.jsonl, as `lm_eval --output_pa
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from vllm.score.cli.script import run_script
+from vllm.score.cli.common import one_line_errors
 from vllm.score.errors import ScoreModeError
 
 
@@ -49,10 +48,7 @@ def mean_characters(folder: Path) -> float:
     return sum(map(len, texts.values())) / len(texts)
 
 
-def compare(
-    folder: Annotated[Path, typer.Argument(help="Holds a folder for each run.")],
-    names: Annotated[list[str], typer.Argument(help="Of these folders.")],
-) -> None:
+def compare(folder: Path, names: list[str]) -> None:
     """Print the metrics of several runs of lm-eval in one table."""
     from rich.console import Console
     from rich.table import Table
@@ -71,4 +67,8 @@ def compare(
 
 
 if __name__ == "__main__":
-    run_script(compare)
+    parser = argparse.ArgumentParser(description=compare.__doc__)
+    parser.add_argument("folder", type=Path, help="holds a folder for each run")
+    parser.add_argument("names", nargs="+", help="of these folders")
+    with one_line_errors(parser.prog):
+        compare(**vars(parser.parse_args()))

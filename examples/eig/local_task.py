@@ -9,12 +9,10 @@ call, under a minute on one core).
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from vllm.score.cli.script import run_script
+from vllm.score.cli.common import one_line_errors
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.additions import random_problems, write_questions
 from vllm.score.tiny.additions_model import additions_model
@@ -65,15 +63,16 @@ def write_task(folder: Path, problems: int, seed: int) -> None:
     (folder / f"{NAME}.yaml").write_text(TASK.format(name=NAME, data=data), encoding="utf-8")
 
 
-def local_task(
-    folder: Annotated[Path, typer.Argument(help="Where the task is written.")],
-    problems: Annotated[int, typer.Option(help="Number of questions.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the questions.")] = 1,
-) -> None:
+def local_task(folder: Path, problems: int, seed: int) -> None:
     """Write a task of additions for lm-eval, and print the folder of a model for it."""
     write_task(folder, problems, seed)
     print(additions_model().directory)
 
 
 if __name__ == "__main__":
-    run_script(local_task)
+    parser = argparse.ArgumentParser(description=local_task.__doc__)
+    parser.add_argument("folder", type=Path, help="where the task is written")
+    parser.add_argument("--problems", type=int, default=32, help="number of questions")
+    parser.add_argument("--seed", type=int, default=1, help="of the questions")
+    with one_line_errors(parser.prog):
+        local_task(**vars(parser.parse_args()))

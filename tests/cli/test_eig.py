@@ -5,40 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
+from pydantic import Field
 
 from tests.helpers import token_logprobs
+from vllm.score.checks import Whole, settings
 from vllm.score.cli import main
-from vllm.score.cli.eig_rule import RULES, make_rule
-from vllm.score.cli.questions import QuestionOptions
-from vllm.score.eig.parameters import BOUNDS, RIVAL_BOUNDS
+from vllm.score.cli.eig import make_options, make_rule
+from vllm.score.cli.inputs import Questions, read_questions
+from vllm.score.eig import RULES, FixedBudget
 
 
 @pytest.fixture
 def refusal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`refusal(*arguments)`: the one line that the command ends with, before any engine."""
-    from vllm.score.cli import engine
+    from vllm.score.cli import model
 
     def started(*_: Any, **__: Any) -> None:
         raise AssertionError("the engine was started")
 
-    monkeypatch.setattr(engine, "open_llm", started)
+    monkeypatch.setattr(model, "open_llm", started)
 
     def run(*arguments: object) -> str:
         with pytest.raises(SystemExit) as exit_:
             main(["eig", *map(str, arguments)])
-        assert exit_.value.code == 1
+        assert exit_.value.code in (1, 2)
         out, err = capsys.readouterr()
         assert out == ""
         (line,) = err.strip().splitlines()
-        assert line.startswith("vllm-score: ")
+        assert re.match("vllm-score( eig)?: ", line)
         return line
 
     return run
@@ -55,25 +57,28 @@ OPTIONS: list[tuple[list[str], str]] = [
     ([*Q, "--model", "N"], "two models.*'M'.*'N'"),
     (["--tokenizer", "T"], "--tokenizer is 'T', but no model"),
     ([*Q, "--scaler", "entropy_treshold_reasoning"], "did you mean 'entropy_threshold_reasoning'"),
-    ([*Q, *THRESHOLD, "--mc-samples", "3"], "--mc-samples is 3, which entropy_threshold.*not take"),
+    (
+        [*Q, *THRESHOLD, "--mc-samples", "3"],
+        "--mc-samples is '3', which entropy.*not take",
+    ),
     ([*Q, *THRESHOLD, "--estimator", "mutual_information"], "--estimator is .*not take"),
-    ([*Q, "--entropy-threshold", "1"], "--entropy-threshold is 1.0, which expected.*not take"),
-    ([*Q, "--strict", "--beam-size", "21"], "beam_size is 21, out of range, set it from 1 to 20"),
-    ([*Q, "--lambda-cost", "nan"], "lambda_cost is nan, set a number"),
-    ([*Q, "--estimator", "entropy"], "--estimator is 'entropy'; .*mutual_information"),
+    ([*Q, "--entropy-threshold", "1"], "--entropy-threshold is '1', which expected.*not take"),
+    ([*Q, "--strict", "--beam-size", "21"], "beam_size must be .* from 1 to 20, got '21'"),
+    ([*Q, "--lambda-cost", "nan"], "lambda_cost must be a number from 0 to 10, got 'nan'"),
+    ([*Q, "--estimator", "entropy"], "estimator must be .*mutual_information, got 'entropy'"),
     (
         [*Q, "--estimator", "mutual_information", "--mc-samples", "1"],
-        "--mc-samples is 1; .*least 2",
+        "mc_samples is 1; .*least 2",
     ),
-    ([*Q, "--candidates", "bean"], "candidates is 'bean' .did you mean 'beam'"),
-    ([*Q, "--decide-at", "once"], "--decide-at is 'once'; .*step, end"),
-    ([*Q, "--length-normalization", "words"], "--length-normalization is 'words'; .*bytes"),
+    ([*Q, "--candidates", "bean"], "candidates 'bean' is unknown .did you mean 'beam'"),
+    ([*Q, "--decide-at", "once"], "decide_at must be one of step, end, got 'once'"),
+    ([*Q, "--length-normalization", "words"], "length_normalization must be .*bytes, got 'words'"),
     ([*Q, "--answer-cue", r"\n"], r"cue is '\\n'; give a text that asks"),
     ([*Q, "--think-end", ""], "--think-end is ''"),
-    ([*Q, "--max-tokens-thinking", "-1"], "--max-tokens-thinking is -1; .*0 or more"),
-    ([*Q, "--seed", "-1"], "--seed is -1; .*0 or more"),
-    ([*Q, "--concurrency", "0"], "--concurrency is 0; .*at least 1"),
-    ([*Q, "--dtype", "float31"], "--dtype is 'float31'"),
+    ([*Q, "--max-tokens-thinking", "-1"], "max_tokens_thinking must be .*least 0.* got -1"),
+    ([*Q, "--seed", "-1"], "seed must be a whole number of at least 0.* got -1"),
+    ([*Q, "--concurrency", "0"], "--concurrency must be .* at least 1, got 0"),
+    ([*Q, "--dtype", "float31"], "--dtype: invalid choice: 'float31'"),
     ([*Q, "--output", "o.csv"], r"--output 'o.csv'.*\.jsonl"),
     ([*Q, "--plot", "o.gif"], r"--plot 'o.gif'.*\.png or \.svg"),
     (["M", "--file", "q.txt"], "'q.txt' is of no kind that holds questions.*csv"),
@@ -109,7 +114,7 @@ def test_files_without_questions_are_refused(refusal: Callable[..., str], tmp_pa
         "h.csv", "question,c\nx,a;b\n", "--choices-column", "c"
     )
     many = json.dumps({"question": "a", "c": [str(i) for i in range(21)]})
-    assert "21 choices, more than --beam-size 21 (at most 20)" in message(
+    assert "21 choices, more than --beam-size 20 (at most 20)" in message(
         "i.jsonl", many, "--choices-column", "c"
     )
     two = json.dumps({"question": "a", "c": ["x", "y"]})
@@ -132,6 +137,15 @@ def test_questions_that_a_model_cannot_take(
     assert re.search(r"q\.jsonl, row 1: answers: 'y\\nz' holds the end", line)
 
 
+def read(files: list[Path], **options: Any) -> Questions:
+    """The questions that the command reads."""
+    given = {"question": [], "chat": False, "skip_empty": False, **options}
+    columns = dict.fromkeys(("question_column", "answer_column", "choices_column"))
+    found = read_questions(Namespace(file=list(map(str, files)), **columns, **given))
+    assert found is not None
+    return found
+
+
 def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -142,44 +156,59 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question": "a\\nb", "answer": 1}\n\n{"question": "c"}\n')
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     for ending in ("csv", "tsv", "jsonl", "parquet"):
-        found = QuestionOptions([], [tmp_path / f"q.{ending}"], None, None, None, False).read()
+        found = read([tmp_path / f"q.{ending}"])
         assert (found.texts, found.gold, found.choices) == (["a\nb", "c"], ["1", None], [])
     files = [tmp_path / "q.csv", tmp_path / "q.parquet"]
     (tmp_path / "more.json").write_text('[{"question": ""}, {"question": null}, {"question": "d"}]')
-    found = QuestionOptions([], [*files, tmp_path / "more.json"], None, None, None, False, True)
-    read = found.read()
-    assert (read.texts, read.gold) == (["a\nb", "c"] * 2 + ["d"], ["1", None] * 2 + [None])
-    assert read.names[-1].endswith("more.json, row 3")
-    (note,) = read.notes
+    found = read([*files, tmp_path / "more.json"], skip_empty=True)
+    assert (found.texts, found.gold) == (["a\nb", "c"] * 2 + ["d"], ["1", None] * 2 + [None])
+    assert found.names[-1].endswith("more.json, row 3")
+    (note,) = found.notes
     assert note.startswith("2 rows were skipped, without a value in 'question'")
-    (message,) = QuestionOptions(["a"], [], None, None, None, True).read().given
+    (message,) = read([], question=["a"], chat=True).given
     assert message == [{"role": "user", "content": "a"}]
 
 
-def test_the_parameters_are_those_of_the_table(caplog: Any) -> None:
-    options = {"decide_at": "step", "length_normalization": "none", "answer_end": "EOS"}
-    make = partial(make_rule, strict=False, estimator=None, options=options, choices=[])
-    for name, scaler in RULES.items():
-        bounds = {**BOUNDS, **RIVAL_BOUNDS}
-        for key in scaler.parameters:
-            rule = make(name, {key: bounds[key].high + 1})
-            assert rule.values[key] == bounds[key].high
-            others = set(scaler.parameters) - {key}
-            assert all(rule.values[other] == bounds[other].default for other in others)
-            assert f"{key} is {bounds[key].high + 1}, out of its range" in caplog.text
-    assert rule.options["answer_end"] is None and rule.options["max_tokens_thinking"] == 1024
-    choices = make("fixed_budget_reasoning", {}, choices=[["a"], ["b", "c"]])
-    assert choices.values["beam_size"] == 2 and choices.lambda_cost is None
+def test_the_parameters_are_those_of_the_rules(caplog: Any) -> None:
+    def make(name: str, choices: Any = (), **given: Any) -> Any:
+        return make_rule({"scaler": name, "strict": False, **given}, choices)
+
+    for name, kind in RULES.items():
+        known = kind.parameters()
+        for key, parameter in known.items():
+            if parameter.type not in (int, float):
+                continue
+            high = parameter.bounds[1]
+            rule = make(name, **{key: str(high + 1)})
+            assert getattr(rule, key) == high
+            others = set(known) - {key}
+            assert all(getattr(rule, other) == known[other].default for other in others)
+            assert f"{key} is '{high + 1}', and must be" in caplog.text
+    assert make_options({"answer_end": "EOS", "answer_cue": r"\nA:"}, []).answer_end is None
+    choices = make("fixed_budget_reasoning", [["a"], ["b", "c"]])
+    assert choices.beam_size == 2 and choices.cost is None
+
+
+@settings
+class Own(FixedBudget):
+    """A rule of a user."""
+
+    patience: Annotated[Whole, Field(ge=1, le=77, description="steps to take")] = 3
 
 
 def test_help_names_parameters_and_bounds(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(RULES, "own", Own)
     with pytest.raises(SystemExit) as exit_:
         main(["eig", "-h"])
     assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    for name, bound in {**BOUNDS, **RIVAL_BOUNDS}.items():
-        assert f"--{name.replace('_', '-')} " in text and bound.range in text
+    text = " ".join(capsys.readouterr().out.split())
+    for rule in RULES.values():
+        for name, parameter in rule.parameters().items():
+            assert f"--{name.replace('_', '-')} " in text
+            if parameter.type in (int, float):
+                assert parameter.help.partition("; ")[2] in text
+    assert "steps to take; a whole number from 1 to 77 (default: 3)" in text
 
 
 CUE, END = "\nSo: ", "."
@@ -196,11 +225,11 @@ def test_a_run_has_hugging_faces_entropies(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from vllm.score.cli import engine
+    from vllm.score.cli import model
 
     # The engine that runs already has what the command would start another with.
     given: dict[str, Any] = {}
-    monkeypatch.setattr(engine, "open_llm", lambda model, **o: given.update(o) or llm)
+    monkeypatch.setattr(model, "open_llm", lambda _, **o: given.update(o) or llm)
     choices = [["yes", "no"], ["a list", "12", "none of them"], ["A", "B"]]
     rows = [
         {"q": f"The value of {number}", "gold": gold, "c": each}
@@ -212,9 +241,7 @@ def test_a_run_has_hugging_faces_entropies(
     command += ["--answer-column", "gold", "--choices-column", "c", "--lambda-cost", 0]
     command += ["--answer-cue", r"\nSo: ", "--answer-end", END, "--max-tokens-thinking", 8]
     command += ["--mc-samples", 2, "--sample-length", 4, "--output", output, "--plot", plot]
-    with pytest.raises(SystemExit) as exit_:
-        main([*map(str, command), "--json"])
-    assert exit_.value.code == 0
+    main([*map(str, command), "--json"])
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert "Reasoning" in err and f"wrote {plot}" in err and "<svg" in plot.read_text()
@@ -260,7 +287,7 @@ def test_without_a_model_it_adds_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, llm: Any
 ) -> None:
     """On a model that has been trained for a moment only: its answers are poor, and all is real."""
-    from vllm.score.cli import engine
+    from vllm.score.cli import model
     from vllm.score.tiny import additions_model
     from vllm.score.tiny.additions_model import AdditionsRecipe
 
@@ -268,18 +295,16 @@ def test_without_a_model_it_adds_up(
         additions_model.additions_model, tmp_path, recipe=AdditionsRecipe(steps=20, sequences=16)
     )
     monkeypatch.setattr(additions_model, "additions_model", brief)
-    start = engine.open_llm
+    start = model.open_llm
 
     def keep(*arguments: Any, **options: Any) -> Any:
         KEPT.append(start(*arguments, **options))
         return KEPT[-1]
 
-    monkeypatch.setattr(engine, "open_llm", keep)
+    monkeypatch.setattr(model, "open_llm", keep)
     monkeypatch.setattr(logging.getLogger("vllm_score.eig"), "propagate", False)
     command = ["eig", "--quiet", "--max-tokens-thinking", "2"]
-    with pytest.raises(SystemExit) as exit_:
-        main([*command, "--beam-size", "2", "--mc-samples", "2"])
-    assert exit_.value.code == 0
+    main([*command, "--beam-size", "2", "--mc-samples", "2"])
     out, _ = capsys.readouterr()
     assert re.search(r"questions +32 ", out) and re.search(r"correct .* of 32, 95 %", out)
     assert "information gain" in out and "continue rate" in out and "candidates" in out
@@ -294,12 +319,15 @@ def test_a_run_without_answers_ends_with_what_to_change(
     capsys: Any,
     caplog: Any,
 ) -> None:
-    from vllm.score.cli import engine
-    from vllm.score.eig import core, expected_information_gain_reasoning
+    from vllm.score.cli import model
+    from vllm.score.eig import expected_information_gain_reasoning, rules
 
-    monkeypatch.setattr(engine, "open_llm", lambda *_, **__: llm)
+    monkeypatch.setattr(model, "open_llm", lambda *_, **__: llm)
     # As on a machine where all 30 seconds have passed.
-    monkeypatch.setattr(core, "_deadline", lambda seconds: time.monotonic() - seconds)
+    meter = rules.Meter.__init__
+    monkeypatch.setattr(
+        rules.Meter, "__init__", lambda self, reasoner, limit=None: meter(self, reasoner, -1.0)
+    )
     with pytest.raises(SystemExit) as exit_:
         main(["eig", str(model_dir("llama")), "--question", "7+4=", "--json", "--quiet"])
     assert exit_.value.code == 1

@@ -181,8 +181,7 @@ def test_an_engine_that_fails_while_it_starts(
 def off(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process as it is where vLLM has not loaded the plugin."""
     from vllm.score import armed
-    from vllm.score.cli import engine
-    from vllm.score.tiny import additions_model, embedded
+    from vllm.score.cli import eig, model, perplexity, sequence
 
     def begun(*_: Any, **__: Any) -> None:
         raise AssertionError("something was made or started")
@@ -190,9 +189,10 @@ def off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(armed, "APPLICATIONS", [])
     monkeypatch.setenv("VLLM_PLUGINS", "others")
     for module, name in (
-        (engine, "open_llm"),
-        (embedded, "embedded_model"),
-        (additions_model, "additions_model"),
+        (model, "open_llm"),
+        (perplexity, "embedded_model"),
+        (sequence, "embedded_model"),
+        (eig.additions_model, "additions_model"),
     ):
         monkeypatch.setattr(module, name, begun)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.eig.work import Batch, Continuation, Next, Sample, Score
+from vllm.score.eig.reasoner import Batch, Continuation, Next, Sample, Score
 
 END_OF_SEQUENCE = "<eos>"
 
@@ -48,7 +48,7 @@ class ExactModel:
         row[self.tokens] = logits - np.log(np.exp(logits).sum())
         return row
 
-    def run(self, batch: Batch) -> list[Any]:
+    async def run(self, batch: Batch) -> list[Any]:
         self.batches.append(batch)
         answers = {Next: self._next, Sample: self._sample, Score: self._score}
         return [answers[type(work)](work) for work in batch.work]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.eig.work import Batch, Continuation, Next, Sample, Score
+from vllm.score.eig.reasoner import Batch, Continuation, Next, Sample, Score
 
 
 class ChainTokenizer:
@@ -99,7 +99,7 @@ class MarkovReasoner:
         mean = float(p @ h)
         return self.entropy(chain) - mean, float(np.sqrt(p @ (h - mean) ** 2))
 
-    def run(self, batch: Batch) -> list[Any]:
+    async def run(self, batch: Batch) -> list[Any]:
         self.batches.append(batch)
         return [self._do(work) for work in batch.work]
 

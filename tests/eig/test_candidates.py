@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 from typing import Any
@@ -20,14 +21,7 @@ from vllm.score.eig.candidates import (
     State,
     candidate_source,
 )
-from vllm.score.eig.work import (
-    Batch,
-    Continuation,
-    DeadlineExceeded,
-    Next,
-    Sample,
-    drive,
-)
+from vllm.score.eig.reasoner import Batch, Continuation, Next, Sample
 from vllm.score.errors import ScoreModeError
 
 TOKENIZER = character_tokenizer("\n=ab 0123456789,.")
@@ -40,10 +34,10 @@ def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text, add_special_tokens=False)
 
 
-def propose(source: Any, reasoner: Any, *, count: int, format: AnswerFormat = FORMAT, text="a"):
+def propose(source: Any, reasoner: Any, *, count: int, form: AnswerFormat = FORMAT, text="a"):
     """What a source proposes behind a reasoning of this text."""
     state = State(ids(text), text)
-    return drive(source.propose(state, count, format, reasoner.tokenizer, None), reasoner)
+    return asyncio.run(source.propose(reasoner, state, count, form))
 
 
 def all_answers(
@@ -77,17 +71,17 @@ def all_answers(
 )
 @settings(max_examples=100, deadline=None)
 def test_a_beam_that_holds_everything_is_exact(seed, tokens, end, depth):
-    format = AnswerFormat("=", end)
+    form = AnswerFormat("=", end)
     model = ExactModel(TOKENIZER, [EOS, *ids(tokens)], seed)
-    truth = all_answers(model, format, depth, ids("a="))
+    truth = all_answers(model, form, depth, ids("a="))
     expected = sorted(truth, key=lambda answer: -truth[answer])[:20]
     if not expected:
         with pytest.raises(NoCandidates, match=f"within {depth} tokens behind the cue '='"):
-            propose(BeamCandidates(depth), model, count=20, format=format)
+            propose(BeamCandidates(depth), model, count=20, form=form)
         return
     # 27 hypotheses live before the last of 4 steps where nothing but EOS ends one.
     if len(ids(tokens)) ** (depth - 1) <= 9:
-        assert propose(BeamCandidates(depth), model, count=20, format=format) == expected
+        assert propose(BeamCandidates(depth), model, count=20, form=form) == expected
 
 
 def textbook_beam(row: Any, context: list[int], count: int, depth: int, ends: Any) -> list[Any]:
@@ -130,7 +124,7 @@ class Ties:
 
     tokenizer = TOKENIZER
 
-    def run(self, batch: Batch) -> list[Any]:
+    async def run(self, batch: Batch) -> list[Any]:
         return [self._next(work) for work in batch.work if isinstance(work, Next)]
 
     def _next(self, work: Next) -> Any:
@@ -161,17 +155,8 @@ def test_a_beam_has_at_most_twenty_tokens_a_step():
     few = character_tokenizer("\n=a")
     model = ExactModel(few, [0, 1, 3], 1)
     state = State([3], "a")
-    drive(BeamCandidates(2).propose(state, 15, FORMAT, few, None), model)
+    asyncio.run(BeamCandidates(2).propose(model, state, 15, FORMAT))
     assert {work.top for batch in model.batches for work in batch.work} == {len(few)}
-
-
-def test_deadlines_are_handed_on():
-    state = State(ids("a"))
-    for source in (BeamCandidates(), SampledCandidates(), ExtractedCandidates()):
-        steps = source.propose(state, 4, FORMAT, TOKENIZER, 12.5)
-        assert next(steps).deadline == 12.5
-        with pytest.raises(DeadlineExceeded):
-            steps.throw(DeadlineExceeded("late"))
 
 
 @given(seed=SEEDS, count=st.integers(1, 6), samples=st.sampled_from([None, 1, 7]))
@@ -179,7 +164,7 @@ def test_deadlines_are_handed_on():
 def test_samples_by_frequency_then_order(seed, count, samples):
     model = ExactModel(TOKENIZER, [EOS, *ids("\nab ")], seed)
     work = Sample(ids("a="), samples or 2 * count, 5, stop=("\n",))
-    (draws,) = model.run(Batch([work]))
+    (draws,) = asyncio.run(model.run(Batch([work])))
     texts = [draw.text.split("\n")[0].strip() for draw in draws if draw.finished]
     texts = [text for text in texts if text]
     ranked = sorted(set(texts), key=lambda text: (-texts.count(text), texts.index(text)))
@@ -195,8 +180,8 @@ def test_samples_by_frequency_then_order(seed, count, samples):
 def test_samples_without_an_end_are_cut_by_max_tokens():
     model = ExactModel(TOKENIZER, ids("ab"), 5)  # never ends
     with pytest.raises(NoCandidates, match="the end-of-sequence token within 2 tokens"):
-        propose(SampledCandidates(9, 2), model, count=4, format=AnswerFormat("=", None))
-    answers = propose(SampledCandidates(30, 2), model, count=9, format=AnswerFormat("=", ""))
+        propose(SampledCandidates(9, 2), model, count=4, form=AnswerFormat("=", None))
+    answers = propose(SampledCandidates(30, 2), model, count=9, form=AnswerFormat("=", ""))
     assert set(answers) <= {"aa", "ab", "ba", "bb"}
     assert model.batches[-1].work[0].stop == ()
 
@@ -209,7 +194,7 @@ class Texts:
     def __init__(self, *texts: str, finished: bool = True) -> None:
         self.draws = [Continuation(ids(text), text, finished) for text in texts]
 
-    def run(self, batch: Batch) -> list[Any]:
+    async def run(self, batch: Batch) -> list[Any]:
         (work,) = batch.work
         assert isinstance(work, Sample) and work.stop == ()
         return [self.draws]
@@ -288,7 +273,7 @@ def test_given_answers():
         ("yes", "answers is 'yes'; give a list"),
         (["a", " "], "' ' is no answer"),
         ([1], "1 is no answer"),
-        (["a", "a"], "the same text twice"),
+        (["a", "a"], "'a' is given twice"),
     ],
 )
 def test_given_answers_that_cannot_be_used(answers, message):
@@ -312,8 +297,11 @@ def test_sources_by_name():
     ("source", "message"),
     [
         ("given", "no answers are; pass the list of answers itself"),
-        ("beams", r"'beams' \(did you mean 'beam'\?\); give one of beam, sampled, numeric, boxed"),
-        ("??", r"'\?\?'; give one of"),
+        (
+            "beams",
+            r"'beams' is unknown \(did you mean 'beam'\?\); there are beam, sampled, numeric",
+        ),
+        ("??", r"'\?\?' is unknown; there are beam"),
         (3, "candidates is 3; give one of"),
         (BeamCandidates, "BeamCandidates'>; give one of"),
         ([], r"answers is \[\]"),
@@ -327,15 +315,18 @@ def test_sources_that_are_none(source, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BeamCandidates(0), "max_tokens is 0; it must be a whole number"),
-        (lambda: BeamCandidates(True), "max_tokens is True"),
-        (lambda: SampledCandidates(0), "samples is 0"),
-        (lambda: SampledCandidates(temperature=-1), "temperature is -1"),
-        (lambda: SampledCandidates(top_p=0), "top_p is 0"),
+        (lambda: BeamCandidates(0), "max_tokens must be a whole number of at least 1, got 0"),
+        (lambda: BeamCandidates(True), "max_tokens must be .* got True"),
+        (lambda: SampledCandidates(0), "samples must be .* got 0"),
+        (
+            lambda: SampledCandidates(temperature=-1),
+            "temperature must be .* at least 0, got -1",
+        ),
+        (lambda: SampledCandidates(top_p=0), "top_p must be .* got 0"),
         (lambda: ExtractedCandidates("number"), "kind is 'number'; it must be 'numeric'"),
         (lambda: ExtractedCandidates(re.compile(b"a")), "kind is re.compile"),
-        (lambda: ExtractedCandidates(sample_length=2.5), "sample_length is 2.5"),
-        (lambda: ExtractedCandidates(top_p=1.1), "top_p is 1.1"),
+        (lambda: ExtractedCandidates(sample_length=2.5), "sample_length must be .* got 2.5"),
+        (lambda: ExtractedCandidates(top_p=1.1), "top_p must be .* got 1.1"),
     ],
 )
 def test_sources_with_values_out_of_range(make, message):
@@ -349,7 +340,7 @@ class EngineReasoner:
     def __init__(self, llm: Any) -> None:
         self.llm, self.tokenizer = llm, llm.get_tokenizer()
 
-    def run(self, batch: Batch) -> list[Any]:
+    async def run(self, batch: Batch) -> list[Any]:
         from vllm.score import score
 
         (top,) = {work.top for work in batch.work if isinstance(work, Next)}
@@ -366,7 +357,7 @@ def test_beams_on_an_engine(llm, reference, end):
     count, depth = 6, 4
     reasoner = EngineReasoner(llm)
     tokenizer = reasoner.tokenizer
-    format = AnswerFormat("\nIt is: ", end)
+    form = AnswerFormat("\nIt is: ", end)
     context = tokenizer.encode("A question about numbers.")
     cue = tokenizer.encode("\nIt is:", add_special_tokens=False)
     special = set(tokenizer.all_special_ids)
@@ -380,6 +371,6 @@ def test_beams_on_an_engine(llm, reference, end):
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for _, tokens in found]
     answers = [text.split(end)[0].strip() for text in texts]
     answers = [text for text in dict.fromkeys(answers) if text and "\ufffd" not in text]
-    steps = BeamCandidates(depth).propose(State(context), count, format, tokenizer, None)
+    proposed = BeamCandidates(depth).propose(reasoner, State(context), count, form)
     assert len(answers) >= count
-    assert drive(steps, reasoner) == answers[:count]
+    assert asyncio.run(proposed) == answers[:count]

@@ -110,7 +110,7 @@ def test_one_forecast_has_no_error():
 
 
 def test_unknown_estimators_and_no_draws():
-    with pytest.raises(ScoreModeError, match="it must be one of entropy_difference"):
+    with pytest.raises(ScoreModeError, match="'median' is unknown; there are entropy_difference"):
         gain_estimate(1.0, np.zeros((2, 1)), "median")
     with pytest.raises(ScoreModeError, match="from 0 forecasts"):
         gain_estimate(1.0, np.zeros((0, 3)))

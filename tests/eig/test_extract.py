@@ -7,14 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.score.eig.candidates.extract import (
-    extract_boxed,
-    extract_numbers,
-    find_boxed,
-    find_numbers,
-    find_pattern,
-    normalise,
-)
+from vllm.score.eig.extract import find_boxed, find_numbers, find_pattern, normalise
 
 
 @pytest.mark.parametrize(
@@ -41,15 +34,15 @@ from vllm.score.eig.candidates.extract import (
     ],
 )
 def test_numbers(text, numbers):
-    assert extract_numbers(text) == numbers
+    assert [found.answer for found in find_numbers(text)] == numbers
 
 
 @given(st.decimals(-(10**9), 10**9, places=3), st.booleans(), st.sampled_from(["", ".", "%", "!"]))
 def test_a_number_is_found_however_it_is_written(value, commas, behind):
     written = f"{value:,}" if commas else str(value)
-    (found,) = extract_numbers(f"so it is {written}{behind}")
-    assert Decimal(found) == value
-    assert found == normalise(written)
+    (found,) = find_numbers(f"so it is {written}{behind}")
+    assert Decimal(found.answer) == value
+    assert found.answer == normalise(written)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +59,7 @@ def test_a_number_is_found_however_it_is_written(value, commas, behind):
     ],
 )
 def test_boxes(text, boxes):
-    assert extract_boxed(text) == boxes
+    assert [found.answer for found in find_boxed(text)] == boxes
 
 
 @st.composite
@@ -79,7 +72,8 @@ def _balanced(draw, depth=3):
 
 @given(_balanced())
 def test_balanced_braces(inner):
-    assert extract_boxed(rf"{{ \boxed{{{inner}}} }}") == [inner]
+    (found,) = find_boxed(rf"{{ \boxed{{{inner}}} }}")
+    assert found.answer == inner
 
 
 @pytest.mark.parametrize(

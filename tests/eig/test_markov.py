@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import numpy as np
 import pytest
 
 from tests.eig.markov import MarkovReasoner, random_reasoner
-from vllm.score.eig.answers import AnswerFormat
-from vllm.score.eig.candidates import GivenCandidates
-from vllm.score.eig.candidates.source import State
-from vllm.score.eig.core import (
+from vllm.score.eig import (
+    AnswerFormat,
     AnswerPosteriorEstimator,
+    Decision,
     ExpectedInformationGainCalculator,
+    GivenCandidates,
     MonteCarloForecaster,
+    State,
 )
 
 FORMAT = AnswerFormat(cue="?", end=".")
@@ -35,15 +37,17 @@ def calculator(
     return ExpectedInformationGainCalculator(forecaster, **options)
 
 
-def state(chain: list[int]) -> State:
-    return State(chain)
+def decide(
+    rule: ExpectedInformationGainCalculator, reasoner: MarkovReasoner, chain: list[int]
+) -> Decision:
+    return asyncio.run(rule.decide(reasoner, State(chain)))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_posterior_is_exact(seed):
     reasoner = random_reasoner(answers=5, states=4, seed=seed)
     chain = [0, 2, 1, 1]
-    found = calculator(reasoner, 2, 1).decide(reasoner, state(chain)).posterior
+    found = decide(calculator(reasoner, 2, 1), reasoner, chain).posterior
     assert found.answers == reasoner.names
     np.testing.assert_allclose(np.exp(found.log_posterior), reasoner.posterior(chain), atol=1e-6)
     assert found.entropy == pytest.approx(reasoner.entropy(chain), abs=1e-6)
@@ -61,7 +65,7 @@ def test_the_estimate_converges_at_the_rate_of_its_standard_error(seed, estimato
     spreads = {}
     for samples in (5, 20):
         rule = calculator(reasoner, samples, length, estimator=estimator, lambda_cost=0.0)
-        found = [rule.decide(reasoner, state(chain)).estimate for _ in range(200)]
+        found = [decide(rule, reasoner, chain).estimate for _ in range(200)]
         gains = np.array([e.gain for e in found])
         spreads[samples] = gains.std(ddof=1)
         error = spreads[samples] / math.sqrt(len(gains))
@@ -86,7 +90,7 @@ def test_decisions_match_the_exact_rule_away_from_the_threshold():
             if abs(exact - cost) < 4 * deviation / math.sqrt(20) + 1e-6:
                 continue
             rule = calculator(reasoner, 20, 2, lambda_cost=cost)
-            decision = rule.decide(reasoner, state(chain))
+            decision = decide(rule, reasoner, chain)
             assert decision.go_on == (exact > cost), (seed, cost, exact)
             checked[exact > cost] += 1
     assert checked[True] >= 10 and checked[False] >= 10
@@ -94,7 +98,7 @@ def test_decisions_match_the_exact_rule_away_from_the_threshold():
 
 def test_all_forecasts_are_scored_in_one_batch_over_the_same_answers():
     reasoner = random_reasoner(answers=3, states=3, seed=1)
-    calculator(reasoner, 6, 4, lambda_cost=0.0).decide(reasoner, state([0, 1]))
+    decide(calculator(reasoner, 6, 4, lambda_cost=0.0), reasoner, [0, 1])
     now, drawn, after = reasoner.batches
     assert len(now.work) == 1 and drawn.work[0].count == 6
     assert len({tuple(work.context) for work in after.work}) == len(after.work) <= 6
@@ -104,8 +108,6 @@ def test_all_forecasts_are_scored_in_one_batch_over_the_same_answers():
 def test_no_forecast_where_the_entropy_is_no_more_than_the_cost():
     reasoner = random_reasoner(answers=3, states=3, seed=2)
     entropy = reasoner.entropy([0, 1])
-    decision = calculator(reasoner, 6, 4, lambda_cost=entropy + 1e-3).decide(
-        reasoner, state([0, 1])
-    )
+    decision = decide(calculator(reasoner, 6, 4, lambda_cost=entropy + 1e-3), reasoner, [0, 1])
     assert not decision.go_on and decision.reason == "cost" and decision.forecast is None
     assert decision.tokens_sampled == 0 and len(reasoner.batches) == 1

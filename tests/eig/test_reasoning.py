@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,20 +11,30 @@ import numpy as np
 import pytest
 
 from tests.eig.markov import MarkovReasoner, random_reasoner
-from vllm.score.eig.answers import AnswerFormat
-from vllm.score.eig.candidates import GivenCandidates
-from vllm.score.eig.core import (
+from vllm.score.checks import settings
+from vllm.score.eig import (
+    AnswerFormat,
     AnswerPosteriorEstimator,
+    ContinuationPrompts,
+    Decision,
+    DecisionPoint,
+    EIGMetrics,
+    EntropyThreshold,
+    ExpectedInformationGain,
     ExpectedInformationGainCalculator,
+    FixedBudget,
+    GivenCandidates,
     MonteCarloForecaster,
-    without_stop,
+    Options,
+    StoppingRule,
+    Trace,
+    eig_problems,
 )
-from vllm.score.eig.metrics import EIGMetrics
-from vllm.score.eig.prompts import ContinuationPrompts
-from vllm.score.eig.reasoning import ReasoningOptions, describe, reason
-from vllm.score.eig.rules import EntropyThreshold, FixedBudget, StoppingRule
-from vllm.score.eig.types import Decision, Forecast, GainEstimate, Trace
-from vllm.score.eig.work import Batch, Continuation, DeadlineExceeded, Sample, drive
+from vllm.score.eig.entropy import GainEstimate
+from vllm.score.eig.posterior import without_stop
+from vllm.score.eig.reasoner import Batch, Continuation, DeadlineExceeded, Sample
+from vllm.score.eig.reasoning import describe
+from vllm.score.eig.trace import Forecast
 from vllm.score.errors import ScoreModeError
 
 PROMPTS = ContinuationPrompts(large="a", moderate="b", small="c", neutral="a")
@@ -41,36 +52,56 @@ def parts(reasoner: MarkovReasoner) -> tuple[AnswerPosteriorEstimator, MonteCarl
     )
 
 
+STEP: dict[str, Any] = {"sample_length": LENGTH, "temperature": 1.0, "top_p": 1.0}
+
+
+@settings
+class Gain(ExpectedInformationGain):
+    """With time limits that a test can wait for."""
+
+    max_computation_time: float | None = 30.0
+
+
 def run(
     reasoner: MarkovReasoner,
     rule: StoppingRule | None = None,
     metrics: EIGMetrics | None = None,
     cost: float = 0.0,
     limit: float | None = 30.0,
-    seed: int = 0,
     **options: Any,
 ) -> Trace:
-    _, forecaster = parts(reasoner)
     if rule is None:
-        rule = ExpectedInformationGainCalculator(
-            forecaster, lambda_cost=cost, max_computation_time=limit
-        )
-    settings = ReasoningOptions(lambda_cost=cost, **{"prompts": PROMPTS, **options})
-    steps = reason(
-        [0, 1], rule, forecaster, settings, seed=(seed,), metrics=metrics or EIGMetrics()
+        rule = Gain(lambda_cost=cost, mc_samples=4, max_computation_time=limit, **STEP)
+    asked = Options(
+        **{
+            "prompts": PROMPTS,
+            "candidates": reasoner.names,
+            "answer_cue": "?",
+            "answer_end": ".",
+            "metrics": metrics or EIGMetrics(),
+            **options,
+        }
     )
-    return drive(steps, reasoner)
+    (problem,) = eig_problems(reasoner.tokenizer, [[0, 1]], rule, options=asked)
+    return asyncio.run(problem(reasoner))
 
 
-class Always:
+@settings
+class Always(StoppingRule):
     """Goes on for ever, if it is let."""
 
-    def __init__(self, estimate: GainEstimate | None = None, forecast: Forecast | None = None):
-        self.decision = Decision(True, "gain", estimate=estimate, forecast=forecast)
+    sample_length: int = LENGTH
+    top_p: float = 1.0
+    estimate: GainEstimate | None = None
+    forecast: Forecast | None = None
+    lambda_cost: float = 0.1
 
-    def decide_steps(self, state, known=(), bridge=(), final=False):
-        return self.decision
-        yield
+    @property
+    def cost(self) -> float:
+        return self.lambda_cost
+
+    async def decide(self, point: DecisionPoint) -> Decision:
+        return Decision(True, "gain", estimate=self.estimate, forecast=self.forecast)
 
 
 def test_reasoning_stops_where_the_gain_falls_below_the_cost():
@@ -123,12 +154,23 @@ def test_the_budget_is_never_exceeded(budget):
     assert len(trace.reasoning_token_ids) == budget
 
 
+def test_a_rule_that_asks_nothing_gets_an_answer():
+    @settings
+    class Short(StoppingRule):
+        async def decide(self, point: DecisionPoint) -> Decision:
+            return Decision(point.position == 0, "gain")
+
+    reasoner = random_reasoner(answers=3, states=3, seed=1)
+    trace = run(reasoner, Short(**STEP))
+    assert len(trace.reasoning_token_ids) == LENGTH and [len(trace.steps)] == [2]
+    chain = [0, 1, *trace.reasoning_token_ids]
+    assert trace.answer == reasoner.names[int(np.argmax(reasoner.posterior(chain)))]
+
+
 def test_a_rule_that_never_stops_ends_with_the_bound_on_overruling():
     """The reasoner writes nothing more, whatever it is told: 4 prompts, then an end."""
     reasoner = random_reasoner(answers=3, states=3, seed=1, ends_after=2)
-    _, forecaster = parts(reasoner)
-    estimator = forecaster.estimator
-    trace = run(reasoner, FixedBudget(estimator), thinking_n_ignore=4)
+    trace = run(reasoner, FixedBudget(**STEP), thinking_n_ignore=4)
     assert trace.reasoning == "aaaa" and trace.ended
     assert trace.steps[-1].decision.reason == "ended"
     assert [s.prompt for s in trace.steps] == ["", "a", "a", "a", "a", ""]
@@ -146,8 +188,8 @@ def test_the_model_is_overruled_so_often(ignore):
 def test_the_prompt_is_chosen_by_the_gain(gain, prompt):
     prompts = replace(PROMPTS, large="b", moderate="c", small="d", neutral="a")
     reasoner = random_reasoner(answers=4, states=4, seed=3, ends_after=4)
-    rule = Always(GainEstimate(1.0, 1.0 - gain, gain, 0.1, gain, gain))
-    trace = run(reasoner, rule, cost=0.1, thinking_n_ignore=1, prompts=prompts)
+    rule = Always(estimate=GainEstimate(1.0, 1.0 - gain, gain, 0.1, gain, gain))
+    trace = run(reasoner, rule, thinking_n_ignore=1, prompts=prompts)
     assert [step.prompt for step in trace.steps] == ["", prompt, ""]
     assert trace.reasoning == trace.steps[0].text + prompt
 
@@ -159,8 +201,8 @@ def test_a_forecast_behind_another_prompt_is_no_step():
     estimate = GainEstimate(1.0, 0.0, 1.0, 0.1, 1.0, 1.0)
     forecast = Forecast([Continuation([0], "a", True)], np.zeros((1, 1)), np.zeros(1))
     for text, asked in [("a", 0), ("b", 1)]:
-        rule = Always(estimate, forecast)
-        run(reasoner, rule, cost=0.1, thinking_n_ignore=1, prompts=replace(prompts, large=text))
+        rule = Always(estimate=estimate, forecast=forecast)
+        run(reasoner, rule, thinking_n_ignore=1, prompts=replace(prompts, large=text))
         assert sum(isinstance(w, Sample) for b in reasoner.batches for w in b.work) == asked
         reasoner.batches.clear()
 
@@ -174,8 +216,8 @@ def test_deciding_at_the_end_only():
 
 def test_the_entropy_threshold():
     reasoner = random_reasoner(answers=4, states=3, seed=3, sharpness=2.0)
-    estimator, _ = parts(reasoner)
-    trace = run(reasoner, EntropyThreshold(estimator, 0.3), max_tokens_thinking=500)
+    rule = EntropyThreshold(entropy_threshold=0.3, **STEP)
+    trace = run(reasoner, rule, max_tokens_thinking=500)
     assert (trace.entropies[:-1] > 0.3).all() and trace.entropies[-1] <= 0.3
     assert trace.steps[-1].decision.reason == "cost"
     assert trace.tokens_sampled == len(trace.reasoning_token_ids)
@@ -183,8 +225,7 @@ def test_the_entropy_threshold():
 
 def test_the_fixed_budget():
     reasoner = random_reasoner(answers=4, states=3, seed=3, sharpness=2.0)
-    estimator, _ = parts(reasoner)
-    trace = run(reasoner, FixedBudget(estimator), max_tokens_thinking=10)
+    trace = run(reasoner, FixedBudget(fixed_budget=10, **STEP))
     assert len(trace.reasoning_token_ids) == 10 == trace.tokens_sampled
     assert trace.steps[-1].decision.reason == "budget" and trace.answer is not None
 
@@ -197,11 +238,11 @@ class Failing(MarkovReasoner):
         super().__init__(healthy.prior, healthy.transitions, 3, **options)
         self.at, self.error, self.count = at, error, 0
 
-    def run(self, batch: Batch) -> list[Any]:
+    async def run(self, batch: Batch) -> list[Any]:
         self.count += 1
         if self.count == self.at:
             raise self.error
-        return super().run(batch)
+        return await super().run(batch)
 
 
 @pytest.mark.parametrize(
@@ -238,25 +279,20 @@ def test_a_failure_while_writing_stops_too():
 
 def test_candidates_that_fail_are_a_failure_of_that_component():
     class Broken:
-        def propose(self, state, count, format, tokenizer, deadline):
+        async def propose(self, reasoner, state, count, form):
             raise ScoreModeError("no candidates today")
-            yield
 
-    reasoner = random_reasoner(answers=4, states=3, seed=3)
-    _, forecaster = parts(reasoner)
-    forecaster.estimator.candidates = Broken()
-    rule = ExpectedInformationGainCalculator(forecaster)
-    trace = run(reasoner, rule)
+    trace = run(random_reasoner(answers=4, states=3, seed=3), candidates=Broken())
     assert trace.steps[-1].decision.failure == ("candidates", "no candidates today")
 
 
 def test_the_time_limit_reaches_every_batch_of_a_decision():
     class Slow(MarkovReasoner):
-        def run(self, batch: Batch) -> list[Any]:
+        async def run(self, batch: Batch) -> list[Any]:
             time.sleep(0.05)
             if batch.deadline is not None and time.monotonic() > batch.deadline:
                 raise DeadlineExceeded("the time limit of this decision has passed")
-            return super().run(batch)
+            return await super().run(batch)
 
     healthy = random_reasoner(answers=4, states=3, seed=3, sharpness=2.0)
     reasoner = Slow(healthy.prior, healthy.transitions)
@@ -272,25 +308,27 @@ def test_the_time_limit_reaches_every_batch_of_a_decision():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decide_at": "sometimes"}, "decide_at is 'sometimes'; it must be one of step, end"),
-        ({"max_tokens_thinking": -1}, "max_tokens_thinking must be a whole number from 0 on"),
-        ({"thinking_n_ignore": 1.5}, "thinking_n_ignore must be a whole number from 0 on"),
+        ({"decide_at": "sometimes"}, "decide_at must be one of step, end, got 'sometimes'"),
+        ({"max_tokens_thinking": -1}, "max_tokens_thinking must be a whole number of at least 0"),
+        ({"thinking_n_ignore": 1.5}, "thinking_n_ignore must be a whole number of at least 0"),
     ],
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ScoreModeError, match=message):
-        ReasoningOptions(**options)
+        Options(**options)
 
 
 def test_estimators_and_normalisations_are_checked():
     reasoner = random_reasoner(answers=2, states=2, seed=0)
     estimator, forecaster = parts(reasoner)
-    with pytest.raises(ScoreModeError, match="estimator is 'median'"):
+    with pytest.raises(ScoreModeError, match="estimator 'median' is unknown"):
         ExpectedInformationGainCalculator(forecaster, estimator="median")
     forecaster.mc_samples = 1
     with pytest.raises(ScoreModeError, match="mc_samples is 1"):
         ExpectedInformationGainCalculator(forecaster, estimator="mutual_information")
-    with pytest.raises(ScoreModeError, match="length_normalization is 'words'"):
+    with pytest.raises(ScoreModeError, match="mc_samples is 1"):
+        ExpectedInformationGain(mc_samples=1, estimator="mutual_information")
+    with pytest.raises(ScoreModeError, match="length_normalization 'words' is unknown"):
         AnswerPosteriorEstimator(
             estimator.candidates, reasoner.tokenizer, length_normalization="words"
         )

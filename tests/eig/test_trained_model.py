@@ -6,7 +6,9 @@ probabilities, and the answer's entropy behind each, are computed by Hugging Fac
 
 from __future__ import annotations
 
+import asyncio
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,7 +119,7 @@ def decisions(llm: Any, states: list[list[int]], samples: int, **options: Any) -
     )
     rule = ExpectedInformationGainCalculator(forecaster, **options)
     driver = EngineDriver(llm)
-    found = dict(driver.run_all(rule.decide_steps(State(ids)) for ids in states))
+    found = dict(driver.run_all(partial(rule.decide, state=State(ids)) for ids in states))
     return [found[i] for i in range(len(states))]
 
 
@@ -160,7 +162,7 @@ def test_beams_find_the_likeliest_answers(trained, exact):
     tokenizer = trained.get_tokenizer()
     ids = tokenizer.encode("7+4+9+3....=")
     estimator = AnswerPosteriorEstimator(BeamCandidates(), tokenizer, beam_size=8)
-    found = estimator.estimate(EngineDriver(trained), State(ids))
+    found = asyncio.run(estimator.estimate(EngineDriver(trained), State(ids)))
     numbers = [str(number) for number in range(2, 73)]
     ends = [tokenizer.encode(f" {number}\n") for number in numbers]
     rows = exact.log_softmax([[*ids, *exact.cue, *end] for end in ends])

@@ -6,16 +6,8 @@ import math
 
 import numpy as np
 
-from vllm.score.eig.types import (
-    COST,
-    FAILURE,
-    GAIN,
-    AnswerPosterior,
-    Decision,
-    GainEstimate,
-    Step,
-    Trace,
-)
+from vllm.score.eig.entropy import GainEstimate
+from vllm.score.eig.trace import COST, FAILURE, GAIN, AnswerPosterior, Decision, Step, Trace
 
 NAN = math.nan
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import random_prompts, token_logprobs
 from vllm.lora.request import LoRARequest
-from vllm.score import ScoreModeError, score
+from vllm.score import ScoreModeError, score, score_continuations
 
 pytestmark = pytest.mark.engine
 
@@ -102,6 +102,18 @@ def test_adapters_side_by_side_score_as_merged_weights(lora_llm, adapters, model
             folder = None if adapter is None else Path(adapter.lora_path)
             rows = merged_log_softmax(model_dir("llama", **MODEL), folder, p)
             np.testing.assert_allclose(s.logprobs, token_logprobs(rows, p), atol=TOLERANCE)
+
+
+def test_continuations_of_several_adapters(lora_llm, adapters, model_dir):
+    (context,) = random_prompts([40], 1000, seed=5)
+    pairs = [(context, [3, 4]), (context, [3, 5])] * 2
+    chosen = [adapters[1], adapters[1], None, adapters[2]]
+    scores = score_continuations(lora_llm, pairs, lora_request=chosen, use_tqdm=False)
+    for (_, continuation), adapter, s in zip(pairs, chosen, scores, strict=True):
+        folder = None if adapter is None else Path(adapter.lora_path)
+        ids = [*context, *continuation]
+        rows = merged_log_softmax(model_dir("llama", **MODEL), folder, ids)
+        np.testing.assert_allclose(s.logprobs, token_logprobs(rows, ids)[-2:], atol=TOLERANCE)
 
 
 def test_adapters_whole_vocabulary(lora_llm, adapters, model_dir):

@@ -4,69 +4,60 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.arguments import SEED, read_arguments
+from vllm.score.integrations.lm_eval.engine import SEED, engine_options, lora_request
 from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
-from vllm.score.integrations.lm_eval.merging import MergedRequests
-from vllm.score.integrations.lm_eval.truncation import fit_context, fit_pairs
-from vllm.score.results import TokenScores
+from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs
 
 
 def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
-    found = read_arguments(
-        "M",
-        {
-            "dtype": "float32",
-            "max_length": 512,
-            "batch_size": "auto:4",
-            "max_batch_size": 8,
-            "device": "cuda:0",
-            "swap_space": 4,
-            "lora_local_path": "adapter",
-            "gpu_memory_utilization": 0.5,
-            "revision": None,
-            "max_gen_toks": 7,
-            "chat_template_args": '{"mode": "short"}',
-        },
-    )
-    assert found.engine == {
+    given = {"dtype": "float32", "device": "cuda:0", "swap_space": 4, "revision": None}
+    assert engine_options("M", given) == {"model": "M", "seed": SEED, "dtype": "float32"}
+    assert engine_options("M", {"seed": 5}, max_length=512, max_batch_size=8, lora=True) == {
         "model": "M",
-        "seed": SEED,
+        "seed": 5,
         "max_model_len": 512,
         "max_num_seqs": 8,
-        "dtype": "float32",
-        "gpu_memory_utilization": 0.5,
         "enable_lora": True,
     }
-    assert (found.max_gen_toks, found.batch_size) == (7, "auto:4")
-    assert found.chat_template_args == {"mode": "short"}
-    request = found.lora_request()
+    request = lora_request("adapter")
     assert request is not None and request.lora_path == "adapter"
+    assert lora_request(None) is None
 
 
-REFUSED: list[tuple[str | None, dict[str, Any], bool, str]] = [
-    (None, {}, False, "no model is named: --model_args pretrained="),
-    ("M", {"max_length": 4, "max_model_len": 8}, False, "max_model_len=8 and max_length=4"),
-    ("M", {"max_model_len": 0}, False, "max_model_len is 0; .*at least 1"),
-    ("M", {"truncation_side": "top"}, False, "truncation_side is 'top'; .*left, right, middle"),
-    ("M", {"enable_thinking": True}, False, "without think_end_token"),
-    ("M", {"chat_template_args": "{"}, False, "chat_template_args is '{', no JSON"),
-    ("M", {"chat_template_args": "[1]"}, False, "give a dict"),
-    (None, {"dtype": "float32"}, True, "dtype: .*engine, which runs already"),
-]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained": None}, "no model is named: --model_args pretrained="),
+        ({"max_length": 4, "max_model_len": 8}, "max_model_len=8 and max_length=4"),
+        ({"max_model_len": 0}, "max_model_len must be a whole number of at least 1.*, got 0"),
+        ({"truncation_side": "top"}, "truncation_side 'top' is unknown.* left, right, middle"),
+        ({"enable_thinking": True}, "without think_end_token"),
+        ({"chat_template_args": "{"}, "chat_template_args is '{', no JSON"),
+        ({"chat_template_args": "[1]"}, "give a dict"),
+    ],
+    ids=str,
+)
+def test_options_are_refused(options: dict[str, Any], message: str) -> None:
+    from vllm.score.integrations.lm_eval import VLLMScoreLM
 
-
-@pytest.mark.parametrize(("model", "options", "runs", "message"), REFUSED)
-def test_options_are_refused(
-    model: str | None, options: dict[str, Any], runs: bool, message: str
-) -> None:
     with pytest.raises(ScoreModeError, match=message):
-        read_arguments(model, options, engine_runs=runs)
+        VLLMScoreLM(**{"pretrained": "nowhere", **options})
+
+
+@pytest.mark.engine
+def test_an_engine_that_runs_takes_its_options_no_more(llm: Any) -> None:
+    from vllm.score.integrations.lm_eval import VLLMScoreLM
+
+    options = {"batch_size": "auto:4", "max_batch_size": 8, "chat_template_args": '{"end": "!"}'}
+    model = VLLMScoreLM.from_llm(llm, max_gen_toks=7, enable_thinking=False, **options)
+    assert (model.max_gen_toks, model.batch_size) == (7, "auto:4")
+    model.tokenizer.chat_template = "{{ messages[0].content }}{{ end }}{{ enable_thinking }}"
+    assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi!False"
+    with pytest.raises(ScoreModeError, match=r"dtype: .*engine, which runs already"):
+        VLLMScoreLM.from_llm(llm, dtype="float32", revision=None)
 
 
 def test_several_replicas_are_refused() -> None:
@@ -100,7 +91,7 @@ def test_generation_parameters(
 def test_generation_parameters_that_vllm_lacks_are_refused(key: str) -> None:
     with pytest.raises(ScoreModeError, match=f"of the task 'T' has {key}=2"):
         read_generation_kwargs({key: 2}, eos=None, max_gen_toks=8, task="T")
-    with pytest.raises(ScoreModeError, match="Did you mean 'temperature'"):
+    with pytest.raises(ScoreModeError, match="did you mean 'temperature'"):
         read_generation_kwargs({"tempratur": 1}, eos=None, max_gen_toks=8)
 
 
@@ -115,38 +106,3 @@ def test_truncation_keeps_the_end() -> None:
     assert fit_context(ids, 3, "left") == [4, 5, 6]
     assert fit_context(ids, 3, "right") == [0, 1, 2]
     assert fit_context(ids, 3, "middle") == [0, 5, 6]
-
-
-token = st.integers(0, 3)
-pair = st.tuples(st.lists(token, min_size=1, max_size=4), st.lists(token, min_size=1, max_size=3))
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(pair, max_size=12))
-def test_merged_requests_lead_back_to_every_pair(pairs: list[tuple[list[int], list[int]]]) -> None:
-    """Scores that tell prefix and token apart; the merged answers are sums of the right ones."""
-    merged = MergedRequests(pairs)
-    assert len(merged.requests) == len({tuple([*c, *t][:-1]) for c, t in pairs})
-
-    def score(prefix: list[int], target: int) -> float:
-        return -float(sum((i + 2) * (t + 1) for i, t in enumerate([*prefix, target])))
-
-    def likeliest(prefix: list[int]) -> int:
-        return max(range(4), key=lambda t: ((sum(prefix) + 3 * t) % 5, -t))
-
-    results = []
-    for request in merged.requests:
-        ids, targets = request["prompt_token_ids"], request["target_token_ids"]
-        starts = range(len(ids) - len(targets), len(ids))
-        rows = [[score(ids[:i], t) for t in row] for i, row in zip(starts, targets, strict=True)]
-        argmax = np.array([likeliest(ids[:i]) for i in starts])
-        results.append(
-            TokenScores(np.array(targets), np.array(rows, dtype=np.float32), {"argmax": argmax})
-        )
-    for (context, continuation), (logprob, greedy) in zip(
-        pairs, merged.answers(results), strict=True
-    ):
-        ids = [*context, *continuation]
-        places = range(len(context), len(ids))
-        assert logprob == sum(score(ids[:i], ids[i]) for i in places)
-        assert greedy == all(likeliest(ids[:i]) == ids[i] for i in places)

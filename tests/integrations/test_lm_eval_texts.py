@@ -113,7 +113,7 @@ def test_encoding_is_lm_eval_s_and_never_empty(
 def test_tokenizers_that_write_bos_themselves(
     make_hf: Callable[..., Any], add_bos_token: bool | None
 ) -> None:
-    from vllm.score.integrations.lm_eval.encoding import Encoder
+    from vllm.score.integrations.lm_eval.requests import Encoder
 
     hf = make_hf(add_bos_token=add_bos_token)
     number = with_bos(hf.tokenizer).bos_token_id

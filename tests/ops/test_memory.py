@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from vllm.score.ops.row_layout import RowLayout
 from vllm.score.engine.request import ScoreSpec
-from vllm.score.engine.worker import RequestScores
-from vllm.score.engine.request import ScoreSpec
-from vllm.score.engine.worker import ScheduledRows, score_step
+from vllm.score.engine.worker import RequestScores, ScheduledRows, score_step
 
 rows, vocab, top = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 layout = RowLayout(0 if top < 0 else 1, ("entropy", "rank") if top == 0 else (), top)

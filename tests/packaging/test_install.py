@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 SITE = Path(sysconfig.get_path("purelib"))
 SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE")
 # Beside `vllm`: one is imported while torch is, the other where vLLM may be missing.
-TOP_LEVEL = ("vllm_score_command.py", "vllm_score_lm_eval.py")
-FOLDERS = ("vllm", "csrc")
+TOP_LEVEL = ("vllm_score_command", "vllm_score_lm_eval.py")
+FOLDERS = ("vllm", "csrc", "vllm_score_command")
 
 REPORT = """
 import json, vllm, vllm.score
@@ -100,7 +100,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source: builds leave files beside what they build."""
     copy = tmp_path_factory.mktemp("source")
     for name in (*SOURCES, *TOP_LEVEL):
-        if (ROOT / name).exists():
+        if (ROOT / name).is_file():
             shutil.copy2(ROOT / name, copy)
     for name in FOLDERS:
         if (ROOT / name).exists():

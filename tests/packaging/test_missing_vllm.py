@@ -16,7 +16,9 @@ COMMAND = "import vllm_score_command; vllm_score_command.main()"
 
 def run(program: str, *folders: Path | str) -> subprocess.CompletedProcess[str]:
     """A program in a Python that looks in `folders` and its standard library only."""
-    start = f"import sys; sys.path += {list(map(str, folders))}; sys.argv = ['vllm-score', '-h']\n"
+    start = (
+        f"import sys; sys.path += {list(map(str, folders))}; sys.argv = ['vllm-score', 'doctor']\n"
+    )
     return subprocess.run(
         [sys.executable, "-I", "-S", "-c", start + program],
         capture_output=True,
@@ -51,6 +53,13 @@ def test_without_vllm_the_last_line_says_what_to_install(program: str) -> None:
         assert not before and line.startswith("vllm-score: ")
     else:
         assert line.startswith("ModuleNotFoundError: ")
+
+
+def test_help_needs_no_vllm() -> None:
+    for arguments in (["--version"], ["-h"], ["perplexity", "-h"], ["sequence", "--help"]):
+        done = run(f"import vllm_score_command; vllm_score_command.main({arguments})", ROOT)
+        assert done.returncode == 0 and not done.stderr
+        assert "vllm-score" in done.stdout
 
 
 def test_a_vllm_elsewhere_is_named() -> None:

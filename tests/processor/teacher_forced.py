@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import numpy as np
 import torch
 
 from tests.helpers_policy import policy_row
-from vllm.score.processor.batches import Response
+from vllm.score.processor.config import GenerationConfig, Precision, dtype_name
+from vllm.score.processor.huggingface import HuggingFaceBackend
+from vllm.score.processor.overrides import build_state_override
+from vllm.score.processor.policy import StepValues, Wanted
+from vllm.score.processor.sequences import Response, prompt_ids
 
 VOCAB = 320
 SMALL = {"vocab_size": VOCAB, "hidden_size": 64}  # of `model_dir`
@@ -107,3 +112,70 @@ def gradients(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
     return dict(zip(parameters, found, strict=True))
+
+
+class Backend(HuggingFaceBackend):
+    """A backend without a tokenizer, of the tests' end-of-sequence tokens."""
+
+    eos_token_ids = EOS
+
+    def __init__(self, model: Any, **precision: Any) -> None:
+        super().__init__(model, None, Precision(**precision))
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Any,
+    G: int,
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    seed: int | None = None,
+) -> list[list[list[int]]]:
+    """Responses [B][G] to texts or ids, by Hugging Face."""
+    backend = HuggingFaceBackend(model, tokenizer, Precision())
+    config = replace(config, num_return_sequences=G, gen_batch_size=batch_size)
+    return backend.generate(prompt_ids(prompts, tokenizer, backend.vocab_size), config, seed)
+
+
+def score_no_grad(
+    model: Any,
+    mapping: Mapping[str, Any],
+    responses: Sequence[Response],
+    config: GenerationConfig | None = None,
+    *,
+    batch_size: int = 2,
+    entropy: bool = True,
+    diagnostics: bool = True,
+) -> list[StepValues]:
+    """Values under a mapping, the other parameters as they are."""
+    config = replace(config or GenerationConfig(), tf_batch_size=batch_size)
+    profile = {"dtype": dtype_name(next(model.parameters()).dtype)}
+    wanted = Wanted(config, entropy, diagnostics)
+    return Backend(model).score(responses, wanted, profile, override=mapping)
+
+
+def score_with_grad(
+    model: Any,
+    responses: Sequence[Response],
+    config: GenerationConfig | None = None,
+    *,
+    batch_size: int = 2,
+    profile: Mapping[str, Any] | None = None,
+    entropy: bool = True,
+    features: bool = False,
+    logits_bytes: int | None = None,
+) -> list[StepValues]:
+    """Values with the graph of the model's parameters."""
+    backend = Backend(model)
+    backend.logits_bytes = logits_bytes or backend.logits_bytes
+    config = replace(config or GenerationConfig(), tf_batch_size=batch_size)
+    return backend.score(responses, Wanted(config, entropy, features), profile or {}, graph=True)
+
+
+def moved_parameters(
+    model: Any, direction: Mapping[str, torch.Tensor], eta: float, dtype: Any = torch.float64
+) -> dict[str, torch.Tensor]:
+    """theta + eta v in a dtype, without buffers."""
+    return build_state_override(model, direction, eta, param_dtype=dtype, include_buffers=False)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,14 @@ from scipy.stats import chisquare
 
 from tests.helpers import random_prompts
 from tests.processor.character_models import EOS, bigram_model, character_tokenizer
+from tests.processor.teacher_forced import generate
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.generation import eos_token_ids, generate, prompt_ids, unwrap_ddp
-from vllm.score.processor.policy import SamplingPolicy, step_values
-from vllm.score.processor.types import GenerationConfig
+from vllm.score.processor import SequenceProcessor
+from vllm.score.processor.config import GenerationConfig, Precision
+from vllm.score.processor.head import unwrap_ddp
+from vllm.score.processor.huggingface import HuggingFaceBackend
+from vllm.score.processor.policy import Wanted, step_values
+from vllm.score.processor.sequences import prompt_ids
 
 LETTERS = "abcdefg"
 SIZE = len(LETTERS) + 1
@@ -156,8 +159,8 @@ def test_whole_sequences_weighted_by_p_over_q() -> None:
     for ids, count in counts.items():
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-        policy = SamplingPolicy(TEMPERATURE, TOP_P)
-        values = step_values(logits, torch.tensor(ids), policy, diagnostics=False)
+        wanted = Wanted(GenerationConfig(TEMPERATURE, TOP_P), diagnostics=False)
+        values = step_values(logits, torch.tensor(ids), wanted)
         p, q = possible[ids]
         assert values.logprob.sum().item() == pytest.approx(math.log(p), abs=1e-4)
         assert values.logq.sum().item() == pytest.approx(math.log(q), abs=1e-4)
@@ -276,7 +279,7 @@ def test_peft_keeps_its_adapter() -> None:
     merged = copy.deepcopy(adapted).merge_and_unload()
     assert found == generate(merged, letters(), prompts, 1, settings, batch_size=8)
     assert found != without
-    assert eos_token_ids(adapted, letters()) == [END]
+    assert list(HuggingFaceBackend(adapted, letters(), Precision()).eos_token_ids) == [END]
 
 
 def test_ddp_is_unwrapped() -> None:
@@ -297,21 +300,6 @@ def test_ddp_is_unwrapped() -> None:
     finally:
         if started:
             distributed.destroy_process_group()
-
-
-def test_end_of_sequence_tokens() -> None:
-    def model(eos: Any) -> Any:
-        return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
-
-    tokenizer = SimpleNamespace(eos_token_id=5)
-    assert eos_token_ids(None, tokenizer) == [5]
-    assert eos_token_ids(object(), tokenizer) == [5]
-    assert eos_token_ids(model(None), tokenizer) == [5]
-    assert eos_token_ids(model(3), tokenizer) == [5, 3]
-    assert eos_token_ids(model([3, 5, 9]), tokenizer) == [5, 3, 9]
-    nothing = SimpleNamespace(eos_token_id=None)
-    assert eos_token_ids(model([3]), nothing) == [3]
-    assert eos_token_ids(None, nothing) == []
 
 
 def test_every_end_of_sequence_token_ends() -> None:
@@ -354,21 +342,20 @@ def test_prompts() -> None:
         ({"prompts": [[-1]]}, r"prompts\[0\]\[0\] is -1, outside the vocabulary"),
         (
             {"prompts": [[0], [1] * 62]},
-            r"prompts\[1\] has 62 tokens: with max_new_tokens 3 .* 64 positions",
+            r"prompts\[1\] has 62 tokens: with max_new_tokens=3 .* 64 positions",
         ),
-        ({"G": 0}, "G must be a whole number of at least 1, got 0"),
-        ({"G": 1.5}, "G must be a whole number of at least 1, got 1.5"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"G": 0}, "G must be a whole number of at least 1 or None, got 0"),
+        ({"G": 1.5}, "G must be a whole number of at least 1 or None, got 1.5"),
+        ({"gen_batch_size": 0}, "gen_batch_size must be a whole number of at least 1, got 0"),
     ],
 )
 def test_unusable_arguments(change: dict[str, Any], message: str) -> None:
-    arguments = {"prompts": ["a"], "G": 1, "batch_size": 1} | change
+    processor = SequenceProcessor(bigrams(), letters(), config=config())
     with pytest.raises(ScoreModeError, match=message):
-        generate(bigrams(), letters(), config=config(), **arguments)
+        processor.generate_batched(**({"prompts": ["a"], "G": 1} | change))
 
 
 def test_the_longest_prompt() -> None:
-    [[ids]] = generate(
-        bigram_model(torch.eye(SIZE) * 60), letters(), [[1] * 61], 1, config(), batch_size=1
-    )
-    assert ids == [1, 1, 1]
+    model = bigram_model(torch.eye(SIZE) * 60)
+    batch = SequenceProcessor(model, letters(), config=config()).generate_batched([[1] * 61], 1)
+    assert batch.sequences[0, 0, 61:].tolist() == [1, 1, 1]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,17 +17,17 @@ from tests.processor.teacher_forced import (
     LENGTHS,
     SMALL,
     VOCAB,
+    Backend,
     assert_values,
     expected_values,
     load,
     random_responses,
+    score_no_grad,
 )
 from vllm.score.errors import ScoreModeError
+from vllm.score.processor.config import GenerationConfig
 from vllm.score.processor.head import head_of
-from vllm.score.processor.no_grad import score_no_grad
-from vllm.score.processor.overrides import ZeroMapping
-from vllm.score.processor.policy import SamplingPolicy
-from vllm.score.processor.steps import StepValues
+from vllm.score.processor.policy import StepValues, Wanted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Three rows of float32 logits: all responses of more tokens are cut.
@@ -42,11 +41,19 @@ def score(
     dtype: torch.dtype,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    **options: Any,
-) -> list[StepValues[np.ndarray]]:
-    given = {"batch_size": 2, "eos_token_ids": EOS, "logits_bytes": FEW, **options}
-    mapping = ZeroMapping(model).get(dtype)
-    return score_no_grad(model, mapping, responses, SamplingPolicy(temperature, top_p), **given)
+    *,
+    batch_size: int = 2,
+    logits_bytes: int = FEW,
+    eos: tuple[int, ...] = EOS,
+    entropy_fp64: bool = False,
+    cast_logits_fp32: bool = True,
+    **wanted: bool,
+) -> list[StepValues]:
+    backend = Backend(model, entropy_fp64=entropy_fp64)
+    backend.logits_bytes, backend.eos_token_ids = logits_bytes, eos
+    config = GenerationConfig(temperature, top_p, tf_batch_size=batch_size)
+    profile = {"dtype": dtype, "cast_logits_fp32": cast_logits_fp32}
+    return backend.score(responses, Wanted(config, **wanted), profile)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def test_every_value_of_a_float64_model(architecture: str, model_dir: Callable[.
         expected = expected_values(model, responses, temperature, top_p)
         scores = score(model, responses, torch.float64, temperature, top_p)
         for values, reference in zip(scores, expected, strict=True):
-            assert values.logprob.dtype == np.float64
+            assert values.logprob.dtype == torch.float64
             # Llama's and Gemma's norms are float32 whatever the model is.
             assert_values(values, reference, 1e-9 if architecture == "gpt2" else 1e-5)
 
@@ -94,7 +101,7 @@ def test_dtypes(
         )
         for values, reference in zip(scores, expected, strict=True):
             assert values.logprob.dtype == (
-                np.float64 if fp64 or profile == "float64" else np.float32
+                torch.float64 if fp64 or profile == "float64" else torch.float32
             )
             assert_values(values, reference, tolerance, names)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, weights)}
@@ -116,9 +123,9 @@ def test_float64_arithmetic_on_float32_logits_is_exact(model_dir: Callable[..., 
         assert rows.dtype == torch.float32
         p = rows.double().log_softmax(-1)
         assert values.rb_entropy is not None
-        entropy = np.abs(values.rb_entropy + (p.exp() * p).sum(-1).numpy()).max()
-        token = p.gather(1, response.generated[:, None]).squeeze(1).numpy()
-        errors[fp64] = max(entropy, np.abs(values.logprob - token).max())
+        entropy = (values.rb_entropy + (p.exp() * p).sum(-1)).abs().max().item()
+        token = p.gather(1, response.generated[:, None]).squeeze(1)
+        errors[fp64] = max(entropy, (values.logprob - token).abs().max().item())
     assert errors[True] < 1e-13
     assert 1e-8 < errors[False] < 1e-5
 
@@ -140,7 +147,7 @@ def test_what_is_not_asked_for_is_not_there(gpt2: Any) -> None:
             for values in score(gpt2, random_responses(lengths), torch.float64, **options):
                 found = {k for k, v in vars(values).items() if v is not None}
                 assert found == names
-    for values in score(gpt2, random_responses(), torch.float64, eos_token_ids=()):
+    for values in score(gpt2, random_responses(), torch.float64, eos=()):
         assert {k for k, v in vars(values).items() if v is None} == {"eos_prob"}
 
 
@@ -148,7 +155,7 @@ def test_only_empty_responses(gpt2: Any) -> None:
     for values in score(gpt2, random_responses([(3, 0), (1, 0)]), torch.float64):
         for array in vars(values).values():
             assert array.shape == (0,)
-            assert array.dtype == np.float64
+            assert array.dtype == torch.float64
 
 
 @settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -191,7 +198,7 @@ def test_logits_with_nan_name_the_response(gpt2: Any) -> None:
     places = gpt2.transformer.wpe.weight.detach().clone()
     places[14] = math.nan
     bad = {"transformer.wpe.weight": places}
-    options = {"policy": SamplingPolicy(), "batch_size": 1}
+    options = {"batch_size": 1}
     with pytest.raises(ScoreModeError, match=r"response \[4\]\[0\] at step \d have NaN"):
         score_no_grad(gpt2, bad, random_responses(), **options)
     score_no_grad(gpt2, bad, random_responses()[:4], **options)
@@ -204,9 +211,8 @@ def test_logits_with_nan_name_the_response(gpt2: Any) -> None:
 
 def test_errors_before_any_forward_pass(gpt2: Any) -> None:
     responses = random_responses()
-    policy = SamplingPolicy()
     with pytest.raises(ScoreModeError, match="params_override names 'w'"):
-        score_no_grad(gpt2, {"w": torch.ones(1)}, responses, policy, batch_size=2)
+        score_no_grad(gpt2, {"w": torch.ones(1)}, responses)
     responses[1].ids[0] = 5000
     with pytest.raises(ScoreModeError, match=r"response \[1\]\[0\] has the token 5000"):
-        score_no_grad(gpt2, {}, responses, policy, batch_size=2)
+        score_no_grad(gpt2, {}, responses)

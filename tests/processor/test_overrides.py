@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,22 +17,21 @@ from tests.processor.teacher_forced import (
     SMALL,
     VOCAB,
     load,
+    moved_parameters,
     random_direction,
     random_responses,
+    score_no_grad,
     token_logprobs,
 )
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.no_grad import score_no_grad
+from vllm.score.processor import SequenceProcessor
 from vllm.score.processor.overrides import (
     ZeroMapping,
-    build_params_override,
     build_state_override,
     checked_mapping,
 )
-from vllm.score.processor.policy import SamplingPolicy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FLOAT64 = {"dtype": "float64"}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,9 @@ def gpt2(model_dir: Callable[..., Path]) -> Any:
 
 def logprobs(model: Any, mapping: dict[str, Tensor]) -> Tensor:
     """Of all tokens of the responses, one after the other."""
-    policy = SamplingPolicy()
-    scores = score_no_grad(
-        model, mapping, random_responses(), policy, batch_size=3, diagnostics=False, entropy=False
-    )
-    return torch.cat([torch.from_numpy(s.logprob) for s in scores])
+    options = {"batch_size": 3, "diagnostics": False, "entropy": False}
+    scores = score_no_grad(model, mapping, random_responses(), **options)
+    return torch.cat([s.logprob for s in scores])
 
 
 def moved_model(model: Any, direction: dict[str, Tensor], eta: float) -> Any:
@@ -69,7 +67,7 @@ def test_the_override_scores_as_a_model_that_was_really_moved(
         moved = moved_model(model, direction, eta)
         expected = torch.cat([token_logprobs(moved, r) for r in random_responses()])
         assert (expected - before).abs().max() > 1e-4
-        got = logprobs(model, build_params_override(model, direction, eta, FLOAT64))
+        got = logprobs(model, moved_parameters(model, direction, eta))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
     # And the model is what it was.
     after = torch.cat([token_logprobs(model, r) for r in random_responses()])
@@ -82,7 +80,7 @@ def test_continuity_and_linearity_in_eta(gpt2: Any) -> None:
     steps = [0.004, 0.002, 0.001]
 
     def at(eta: float) -> Tensor:
-        return logprobs(gpt2, build_params_override(gpt2, direction, eta, FLOAT64))
+        return logprobs(gpt2, moved_parameters(gpt2, direction, eta))
 
     exact = torch.cat([directional(gpt2, direction, r) for r in random_responses()])
     start = logprobs(gpt2, ZeroMapping(gpt2).get(torch.float64))
@@ -116,14 +114,16 @@ def test_casts(gpt2: Any, model_dir: Callable[..., Path]) -> None:
     direction = {name: torch.randn(base.shape, generator=torch.Generator().manual_seed(1))}
     exact = base.detach().double() + 1e-3 * direction[name].double()
 
-    wide = build_params_override(model, direction, 1e-3, {})
+    processor = SequenceProcessor(model, SimpleNamespace(eos_token_id=None))
+    wide = processor.build_params_override(direction, 1e-3)
     assert {t.dtype for t in wide.values()} == {torch.float32}
     torch.testing.assert_close(wide[name].double(), exact, rtol=1e-6, atol=1e-8)
-    own = build_params_override(model, direction, 1e-3, {"cast_params": False})
+    processor._fo_cfg["cast_params"] = False
+    own = processor.build_params_override(direction, 1e-3)
     assert {t.dtype for t in own.values()} == {torch.bfloat16}
     # Rounded once.
     assert torch.equal(own[name], wide[name].to(torch.bfloat16))
-    double = build_params_override(model, direction, 1e-3, FLOAT64)
+    double = moved_parameters(model, direction, 1e-3)
     torch.testing.assert_close(double[name], exact, rtol=1e-14, atol=1e-16)
     assert base.dtype == torch.bfloat16
     assert not any(t.requires_grad for t in [*wide.values(), *own.values(), *double.values()])
@@ -159,14 +159,14 @@ def test_state_with_and_without_buffers() -> None:
         "steps": torch.int64,
     }
     with pytest.raises(ScoreModeError, match=r"'codes'. moves a parameter of dtype int64"):
-        build_params_override(model, {"codes": torch.ones(3)}, 1.0, {})
+        moved_parameters(model, {"codes": torch.ones(3)}, 1.0)
 
 
 def test_names_with_the_prefix_of_a_wrapper(gpt2: Any) -> None:
     direction = random_direction(gpt2)
     prefixed = {f"module.{name}": v for name, v in direction.items()}
-    plain = build_params_override(gpt2, direction, 0.1, FLOAT64)
-    for name, value in build_params_override(gpt2, prefixed, 0.1, FLOAT64).items():
+    plain = moved_parameters(gpt2, direction, 0.1)
+    for name, value in moved_parameters(gpt2, prefixed, 0.1).items():
         assert torch.equal(value, plain[name])
     assert checked_mapping(gpt2, prefixed).keys() == direction.keys()
 
@@ -177,7 +177,7 @@ WEIGHT = "transformer.ln_f.weight"
 @pytest.mark.parametrize(
     ("direction", "message"),
     [
-        ({"transformer.ln_f.wight": torch.ones(64)}, "'transformer.ln_f.wight', .*did you mean"),
+        ({"transformer.ln_f.wight": torch.ones(64)}, "'transformer.ln_f.wight', .*did you mean '"),
         ({WEIGHT: torch.ones(63)}, r"shape \(64,\), got \(63,\)"),
         ({WEIGHT: 1.0}, r"shape \(64,\), got float"),
         ({WEIGHT: torch.full((64,), math.nan)}, f"{WEIGHT}'. has entries that are NaN"),
@@ -188,13 +188,13 @@ WEIGHT = "transformer.ln_f.weight"
 )
 def test_directions_that_do_not_fit(gpt2: Any, direction: Any, message: str) -> None:
     with pytest.raises(ScoreModeError, match=message):
-        build_params_override(gpt2, direction, 0.1, {})
+        moved_parameters(gpt2, direction, 0.1)
 
 
 @pytest.mark.parametrize("eta", [math.nan, math.inf, "1", None, True])
 def test_steps_that_are_no_number(gpt2: Any, eta: Any) -> None:
-    with pytest.raises(ScoreModeError, match="eta must be a finite number"):
-        build_params_override(gpt2, {}, eta, {})
+    with pytest.raises(ScoreModeError, match="eta must be a number, got"):
+        moved_parameters(gpt2, {}, eta)
 
 
 def test_mappings_that_do_not_fit(gpt2: Any) -> None:
@@ -204,7 +204,7 @@ def test_mappings_that_do_not_fit(gpt2: Any) -> None:
         checked_mapping(gpt2, {"lm_head.weight": torch.ones(VOCAB, 64)})
     with pytest.raises(ScoreModeError, match="must be a tensor of the shape"):
         checked_mapping(gpt2, {WEIGHT: torch.ones(1)})
-    with pytest.raises(ScoreModeError, match="param_dtype must be one of"):
+    with pytest.raises(ScoreModeError, match="param_dtype 'int8' is unknown"):
         build_state_override(gpt2, {}, 0.0, param_dtype="int8", include_buffers=False)
 
 

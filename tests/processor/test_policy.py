@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.helpers_policy import policy_row
-from vllm.score.errors import ScoreModeError
-from vllm.score.processor.policy import SamplingPolicy, step_values
-from vllm.score.processor.steps import StepValues
-from vllm.score.processor.types import GenerationConfig
+from vllm.score.processor.config import GenerationConfig
+from vllm.score.processor.policy import StepValues, Wanted, step_values
 
 NAMES = [field.name for field in fields(StepValues)]
 DIAGNOSTICS = NAMES[NAMES.index("head_mass") :]
@@ -57,9 +55,7 @@ def expected_row(
     return at(token) | {"eos_prob": min(1.0, ends)}
 
 
-def check(
-    values: StepValues[torch.Tensor], expected: list[dict[str, float]], tolerance: float
-) -> None:
+def check(values: StepValues, expected: list[dict[str, float]], tolerance: float) -> None:
     for name in NAMES:
         found = getattr(values, name)
         assert found.shape == (len(expected),), name
@@ -78,9 +74,7 @@ def test_every_value(shape: str, temperature: float, top_p: float, dtype: torch.
     tokens = [n * 7 % size for n in range(len(z))]
     tokens[0] = int(z[0].argmax())
     eos = (size - 1, 0) if size > 1 else (0,)
-    values = step_values(
-        z, torch.tensor(tokens), SamplingPolicy(temperature, top_p), eos_token_ids=eos
-    )
+    values = step_values(z, torch.tensor(tokens), Wanted(GenerationConfig(temperature, top_p)), eos)
     expected = [
         expected_row(row, token, temperature, top_p, eos)
         for row, token in zip(z.double().numpy(), tokens, strict=True)
@@ -107,20 +101,20 @@ def test_any_logits(z: np.ndarray, temperature: float, top_p: float, data: st.Da
     ids = st.integers(0, z.shape[1] - 1)
     tokens = data.draw(st.lists(ids, min_size=len(z), max_size=len(z)))
     eos = tuple(data.draw(st.sets(ids, min_size=1, max_size=3)))
-    policy = SamplingPolicy(temperature, top_p)
+    policy = GenerationConfig(temperature, top_p)
     given_ids = [*eos, eos[0]]  # one twice counts once
-    values = step_values(torch.from_numpy(z), torch.tensor(tokens), policy, eos_token_ids=given_ids)
+    values = step_values(torch.from_numpy(z), torch.tensor(tokens), Wanted(policy), given_ids)
     rows = [expected_row(row, t, temperature, top_p, eos) for row, t in zip(z, tokens, strict=True)]
     check(values, rows, 1e-9)
 
 
 def test_what_is_left_out() -> None:
     z, tokens = torch.randn(3, 9), torch.tensor([0, 4, 8])
-    for policy in (SamplingPolicy(), SamplingPolicy(0.7, 0.5)):
-        full = step_values(z, tokens, policy, eos_token_ids=[2])
-        assert step_values(z, tokens, policy).eos_prob is None
-        some = step_values(z, tokens, policy, eos_token_ids=[2], diagnostics=False)
-        bare = step_values(z, tokens, policy, diagnostics=False, entropy=False)
+    for policy in (GenerationConfig(), GenerationConfig(0.7, 0.5)):
+        full = step_values(z, tokens, Wanted(policy), [2])
+        assert step_values(z, tokens, Wanted(policy)).eos_prob is None
+        some = step_values(z, tokens, Wanted(policy, diagnostics=False), [2])
+        bare = step_values(z, tokens, Wanted(policy, entropy=False, diagnostics=False))
         assert all(getattr(some, name) is None for name in DIAGNOSTICS)
         assert all(getattr(bare, name) is None for name in ["rb_entropy", *DIAGNOSTICS])
         for name in ("logprob", "logq", "rb_entropy"):
@@ -129,9 +123,9 @@ def test_what_is_left_out() -> None:
 
 
 def test_no_steps() -> None:
-    for policy in (SamplingPolicy(), SamplingPolicy(1.0, 0.5)):
+    for policy in (GenerationConfig(), GenerationConfig(1.0, 0.5)):
         values = step_values(
-            torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), policy, eos_token_ids=[1]
+            torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), Wanted(policy), [1]
         )
         assert all(getattr(values, name).shape == (0,) for name in NAMES)
 
@@ -139,8 +133,8 @@ def test_no_steps() -> None:
 def test_a_broken_row_is_nan_and_spoils_no_other() -> None:
     z = torch.randn(3, 8)
     z[1, 5] = math.nan
-    for policy in (SamplingPolicy(), SamplingPolicy(1.0, 0.5)):
-        values = step_values(z, torch.tensor([1, 1, 1]), policy)
+    for policy in (GenerationConfig(), GenerationConfig(1.0, 0.5)):
+        values = step_values(z, torch.tensor([1, 1, 1]), Wanted(policy))
         assert values.logprob.isnan().tolist() == [False, True, False]
         assert values.rb_entropy.isnan().tolist() == [False, True, False]
 
@@ -152,14 +146,14 @@ def test_gradients(temperature: float, top_p: float) -> None:
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(4, 7, generator=generator, dtype=torch.float64).mul_(2).requires_grad_()
     inside = z.detach().argmax(1)
-    policy = SamplingPolicy(temperature, top_p)
+    policy = GenerationConfig(temperature, top_p)
     for row in (z.detach() / temperature).softmax(1).numpy():
         assert abs(np.cumsum(np.sort(row)[::-1]) - top_p).min() > 1e-4 or top_p == 1
 
     for name in NAMES:
 
         def one(logits: torch.Tensor, name: str = name) -> torch.Tensor:
-            return getattr(step_values(logits, inside, policy, eos_token_ids=[0, 3]), name)
+            return getattr(step_values(logits, inside, Wanted(policy), [0, 3]), name)
 
         assert torch.autograd.gradcheck(one, (z,)), name
 
@@ -167,7 +161,7 @@ def test_gradients(temperature: float, top_p: float) -> None:
 def test_gradients_where_tokens_are_masked_or_left_out() -> None:
     z = torch.tensor([[1.0, 0.3, -math.inf, -900.0], [0.2, 0.1, 0.0, -math.inf]])
     z = z.double().requires_grad_()
-    values = step_values(z, torch.tensor([1, 3]), SamplingPolicy(1.0, 0.6), eos_token_ids=[3])
+    values = step_values(z, torch.tensor([1, 3]), Wanted(GenerationConfig(1.0, 0.6)), [3])
     assert values.logq[1] == -math.inf
     finite = [getattr(values, n) for n in NAMES if n not in ("logprob", "logq")]
     total = sum(value.sum() for value in finite) + values.logq[0] + values.logprob[0]
@@ -190,8 +184,7 @@ def test_the_weighted_tokens_of_q_are_as_likely_as_p_says() -> None:
         values = step_values(
             torch.from_numpy(np.tile(z, (len(tokens), 1))),
             torch.from_numpy(tokens),
-            SamplingPolicy(temperature, top_p),
-            diagnostics=False,
+            Wanted(GenerationConfig(temperature, top_p), diagnostics=False),
         )
         weights = (values.logprob - values.logq).exp().numpy()
         p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
@@ -204,13 +197,18 @@ def test_the_weighted_tokens_of_q_are_as_likely_as_p_says() -> None:
         assert abs(surprisal.mean() - values.rb_entropy[0].item()) <= 4 * error
 
 
-def test_policies() -> None:
-    config = GenerationConfig(temperature=0.7, top_p=0.9)
-    assert SamplingPolicy.of(config) == SamplingPolicy(temperature=0.7, top_p=0.9)
-    with pytest.raises(ScoreModeError, match="temperature must be a number above 0, got 0"):
-        SamplingPolicy(temperature=0)
-    with pytest.raises(ScoreModeError, match=r"top_p must be in \(0, 1\], got 1\.5"):
-        SamplingPolicy(top_p=1.5)
+def test_whether_the_policy_is_the_model() -> None:
+    assert GenerationConfig(max_new_tokens=3).samples_model
+    assert not GenerationConfig(temperature=0.7).samples_model
+    assert not GenerationConfig(top_p=0.9).samples_model
+
+
+def test_only_what_was_computed_is_changed() -> None:
+    values = StepValues(torch.zeros(2), torch.ones(2), rb_entropy=torch.full((2,), 3.0))
+    doubled = values.map(lambda v: 2 * v)
+    assert doubled.logq.tolist() == [2.0, 2.0]
+    assert doubled.computed()["rb_entropy"].tolist() == [6.0, 6.0]
+    assert doubled.head_mass is None and values.computed().keys() == doubled.computed().keys()
 
 
 @pytest.mark.cuda
@@ -218,8 +216,8 @@ def test_policies() -> None:
 def test_on_a_gpu(top_p: float) -> None:
     z = torch.randn(20, 5000, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
     tokens = z.argmax(1)
-    policy = SamplingPolicy(0.8, top_p)
-    values = step_values(z.cuda(), tokens.cuda(), policy, eos_token_ids=[3])
+    policy = GenerationConfig(0.8, top_p)
+    values = step_values(z.cuda(), tokens.cuda(), Wanted(policy), [3])
     rows = zip(z.numpy(), tokens.tolist(), strict=True)
     expected = [policy_row(row, token, 0.8, top_p, (3,)) for row, token in rows]
     check(values.map(torch.Tensor.cpu), expected, 1e-10)

@@ -1,13 +1,22 @@
-"""The `tag_pref` reward, with math-verify itself."""
+"""The `tag_pref` reward, with math-verify itself: what counts as equal, and who decides it."""
 
 from __future__ import annotations
 
+import gc
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.rewards import rewards, tag_pref
+from vllm.score.processor.rewards import AnswerJudge, rewards, tag_pref
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[AnswerJudge]:
+    yield AnswerJudge()
 
 
 @pytest.mark.parametrize(
@@ -28,27 +37,106 @@ from vllm.score.processor.rewards import rewards, tag_pref
         ("<answer>7</answer>", None, 0.0),
     ],
 )
-def test_one_block_and_the_right_answer(response, gold, reward):
-    assert tag_pref(response, gold) == reward
+def test_one_block_and_the_right_answer(judge, response, gold, reward):
+    assert tag_pref(response, gold, judge) == reward
 
 
-def test_a_failure_is_zero_and_says_why(caplog):
-    assert tag_pref("<answer>7</answer>", "no mathematics at all") == 0.0
+def test_a_failure_is_zero_and_says_why(judge, caplog):
+    assert tag_pref("<answer>7</answer>", "no mathematics at all", judge) == 0.0
     assert "finds no mathematics in the gold answer" in caplog.text
 
 
-def test_in_a_thread():
+def test_in_a_thread(judge):
     found = []
-    thread = threading.Thread(target=lambda: found.append(tag_pref("<answer>7</answer>", "7")))
+    thread = threading.Thread(
+        target=lambda: found.append(tag_pref("<answer>7</answer>", "7", judge))
+    )
     thread.start()
     thread.join(timeout=60)
     assert found == [1.0]
 
 
-def test_batches():
+def test_batches(judge):
     responses = [["<answer>1</answer>", "1"], ["<answer>2</answer>", "<answer>3</answer>"]]
-    assert rewards(responses, ["1", "2"]) == [[1.0, 0.0], [1.0, 0.5]]
-    assert rewards(responses, [None, "2"]) == [[0.0, 0.0], [1.0, 0.5]]
-    assert rewards(responses, None) == [[0.0, 0.0], [0.0, 0.0]]
+    assert rewards(responses, ["1", "2"], judge) == [[1.0, 0.0], [1.0, 0.5]]
+    assert rewards(responses, [None, "2"], judge) == [[0.0, 0.0], [1.0, 0.5]]
     with pytest.raises(ScoreModeError, match="golds has 1 entries for 2 prompts"):
-        rewards(responses, ["1"])
+        rewards(responses, ["1"], judge)
+
+
+def reward(judge: AnswerJudge, gold: str, content: str) -> float:
+    return tag_pref(f"so it is </think> <answer>{content}</answer>", gold, judge)
+
+
+@pytest.mark.parametrize(
+    ("gold", "content", "equal"),
+    [
+        ("x^2+1", "1 + x^2", True),  # a formula without delimiters is read as a whole
+        ("x^2+1", "1", False),
+        ("1+x^2", "1", False),
+        ("-3", "- 3", True),
+        ("(1,2)", "$(1,2)$", True),
+        ("(1,2)", "(2,1)", False),
+        ("$x^2-1$", r"\boxed{(x-1)(x+1)}", True),
+        (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", True),
+        ("1/3", "0.33", False),
+        ("18", "18 dollars", True),
+        ("18", "$18", True),
+        ("18", "x = 18", True),
+        ("72", "\n72\n", True),
+        ("3", "é漢\\frac{", False),
+    ],
+)
+def test_equality(judge: AnswerJudge, gold: str, content: str, equal: bool) -> None:
+    assert reward(judge, gold, content) == (1.0 if equal else 0.5)
+
+
+def test_a_power_tower_ends(judge: AnswerJudge) -> None:
+    """Its digits would not fit into any memory: the comparison is given up."""
+    assert reward(judge, "3", "$9^{9^{9^{9}}}$") == 0.5
+    assert reward(judge, "3", "3") == 1.0
+
+
+def test_every_reason_is_logged_once(judge: AnswerJudge, caplog: pytest.LogCaptureFixture) -> None:
+    found = [reward(judge, "some words", "3") for _ in range(3)]
+    assert found == [0.0] * 3 and caplog.text.count("some words") == 1
+    reward(judge, "other words", "3")
+    assert "No reward against the gold answer 'other words': math-verify finds no" in caplog.text
+
+
+def test_without_a_result_in_time(caplog: pytest.LogCaptureFixture) -> None:
+    judge = AnswerJudge(seconds=0.0)  # a new process takes its time
+    assert reward(judge, "4.25", "4.25") == 0.0
+    assert "no result of math-verify after 0 s" in caplog.text
+    judge.seconds = 30.0
+    assert reward(judge, "4.25", "4.25") == 1.0, "the next one has a process again"
+
+
+def process_of(judge: AnswerJudge) -> Any:
+    assert judge._child is not None
+    return judge._child.process
+
+
+def test_a_process_that_died_is_started_again() -> None:
+    judge = AnswerJudge()
+    assert reward(judge, "5", "5") == 1.0
+    process = process_of(judge)
+    process.kill()
+    process.wait()
+    assert reward(judge, "6.5", "6.5") == 1.0
+
+
+def test_the_process_ends_with_its_owner() -> None:
+    judge = AnswerJudge()
+    assert reward(judge, "5", "5") == 1.0
+    process = process_of(judge)
+    assert process.poll() is None
+    del judge
+    gc.collect()
+    assert process.poll() is not None
+
+
+def test_many_threads(judge: AnswerJudge) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: reward(judge, str(n), str(n // 2 * 2)), range(40)))
+    assert found == [1.0, 0.5] * 20

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vllm.score.processor import DATASET_REGISTRY, SequenceProcessor, register_dataset
-from vllm.score.processor.batches import pad_batch
-from vllm.score.processor.example_sources import Gsm8kR1Template
+from vllm.score.processor.datasets import Gsm8kR1Template
+from vllm.score.processor.sequences import pad_batch
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tests.processor.teacher_forced import (
-    EOS,
     SMALL,
     VOCAB,
     assert_values,
@@ -23,15 +22,15 @@ from tests.processor.teacher_forced import (
     plain_logits,
     random_direction,
     random_responses,
+    score_with_grad,
     token_logprobs,
     weighted,
     weights_of,
 )
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.batches import Response
-from vllm.score.processor.policy import SamplingPolicy
-from vllm.score.processor.steps import StepValues
-from vllm.score.processor.with_grad import score_with_grad
+from vllm.score.processor.config import GenerationConfig
+from vllm.score.processor.policy import StepValues
+from vllm.score.processor.sequences import Response
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = 3 * VOCAB * 4
@@ -44,9 +43,9 @@ def score(
     temperature: float = 1.0,
     top_p: float = 1.0,
     **options: Any,
-) -> list[StepValues[Tensor]]:
-    given = {"batch_size": 2, "profile": {}, "logits_bytes": FEW, "eos_token_ids": EOS, **options}
-    return score_with_grad(model, responses, SamplingPolicy(temperature, top_p), **given)
+) -> list[StepValues]:
+    config = GenerationConfig(temperature, top_p)
+    return score_with_grad(model, responses, config, **{"logits_bytes": FEW, **options})
 
 
 def moved(model: Any, direction: dict[str, Tensor], eta: float) -> Any:
@@ -260,7 +259,7 @@ def test_half_precision_logits_may_not_stay_so(model_dir: Callable[..., Path]) -
 
 
 def test_errors(gpt2: Any) -> None:
-    with pytest.raises(ScoreModeError, match="tf_withgrad has no field 'cast_params'"):
+    with pytest.raises(ScoreModeError, match="tf_withgrad: field 'cast_params' is unknown"):
         score(gpt2, random_responses(), profile={"cast_params": True})
     responses = random_responses()
     responses[0].ids[0] = -3

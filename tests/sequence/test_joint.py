@@ -27,6 +27,7 @@ def check(tokenizer, pairs):
             context + continuation, add_special_tokens=False, return_offsets_mapping=True
         )
         assert got.ids == whole["input_ids"]
+        assert got.offsets is not None
         offsets = [(got.begin + start, got.begin + end) for start, end in got.offsets]
         assert offsets == [tuple(row) for row in whole["offset_mapping"]][got.first :]
     return sum(got.first > 0 for got in joints)

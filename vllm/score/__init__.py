@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     from vllm.score.api import ScoreRequest, score
     from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
     from vllm.score.results import TokenScores
+    from vllm.score.sequence.scorer import score_continuations
 
-__all__ = ["ScoreModeError", "ScoreModeUnavailable", "ScoreRequest", "TokenScores", "score"]
+__all__ = [
+    "ScoreModeError",
+    "ScoreModeUnavailable",
+    "ScoreRequest",
+    "TokenScores",
+    "score",
+    "score_continuations",
+]
 
 _HOMES = {
     "ScoreModeError": "errors",
@@ -30,6 +38,7 @@ _HOMES = {
     "ScoreRequest": "api",
     "TokenScores": "results",
     "score": "api",
+    "score_continuations": "sequence.scorer",
 }
 
 

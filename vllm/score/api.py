@@ -12,7 +12,7 @@ from pydantic import Field
 from vllm.score.checks import Whole, check
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
-from vllm.score.tokens import encode_texts, own_prefix_note
+from vllm.score.tokens import encode_inputs, own_prefix_note
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,7 +142,7 @@ def _prompts(llm: LLM, requests: Any) -> list[dict[str, Any]]:
     if texts:
         tokenizer = llm.get_tokenizer()
         names = [f"requests[{i}]" for i in texts]
-        encoded = encode_texts(tokenizer, list(texts.values()), names)
+        encoded = encode_inputs(tokenizer, list(texts.values()), names)
         for i, tokens in zip(texts, encoded, strict=True):
             prompts[i]["prompt_token_ids"] = tokens.ids
             if tokens.own_prefix:

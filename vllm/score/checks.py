@@ -52,7 +52,13 @@ Fraction = Annotated[Number, Field(gt=0, le=1)]
 Seed = Annotated[Whole, Field(ge=0, lt=1 << 63)]
 Flag = Annotated[bool, Strict()]
 
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    dict: "a dict",
+}
 
 
 def check(field: str, value: Any, kind: Any, remedy: str = "") -> Any:
@@ -106,10 +112,11 @@ def check_name(what: str, name: Any, known: Iterable[str], cutoff: float = 0.6) 
 
 
 def did_you_mean(name: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """End of a sentence about an unknown name: the nearest known one and all of them."""
+    """End of a sentence about an unknown name: the nearest known one, and all of them if few."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
-    return (f" (did you mean {close[0]!r}?)" if close else "") + f"; there are {', '.join(known)}"
+    listed = f"; there are {', '.join(known)}" if len(known) <= 30 else ""
+    return (f" (did you mean {close[0]!r}?)" if close else "") + listed
 
 
 def describe(kind: Any) -> str:
@@ -120,13 +127,15 @@ def describe(kind: Any) -> str:
     if origin is Annotated:
         limits = _limits(kind)
         return f"{describe(parts[0])} {limits}" if limits else describe(parts[0])
+    if origin is list:
+        return f"a list, each entry {describe(parts[0])}"
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if parts and (origin is Union or type(None) in parts):
         return " or ".join(describe(part) for part in parts)
     if kind is type(None):
         return "None"
-    return _WORDS.get(kind, str(getattr(kind, "__name__", kind)))
+    return _WORDS.get(origin or kind, str(getattr(kind, "__name__", kind)))
 
 
 def limits_of(kind: Any) -> dict[str, float]:

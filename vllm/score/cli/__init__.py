@@ -1,60 +1,54 @@
-"""The command `vllm-score`."""
+"""The command `vllm-score`, behind `vllm_score_command`: what needs vLLM."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-import typer
-import typer.core
+from vllm.score.cli.common import one_line_errors, results_stream
+from vllm.score.launch.engine import DEBUG, quieten
+from vllm_score_command import COMMANDS, DECLARED, main, show_help
 
-# Command name -> module of this package that defines a function of the same name.
-COMMANDS = {
-    "perplexity": "perplexity",
-    "sequence": "sequence",
-    "eig": "eig",
-    "doctor": "doctor",
-}
+__all__ = ["completion", "main", "run"]
 
 
-class LazyGroup(typer.core.TyperGroup):
-    """Imports a command's module when it is used, so that `vllm-score -h` is quick."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, name: str) -> Any:
-        if name not in COMMANDS:
-            return None
-        from vllm.score.cli.options import ManyFilesCommand
-
-        module = import_module(f"{__name__}.{COMMANDS[name]}")
-        single = typer.Typer(add_completion=False)
-        single.command(name=name, cls=ManyFilesCommand)(getattr(module, name))
-        return typer.main.get_command(single)
+def run(command: str, words: list[str], program: str, defaults: Mapping[str, Any]) -> None:
+    """Run a command; see `vllm_score_command.run`."""
+    with one_line_errors(program):
+        DEBUG.set("--debug" in words)
+        parser, function, declare = _loaded(command)
+        name = f"{program} {command}" if program == "vllm-score" else program
+        if {"-h", "--help"} & set(words):
+            show_help(declare, name, defaults)
+        options = parser.parse(declare, name, words, defaults, engine=command != "doctor")
+        with results_stream() as results:
+            function(options, results)
 
 
-app = typer.Typer(
-    cls=LazyGroup,
-    add_completion=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+def completion(shell: str) -> str:
+    """A script that completes commands and options, vLLM's among them, in bash, zsh or tcsh."""
+    import shtab
+
+    whole = ArgumentParser(prog="vllm-score")
+    whole.add_argument("--version", action="store_true", help="show the versions")
+    whole.add_argument("--print-completion", choices=shtab.SUPPORTED_SHELLS, help="print this")
+    commands = whole.add_subparsers()
+    for name, summary in COMMANDS.items():
+        parser, _, declare = _loaded(name)
+        made = parser.make_parser(declare, f"vllm-score {name}", engine=name != "doctor")
+        commands.add_parser(name, help=summary, parents=[made], add_help=False)
+    return str(shtab.complete(whole, shell))
 
 
-@app.callback(invoke_without_command=False)
-def vllm_score() -> None:
-    """Exact log-probabilities of given tokens, computed by vLLM on the weights that you serve.
+def _loaded(command: str) -> tuple[Any, Callable[..., None], Callable[[ArgumentParser], None]]:
+    """The module that parses, what runs a command, and what declares its options.
 
-    Start with:  vllm-score perplexity
-
-    on your model and text:  vllm-score perplexity MODEL --file TEXT.txt
+    vLLM logs what it finds on this machine while its modules are imported.
     """
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point: errors that a user can mend become one line and exit code 1."""
-    from vllm.score.cli.streams import one_line_errors
-
-    with one_line_errors("vllm-score"):
-        app(args=arguments, prog_name="vllm-score")
+    with results_stream():
+        quieten()
+        parser = import_module(f"{__name__}.parser")
+        module = import_module(f"{__name__}.{command}")
+    return parser, getattr(module, command), DECLARED.get(command) or module.declare

@@ -3,57 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
-import typer
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
 
-from vllm.score.cli import options
+from vllm import SamplingParams  # noqa: F401 - the first import of every user
+from vllm.score.api import score
+from vllm.score.errors import ScoreModeUnavailable
+from vllm.score.launch.engine import open_llm
+from vllm.score.patches.engines import ask_engine
+from vllm.score.patches.register import REGISTER
+from vllm.score.patches.status import first_problem, process_status
+from vllm.score.tiny.random_models import make_random_model
 
 
-def doctor(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Look at this process only; start no engine.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
-) -> None:
-    """Versions, patches and kernels of the front end, the engine core and the worker.
-
-    Starts a tiny engine in its own process, asks every process for its state, and compares a few
-    scores with Hugging Face. Exit code 1 if scores would be refused or are wrong.
-    """
-    from vllm.score.cli.engine import quieten
-    from vllm.score.cli.streams import results_stream
-
-    with results_stream() as results:
-        quieten()
-        statuses = [front_end_status()]
-        check = None
-        if not quick and statuses[0]["problem"] is None:
-            engine_statuses, check = engine_report(progress=not quiet)
-            statuses += engine_statuses
-        problem = first_problem(statuses, check)
-        if as_json:
-            report = {"processes": statuses, "check": check, "problem": problem}
-            print(json.dumps(report, indent=2), file=results)
-        else:
-            _print(statuses, check, problem, results)
+def doctor(options: Namespace, results: TextIO) -> None:
+    """Print what every process reports; exit code 1 if scores would be refused or are wrong."""
+    statuses, check = [front_end_status()], None
+    if not options.quick and statuses[0]["problem"] is None:
+        engine_statuses, check = engine_report(progress=not options.quiet)
+        statuses += engine_statuses
+    problem = first_problem(statuses) or _difference(check)
+    if options.json:
+        report = {"processes": statuses, "check": check, "problem": problem}
+        print(json.dumps(report, indent=2), file=results, flush=True)
+    else:
+        _print(statuses, check, problem, results)
     if problem is not None:
         sys.exit(1)
 
 
 def front_end_status() -> dict[str, Any]:
     """This process, after every module that the front end amends was imported."""
-    from importlib import import_module
-
-    from vllm import SamplingParams  # noqa: F401 - the first import of every user
-    from vllm.score.patches.register import REGISTER
-    from vllm.score.patches.status import process_status
-
     for patch in REGISTER:
         if "front end" in patch.roles:
             import_module(patch.target)
@@ -62,13 +52,6 @@ def front_end_status() -> dict[str, Any]:
 
 def engine_report(progress: bool = True) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Status of the engine core and worker of a tiny engine, and its scores against a reference."""
-    import os
-
-    from vllm.score.cli.engine import open_llm
-    from vllm.score.errors import ScoreModeUnavailable
-    from vllm.score.patches.engines import ask_engine
-    from vllm.score.tiny.random_models import make_random_model
-
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     # A forked engine core would hang on the threads that made the model.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
@@ -94,11 +77,7 @@ def engine_report(progress: bool = True) -> tuple[list[dict[str, Any]], dict[str
 
 def _compare(llm: Any, model: Path) -> dict[str, Any]:
     """Largest difference to Hugging Face in float64 over 64 tokens, in nats."""
-    import numpy as np
-    import torch
     from transformers import AutoModelForCausalLM
-
-    from vllm.score.api import score
 
     vocab_size = llm.llm_engine.model_config.get_vocab_size()
     ids = np.random.default_rng(0).integers(0, vocab_size, 65).tolist()
@@ -112,17 +91,14 @@ def _compare(llm: Any, model: Path) -> dict[str, Any]:
     return {"tokens": 64, "max_difference_nats": difference, "tolerance_nats": tolerance}
 
 
-def first_problem(statuses: list[dict[str, Any]], check: dict[str, Any] | None) -> str | None:
-    """The first reason why scores would be refused or wrong."""
-    for status in statuses:
-        if status["problem"]:
-            return str(status["problem"])
-    if check and not check["max_difference_nats"] <= check["tolerance_nats"]:
-        return (
-            f"the scores differ from Hugging Face's by {check['max_difference_nats']:.2e} nats, "
-            f"more than {check['tolerance_nats']:.0e}."
-        )
-    return None
+def _difference(check: dict[str, Any] | None) -> str | None:
+    """Why the scores are wrong, if they are."""
+    if not check or check["max_difference_nats"] <= check["tolerance_nats"]:
+        return None
+    return (
+        f"the scores differ from Hugging Face's by {check['max_difference_nats']:.2e} nats, more "
+        f"than {check['tolerance_nats']:.0e}."
+    )
 
 
 def _print(
@@ -131,9 +107,6 @@ def _print(
     problem: str | None,
     results: TextIO,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(file=results, highlight=False)
     versions = statuses[0]["versions"]
     console.print("  ".join(f"{name} {number}" for name, number in versions.items()))

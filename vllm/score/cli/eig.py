@@ -3,234 +3,276 @@
 from __future__ import annotations
 
 import json
-import sys
+import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from vllm.score.cli import eig_options as own
-from vllm.score.cli import options
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from vllm.score.cli.eig_rule import Rule
-    from vllm.score.cli.questions import Questions
-    from vllm.score.eig.metrics import EIGMetrics
-    from vllm.score.eig.types import Trace
+from vllm.platforms import current_platform
+from vllm.score.armed import require_score_mode
+from vllm.score.checks import Count, check
+from vllm.score.cli.common import check_output, option
+from vllm.score.cli.inputs import Questions, read_questions
+from vllm.score.cli.model import Model
+from vllm.score.eig.candidates import candidate_source
+from vllm.score.eig.engines import LLMReasoner
+from vllm.score.eig.extract import normalise
+from vllm.score.eig.options import Options, Parameter, parameters_of
+from vllm.score.eig.plots import FORMATS, plot_traces
+from vllm.score.eig.reasoning import (
+    ANSWER_ROOM,
+    MAX_TOKENS_THINKING,
+    eig_problems,
+    run,
+    unanswered_note,
+)
+from vllm.score.eig.report import (
+    EIGMetrics,
+    metrics_tables,
+    print_tables,
+    run_table,
+    summarize_run,
+    write_traces,
+)
+from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
+from vllm.score.eig.trace import Trace
+from vllm.score.errors import ScoreModeError
+from vllm.score.escapes import unescape
+from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.tiny import additions, additions_model
+from vllm_score_command import options as shared
 
 EMBEDDED_QUESTIONS = 32
 # A step of two sums, each a token; the embedded model knows no words to be overruled by.
-EMBEDDED = {"sample_length": 2, "max_tokens_thinking": 16, "thinking_n_ignore": 0}
-# Tokens of a question where the tokenizer cannot be read without the engine.
-_UNKNOWN_LENGTH = 2048
+EMBEDDED = {
+    "sample_length": 2,
+    "max_tokens_thinking": 16,
+    "thinking_n_ignore": 0,
+    "answer_cue": additions.CUE,
+    "answer_end": additions.END,
+}
+END_OF_SEQUENCE = "EOS"
+# Fields of `Options` that are options of the command, by group; and what its help adds.
+GROUPS = {
+    "Answers": ("candidates", "answer_cue", "answer_end", "length_normalization"),
+    "Reasoning": ("decide_at", "max_tokens_thinking", "thinking_n_ignore", "think_end"),
+}
+HELP = {
+    "answer_cue": r"; \n is a line break",
+    "answer_end": "; '' for nothing, EOS for the end-of-sequence token",
+    "think_end": "; may be repeated",
+}
 
 
-def eig(
-    model: options.ModelArgument = None,
-    model_option: options.Model = None,
-    question: own.Question = None,
-    file: own.File = None,
-    question_column: own.QuestionColumn = None,
-    answer_column: own.AnswerColumn = None,
-    skip_empty: own.SkipEmpty = False,
-    chat: own.Chat = False,
-    scaler: own.ScalerName = "expected_information_gain_reasoning",
-    lambda_cost: own.LambdaCost = None,
-    beam_size: own.BeamSize = None,
-    mc_samples: own.McSamples = None,
-    sample_length: own.SampleLength = None,
-    temperature: own.Temperature = None,
-    top_p: own.TopP = None,
-    max_computation_time: own.MaxComputationTime = None,
-    entropy_threshold: own.EntropyThreshold = None,
-    fixed_budget: own.FixedBudget = None,
-    strict: own.Strict = False,
-    estimator: own.Estimator = None,
-    decide_at: own.DecideAt = "step",
-    candidates: own.Candidates = None,
-    choices_column: own.ChoicesColumn = None,
-    answer_cue: own.AnswerCue = None,
-    answer_end: own.AnswerEnd = None,
-    length_normalization: own.LengthNormalization = "none",
-    max_tokens_thinking: own.MaxTokensThinking = None,
-    thinking_n_ignore: own.ThinkingNIgnore = None,
-    think_end: own.ThinkEnd = None,
-    concurrency: own.Concurrency = 32,
-    seed: own.Seed = 0,
-    dtype: options.Dtype = "auto",
-    quantization: options.Quantization = None,
-    tensor_parallel_size: options.TensorParallelSize = 1,
-    max_num_seqs: options.MaxNumSeqs = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
-    gpu_memory_utilization: options.GpuMemoryUtilization = None,
-    enforce_eager: options.EnforceEager = False,
-    low_memory: options.LowMemory = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    revision: options.Revision = None,
-    tokenizer: options.Tokenizer = None,
-    as_json: options.Json = False,
-    output: own.Output = None,
-    plot: own.Plot = None,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
-) -> None:
-    """Let a model reason about questions as long as one more step is expected to tell more
-    about the answer than it costs.
+def declare(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = """\
+Let a model reason about questions as long as one more step is expected to tell more about the
+answer than it costs.
 
-    Without arguments: a small model made on this machine, on additions that it has learned.
+  vllm-score eig                             additions, by a small model made on this machine
+  vllm-score eig MODEL --file questions.jsonl --output traces.jsonl --plot traces.html"""
+    shared.add_model(parser)
+    questions = parser.add_argument_group("Questions")
+    questions.add_argument(
+        "--question",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="may be repeated",
+    )
+    shared.add_files(
+        questions, f".jsonl, .json, .csv, .tsv or .parquet with a question per row, {shared.FILES}"
+    )
+    for name, text in {
+        "question": "questions: texts, or (not in CSV) lists of chat messages (default: question)",
+        "answer": "right answers, to count what is correct (default: answer, where there is one)",
+        "choices": "a list of candidate answers for each question",
+    }.items():
+        questions.add_argument(f"--{name}-column", metavar="NAME", help=f"column with the {text}")
+    shared.add_skip_empty(questions, "whose question is null, missing or empty")
+    questions.add_argument(
+        "--chat",
+        action="store_true",
+        help="take each question for a user's message, through the model's chat template",
+    )
+    rules = all_rules()
+    stop = parser.add_argument_group("When to stop")
+    stop.add_argument(
+        "--scaler",
+        default=next(iter(rules)),
+        metavar="NAME",
+        help=f"{', '.join(rules)} (default: %(default)s)",
+    )
+    known = {name: each for rule in rules.values() for name, each in parameters_of(rule).items()}
+    for name, parameter in known.items():
+        _add(stop, name, parameter, parameter.help)
+    stop.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse values out of range, instead of taking the nearest one",
+    )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for title, names in GROUPS.items():
+        for name in names:
+            parameter = parameters_of(Options)[name]
+            kind = {"type": int} if parameter.type is int else {}
+            _add(groups[title], name, parameter, parameter.meaning + HELP.get(name, ""), **kind)
+    groups["Reasoning"].add_argument(
+        "--concurrency",
+        type=int,
+        default=32,
+        metavar="N",
+        help="questions side by side (default: %(default)s)",
+    )
+    shared.add_output(
+        parser,
+        ("FILE.jsonl", "write a trace per line: each decision, its candidates, the reasoning"),
+        ("FILE.html|.png|.svg|.pdf", "draw entropy and expected gain along each trace"),
+    )
+    parser.epilog = (
+        shared.ENGINE + "\n  --seed is also of what is sampled, and of the questions made here."
+    )
 
-    With a model:  vllm-score eig MODEL --file questions.jsonl --output traces.jsonl
-    --plot traces.html
+
+def _add(group: Any, name: str, parameter: Parameter, text: str, **more: Any) -> None:
+    """An option for a field, None where it is not given; its class checks and converts it."""
+    if parameter.type == tuple[str, ...]:
+        more |= {"action": "extend", "nargs": "+"}
+    said = repr(parameter.default).strip("'")
+    default = "" if parameter.default in (None, ()) else f" (default: {said})"
+    group.add_argument(
+        option(name),
+        metavar={int: "N", float: "X"}.get(parameter.type, "TEXT"),
+        help=(text + default).replace("%", "%%"),
+        **more,
+    )
+
+
+def eig(options: Namespace, results: TextIO) -> None:
+    """Reason about the questions that the options name, and print and write what was found."""
+    require_score_mode()
+    progress = not options.quiet
+    model = Model(options)
+    seed = int(options.engine.get("seed", 0))
+    check("--concurrency", options.concurrency, Count)
+    output = check_output("output", options.output, (".jsonl",), options.file)
+    plot = check_output("plot", options.plot, FORMATS, options.file)
+    questions = read_questions(options)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    if model.name is None:
+        questions = questions or _additions(seed)
+        given = {**EMBEDDED, **given}
+        if "fixed_budget" in given and options.max_tokens_thinking is None:
+            del given["max_tokens_thinking"]
+    elif questions is None:
+        raise ScoreModeError(
+            "a model is named and no question; give --question TEXT or --file PATH"
+        )
+    metrics = EIGMetrics()
+    rule = make_rule(given, questions.choices)
+    asked = make_options({**given, "seed": seed, "metrics": metrics}, questions.choices)
+    model.read(lambda: additions_model.additions_model(progress=progress).directory)
+    prompts = questions.token_ids(model.tokenizer)
+    most = rule.budget(asked.max_tokens_thinking)
+    needed = MAX_TOKENS_THINKING if most is None else most
+    length = max(map(len, prompts)) + needed + rule.sample_length + ANSWER_ROOM
+    length = min(length, model.longest or length)
+    problems = eig_problems(
+        model.tokenizer, prompts, rule, max_model_len=length, options=asked, names=questions.names
+    )
+    # Contexts are shared in whole blocks: on a CPU vLLM's are too large for steps to be.
+    blocks = {"block_size": 32} if current_platform.is_cpu() else {}
+    llm = model.start(length, seed=seed, **blocks)
+
+    finished: dict[int, Trace] = {}
+    bars = shows_bars(progress)
+    step = f"Reasoning about {len(problems)} question(s)"
+    try:
+        with long_step(step, "Reasoned", progress and not bars):
+            reasoner = LLMReasoner(llm, concurrency=options.concurrency)
+            traces = run(reasoner, problems, use_tqdm=bars, finished=finished)
+    except BaseException:
+        keep_finished(finished, questions, output)
+        raise
+    found = {"model": model.name, "scaler": options.scaler, "parameters": asdict(rule)}
+    _report(found, questions, traces, metrics, results, as_json=options.json)
+    if output is not None:
+        write_traces(traces, output, questions=questions.texts, gold=questions.gold)
+        say(f"wrote {output}", progress)
+    if plot is not None:
+        title = options.scaler.replace("_", " ")
+        plot_traces(traces, plot, lambda_cost=rule.cost, title=title)
+        say(f"wrote {plot}", progress)
+    if note := unanswered_note(traces, "--max-computation-time", "--concurrency"):
+        if all(trace.answer is None for trace in traces):
+            raise ScoreModeError(note)
+        say(f"Note: {note}", True)
+
+
+def make_rule(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> StoppingRule:
+    """The rule that the options name, with its parameters.
+
+    Args:
+        given: options that are given, `scaler` and `strict` among them.
+        choices: candidate answers of each question; empty where there are none.
+
+    Raises:
+        ScoreModeError: for options out of range or that do not go together.
     """
-    from vllm.score.armed import require_score_mode
-    from vllm.score.cli import checks
-    from vllm.score.cli.eig_rule import make_rule
-    from vllm.score.cli.engine import open_llm, quieten
-    from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
-    from vllm.score.cli.questions import QuestionOptions
-    from vllm.score.cli.streams import results_stream
-    from vllm.score.eig.metrics import EIGMetrics
-    from vllm.score.eig.plots import FORMATS
-    from vllm.score.launch.steps import long_step, shows_bars
-
-    model = checks.one_model(model, model_option)
-    checks.check_positive(
-        concurrency=concurrency,
-        tensor_parallel_size=tensor_parallel_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
-    checks.check_engine(dtype, gpu_memory_utilization)
-    if model is None:
-        checks.check_no_model(quantization=quantization, tokenizer=tokenizer, revision=revision)
-    inputs = [str(each) for each in file or []]
-    checks.check_output("--output", output, (".jsonl",), inputs)
-    checks.check_output("--plot", plot, FORMATS, inputs)
-    given = QuestionOptions(
-        question or [],
-        file or [],
-        question_column,
-        answer_column,
-        choices_column,
-        chat,
-        skip_empty,
-    )
-    parameters: dict[str, Any] = {
-        "lambda_cost": lambda_cost,
-        "beam_size": beam_size,
-        "mc_samples": mc_samples,
-        "sample_length": sample_length,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_computation_time": max_computation_time,
-        "entropy_threshold": entropy_threshold,
-        "fixed_budget": fixed_budget,
-    }
-    settings: dict[str, Any] = {
-        "candidates": candidates,
-        "answer_cue": answer_cue,
-        "answer_end": answer_end,
-        "length_normalization": length_normalization,
-        "decide_at": decide_at,
-        "max_tokens_thinking": max_tokens_thinking,
-        "thinking_n_ignore": thinking_n_ignore,
-        "think_end": think_end or None,
-        "seed": seed,
-    }
-    if model is None:
-        _embedded_defaults(parameters, settings)
-    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-
-    with results_stream() as results:
-        quieten()
-        require_score_mode()
-        questions = _additions(seed) if model is None and not given.given else given.read()
-        rule = make_rule(
-            scaler,
-            parameters,
-            strict=strict,
-            estimator=estimator,
-            options=settings,
-            choices=questions.choices,
+    name = given["scaler"]
+    kind = find_rule(name)
+    own, rest = kind.split(given)
+    for key in {key for rule in all_rules().values() for key in parameters_of(rule)} & rest.keys():
+        raise ScoreModeError(
+            f"{option(key)} is {rest[key]!r}, which {name} does not take; leave it out"
         )
-        if model is None:
-            from vllm.score.tiny.additions_model import additions_model
-
-            model = str(additions_model(progress=not quiet).directory)
-            # vLLM's "auto" would round its float32 weights to bfloat16.
-            dtype = "float32" if dtype == "auto" else dtype
-        longest = longest_context(model_config(model, **loading))
-        if tokenizer is None:
-            loaded = load_tokenizer(model, **loading)
-        else:  # the revision is the model's
-            loaded = load_tokenizer(tokenizer, **{**loading, "revision": None})
-        metrics = EIGMetrics()
-        rule.options["metrics"] = metrics
-        length = _UNKNOWN_LENGTH + rule.room
-        if loaded is not None:
-            prompts = questions.token_ids(loaded)
-            length = max(map(len, prompts)) + rule.room
-        length = min(length, longest or length)
-        if loaded is not None:
-            rule.check_choices(questions, loaded)
-            problems = rule.problems(loaded, prompts, length)
-        llm = open_llm(
-            model,
-            context_length=length,
-            dtype=dtype,
-            quantization=quantization,
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager or None,
-            low_memory=low_memory,
-            tokenizer=tokenizer,
-            progress=not quiet,
-            seed=seed,
-            **_block_size(),
-            **loading,
+    most = max(map(len, choices), default=0)
+    if choices:
+        own.setdefault("beam_size", min(most, kind.parameters()["beam_size"].bounds[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its record in the log is enough
+        rule = kind.checked(given["strict"], **own)
+    if most > rule.beam_size:
+        raise ScoreModeError(
+            f"a question has {most} choices, more than --beam-size {rule.beam_size} (at most "
+            f"{kind.parameters()['beam_size'].bounds[1]}); raise it or give fewer"
         )
-        if loaded is None:
-            loaded = llm.get_tokenizer()
-            rule.check_choices(questions, loaded)
-            problems = rule.problems(loaded, questions.token_ids(loaded), length)
-
-        from vllm.score.eig.scalers import run, unanswered_note
-        from vllm.score.errors import ScoreModeError
-
-        finished: dict[int, Trace] = {}
-        bars = shows_bars(not quiet)
-        step = f"Reasoning about {len(problems)} question(s)"
-        try:
-            with long_step(step, "Reasoned", not quiet and not bars):
-                traces = run(llm, problems, concurrency, None, bars, False, finished)
-        except BaseException:
-            keep_finished(finished, questions, output)
-            raise
-        _report(model, rule, questions, traces, metrics, results, as_json=as_json)
-        _write_files(rule, questions, traces, output, plot, quiet=quiet)
-        note = unanswered_note(traces, "--max-computation-time", "--concurrency")
-        if note is not None:
-            if all(trace.answer is None for trace in traces):
-                raise ScoreModeError(note)
-            print(f"Note: {note}", file=sys.stderr)
+    return rule
 
 
-def _embedded_defaults(parameters: dict[str, Any], settings: dict[str, Any]) -> None:
-    from vllm.score.tiny.additions import CUE, END
+def make_options(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> Options:
+    """The options beside the rule, of those that are given; texts with escapes.
 
-    for name, value in {**EMBEDDED, "answer_cue": CUE, "answer_end": END}.items():
-        target = parameters if name in parameters else settings
-        if target[name] is None:
-            target[name] = value
+    Raises:
+        ScoreModeError: for options that cannot be used.
+    """
+    found = {name: given[name] for name in parameters_of(Options) if name in given}
+    for name in ("answer_cue", "answer_end"):
+        if name in found:
+            found[name] = unescape(found[name])
+    if found.get("answer_end") == END_OF_SEQUENCE:
+        found["answer_end"] = None
+    if not all(found.get("think_end", ())):
+        raise ScoreModeError("--think-end is ''; give the text that ends the reasoning")
+    if choices:
+        if "candidates" in found:
+            raise ScoreModeError(
+                "--candidates and --choices-column each name candidates; give one of them"
+            )
+        found["candidates"] = [list(each) for each in choices]
+    else:
+        candidate_source(found.get("candidates", "beam"))
+    return Options(**found)
 
 
 def _additions(seed: int) -> Questions:
-    from vllm.score.cli.questions import Questions
-    from vllm.score.tiny.additions import random_problems
-
-    problems = random_problems(EMBEDDED_QUESTIONS, seed=abs(seed))
+    problems = additions.random_problems(EMBEDDED_QUESTIONS, seed=abs(seed))
     return Questions(
         [each.question for each in problems],
         [f"addition {number}" for number in range(1, len(problems) + 1)],
@@ -238,16 +280,8 @@ def _additions(seed: int) -> Questions:
     )
 
 
-def _block_size() -> dict[str, Any]:
-    """Contexts are shared in whole blocks: on a CPU vLLM's are too large for steps to be."""
-    from vllm.platforms import current_platform
-
-    return {"block_size": 32} if current_platform.is_cpu() else {}
-
-
 def _report(
-    model: str,
-    rule: Rule,
+    found: dict[str, Any],
     questions: Questions,
     traces: Sequence[Trace],
     metrics: EIGMetrics,
@@ -255,47 +289,35 @@ def _report(
     *,
     as_json: bool,
 ) -> None:
-    from vllm.score.eig.candidates.extract import normalise
-    from vllm.score.eig.metrics import metrics_tables
-    from vllm.score.eig.table import run_table, summarize_run
-
     summary = summarize_run(
         traces, questions.gold, equal=lambda found, right: normalise(found) == normalise(right)
     )
-    if as_json:
-        found = {
-            "model": model,
-            "scaler": rule.name,
-            "parameters": dict(rule.values),
-            "notes": list(questions.notes),
-            "summary": asdict(summary),
-            "metrics": metrics.summary(),
-            "questions": [
-                {
-                    "question": text,
-                    "gold": gold,
-                    "answer": trace.answer,
-                    "reasoning_tokens": len(trace.reasoning_token_ids),
-                    "tokens_sampled": trace.tokens_sampled,
-                    "decisions": len(trace.steps),
-                    "stopped": trace.steps[-1].decision.reason,
-                }
-                for text, gold, trace in zip(questions.texts, questions.gold, traces, strict=True)
-            ],
-        }
-        text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
-        print(text, file=stream, flush=True)
+    if not as_json:
+        console = Console(file=stream, highlight=False)
+        print_tables(console, [run_table(summary), *metrics_tables(metrics.summary())])
+        for line in questions.notes:
+            console.print(line, markup=False)
+        stream.flush()
         return
-    from rich.console import Console
-
-    console = Console(file=stream, highlight=False)
-    for number, table in enumerate((run_table(summary), *metrics_tables(metrics.summary()))):
-        if number:
-            console.print()
-        console.print(table)
-    for line in questions.notes:
-        console.print(line, markup=False)
-    stream.flush()
+    found |= {
+        "notes": list(questions.notes),
+        "summary": asdict(summary),
+        "metrics": metrics.summary(),
+        "questions": [
+            {
+                "question": text,
+                "gold": gold,
+                "answer": trace.answer,
+                "reasoning_tokens": len(trace.reasoning_token_ids),
+                "tokens_sampled": trace.tokens_sampled,
+                "decisions": len(trace.steps),
+                "stopped": trace.steps[-1].decision.reason,
+            }
+            for text, gold, trace in zip(questions.texts, questions.gold, traces, strict=True)
+        ],
+    }
+    text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
+    print(text, file=stream, flush=True)
 
 
 def keep_finished(
@@ -304,8 +326,6 @@ def keep_finished(
     """Write what an interrupted run has computed beside `output`; the file, if there is one."""
     if output is None or not finished:
         return None
-    from vllm.score.eig.traces_file import write_traces
-
     path = output.with_name(f"{output.stem}.partial.jsonl")
     order = sorted(finished)
     write_traces(
@@ -314,27 +334,5 @@ def keep_finished(
         questions=[questions.texts[i] for i in order],
         gold=[questions.gold[i] for i in order],
     )
-    print(f"interrupted: wrote the {len(order)} finished traces to {path}", file=sys.stderr)
+    say(f"interrupted: wrote the {len(order)} finished traces to {path}", True)
     return path
-
-
-def _write_files(
-    rule: Rule,
-    questions: Questions,
-    traces: Sequence[Trace],
-    output: Path | None,
-    plot: Path | None,
-    *,
-    quiet: bool,
-) -> None:
-    if output is not None:
-        from vllm.score.eig.traces_file import write_traces
-
-        write_traces(traces, output, questions=questions.texts, gold=questions.gold)
-    if plot is not None:
-        from vllm.score.eig.plots import plot_traces
-
-        plot_traces(traces, plot, lambda_cost=rule.lambda_cost, title=rule.name.replace("_", " "))
-    for path in (output, plot):
-        if path is not None and not quiet:
-            print(f"wrote {path}", file=sys.stderr)

@@ -3,159 +3,145 @@
 from __future__ import annotations
 
 import math
-import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from vllm.score.cli import options
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from vllm.score.perplexity.result import PerplexityResult
-    from vllm.score.report.baseline import Baseline
-    from vllm.score.tiny.embedded import EmbeddedModel
+from vllm.score.armed import require_score_mode
+from vllm.score.checks import Count, check, check_name
+from vllm.score.cli.common import check_output, check_writable
+from vllm.score.cli.inputs import check_text, open_text
+from vllm.score.cli.model import Model
+from vllm.score.data import Source, file_source
+from vllm.score.errors import ScoreModeError
+from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.perplexity import conventions as known
+from vllm.score.perplexity import perplexity as run
+from vllm.score.perplexity.job import check_windows, prepare
+from vllm.score.perplexity.plans import BOS_RULES
+from vllm.score.perplexity.result import PerplexityResult
+from vllm.score.perplexity.run import GROUP_TOKENS
+from vllm.score.perplexity.windows import SlidingWindows
+from vllm.score.report.baseline import Baseline
+from vllm.score.report.machine import to_json
+from vllm.score.report.table import print_result
+from vllm.score.tiny.embedded import EmbeddedModel, embedded_model
 
 
-def perplexity(
-    model: options.ModelArgument = None,
-    model_option: options.Model = None,
-    dataset: options.Dataset = None,
-    dataset_config: options.DatasetConfig = None,
-    split: options.Split = None,
-    text: options.DirectText = None,
-    file: options.File = None,
-    text_column: options.TextColumn = None,
-    skip_empty: options.SkipEmpty = False,
-    separate_documents: options.SeparateDocuments = False,
-    limit: options.Limit = None,
-    context_length: options.ContextLength = 2048,
-    stride: options.Stride = 512,
-    bos: options.Bos = "auto",
-    convention: options.Conventions = None,
-    dtype: options.Dtype = "auto",
-    quantization: options.Quantization = None,
-    tensor_parallel_size: options.TensorParallelSize = 1,
-    max_num_seqs: options.MaxNumSeqs = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
-    gpu_memory_utilization: options.GpuMemoryUtilization = None,
-    enforce_eager: options.EnforceEager = False,
-    low_memory: options.LowMemory = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    revision: options.Revision = None,
-    tokenizer: options.Tokenizer = None,
-    store: options.StoreDirectory = None,
-    resume: options.Resume = False,
-    as_json: options.Json = False,
-    output: options.Output = None,
-    plot: options.Plot = None,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
-) -> None:
-    """Perplexity of a model on a text, in sliding windows, from the exact log-probability of
-    every token.
-
-    Without arguments: a small model made on this machine, on text that it has not seen.
-
-    With a model:  vllm-score perplexity MODEL --file TEXT.txt
-
-    As published:  vllm-score perplexity MODEL --dataset wikitext
-    --dataset-config wikitext-2-raw-v1 --convention all
-    """
-    from vllm.score.armed import require_score_mode
-    from vllm.score.cli import checks
-    from vllm.score.cli.engine import open_llm, quieten
-    from vllm.score.cli.hub import load_tokenizer, longest_context, model_config
-    from vllm.score.cli.sources import TextOptions
-    from vllm.score.cli.streams import results_stream
-    from vllm.score.data import file_source
-    from vllm.score.launch.steps import long_step, shows_bars
-
-    conventions = convention or []
-    model = checks.one_model(model, model_option)
-    texts = TextOptions(dataset, dataset_config, split, text, file or [], text_column, skip_empty)
-    checks.check_sizes(
-        model,
-        context_length=context_length,
-        stride=stride,
-        bos=bos,
-        conventions=conventions,
-        limit=limit,
-        tensor_parallel_size=tensor_parallel_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
-    checks.check_store(store, resume)
-    checks.check_engine(dtype, gpu_memory_utilization)
-    if model is None:
-        checks.check_no_model(quantization=quantization, tokenizer=tokenizer, revision=revision)
-    checks.check_output("--output", output, (".parquet",), texts.files)
-    checks.check_output("--plot", plot, (".png", ".html"), texts.files)
+def perplexity(options: Namespace, results: TextIO) -> None:
+    """Score the text that the options name, and print and write the figures."""
+    require_score_mode()
+    progress = not options.quiet
+    model = Model(options)
     settings: dict[str, Any] = {
-        "context_length": context_length,
-        "stride": stride,
-        "bos": bos,
-        "separator": None if separate_documents else "\n\n",
-        "conventions": conventions,
-        "max_tokens": limit,
+        "context_length": options.context_length,
+        "stride": options.stride,
+        "bos": options.bos,
+        "separator": None if options.separate_documents else "\n\n",
+        "conventions": options.convention,
+        "max_tokens": options.limit,
     }
-    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    is_named = check_text(options)
+    SlidingWindows(options.context_length, options.stride)
+    check_name("--bos", options.bos, BOS_RULES)
+    length = known.longest_prompt(options.convention, options.context_length)
+    check("--limit", options.limit, Count | None)
+    _check_store(options.store, options.resume)
+    output = check_output("output", options.output, (".parquet",), options.file)
+    plot = check_output("plot", options.plot, (".png", ".html"), options.file)
 
-    with results_stream() as results:
-        quieten()
-        require_score_mode()
-        embedded = None
-        if texts.given or model is not None:
-            source = texts.open()
-            checks.check_text(source, limit)
-        if model is None:
-            from vllm.score.tiny.embedded import embedded_model
+    embedded: list[EmbeddedModel] = []
 
-            embedded = embedded_model(progress=not quiet)
-            model = str(embedded.directory)
-            # vLLM's "auto" would round its float32 weights to bfloat16.
-            dtype = "float32" if dtype == "auto" else dtype
-            if not texts.given:
-                source = file_source(embedded.held_out_text)
-        longest = longest_context(model_config(model, **loading))
-        checks.check_fits_model(longest, model, context_length, conventions)
-        if tokenizer is None:
-            loaded = load_tokenizer(model, **loading)
-        else:  # the revision is the model's
-            loaded = load_tokenizer(tokenizer, **{**loading, "revision": None})
-        checks.check_job(source, loaded, **settings)
+    def make() -> Path:
+        embedded.append(embedded_model(progress=progress))
+        return embedded[0].directory
 
-        from vllm.score.perplexity import perplexity as run
-        from vllm.score.perplexity.conventions import longest_prompt, longest_window
+    source = None
+    if is_named or model.name is not None:
+        source = open_text(options)
+        _check_text(source, options.limit)
+    model.read(make)
+    if source is None:
+        source = file_source(embedded[0].held_out_text)
+    _check_fits(model, options.context_length, options.convention)
+    check_windows(prepare(source, model.tokenizer, group_tokens=GROUP_TOKENS, **settings))
+    llm = model.start(length, known.longest_window(options.convention, options.context_length))
+    bars = shows_bars(progress)
+    with long_step(f"Scoring {source.name}", "Scored", progress and not bars):
+        store = {"store": options.store, "resume": options.resume}
+        result = run(llm, source, **store, use_tqdm=bars, **settings)
+    baselines = _baselines(result, embedded[0]) if embedded else []
+    if options.json:
+        print(to_json(result, baselines), file=results)
+    else:
+        print_result(result, Console(file=results, highlight=False), baselines)
+    results.flush()
+    if output is not None:
+        result.write_parquet(output)
+        say(f"wrote {output}", progress)
+    if plot is not None:
+        from vllm.score.report.plots import write_plot  # matplotlib takes a second
 
-        llm = open_llm(
-            model,
-            context_length=longest_prompt(conventions, context_length),
-            read=longest_window(conventions, context_length),
-            dtype=dtype,
-            quantization=quantization,
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager or None,
-            low_memory=low_memory,
-            tokenizer=tokenizer,
-            progress=not quiet,
-            **loading,
+        write_plot(result, plot)
+        say(f"wrote {plot}", progress)
+
+
+def _check_store(name: str | None, resume: bool) -> None:
+    """`--resume` needs a store; without it the store must be empty or new."""
+    if name is None:
+        if resume:
+            raise ScoreModeError(
+                "--resume is given without --store; name the directory of the run to go on with"
+            )
+        return
+    store, said = Path(name), f"--store {name!r}"
+    if store.exists() and not store.is_dir():
+        raise ScoreModeError(f"{said} is a file; name a directory")
+    if (store / "manifest.json").exists() and not resume:
+        raise ScoreModeError(
+            f"{said} already holds a run; add --resume to go on with it, or name another directory"
         )
-        bars = shows_bars(not quiet)
-        with long_step(f"Scoring {source.name}", "Scored", not quiet and not bars):
-            result = run(llm, source, store=store, resume=resume, use_tqdm=bars, **settings)
-        _report(result, _baselines(result, embedded), results, as_json=as_json)
-        _write_files(result, output, plot, quiet=quiet)
+    existing = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
+    check_writable(said, store, existing)
 
 
-def _baselines(result: PerplexityResult, embedded: EmbeddedModel | None) -> list[Baseline]:
-    """Guesses without a model, on the same tokens; known for the embedded model only, whose
-    training text is at hand."""
-    if embedded is None:
-        return []
-    from vllm.score.report.baseline import Baseline
+def _check_text(source: Source, limit: int | None) -> None:
+    """A text that can be read and is not empty.
 
+    Reads all of it; with a limit only up to its first character.
+    """
+    if limit is None:
+        source.check()
+    if not any(text for _, text in source.pieces()):
+        raise ScoreModeError(f"the text ({source.name}) is empty; there is nothing to score")
+
+
+def _check_fits(model: Model, context_length: int, conventions: Sequence[str]) -> None:
+    """Every window within what the model takes."""
+    longest = model.longest
+    if longest is None:
+        return
+    takes = f"more than the {longest} tokens that {model.name!r} takes (max_position_embeddings)"
+    if context_length > longest:
+        raise ScoreModeError(
+            f"--context-length is {context_length}, {takes}; pass "
+            f"--context-length {longest} or less, and a --stride of at most that"
+        )
+    for name in [*known.CONVENTIONS] if "all" in conventions else conventions:
+        size = known.longest_window([name], context_length)
+        if size > longest:
+            bare = name.partition(":")[0]
+            raise ScoreModeError(
+                f"--convention {name} has windows of {size} tokens, {takes}; ask for "
+                f"{bare}:{longest} or less"
+            )
+
+
+def _baselines(result: PerplexityResult, embedded: EmbeddedModel) -> list[Baseline]:
+    """Guesses without a model, on the same tokens; known where the training text is at hand."""
     nats = 0.0
     for batch in result.batches():
         ids = batch.column("token_id").to_numpy()
@@ -165,33 +151,3 @@ def _baselines(result: PerplexityResult, embedded: EmbeddedModel | None) -> list
         Baseline("unigram", "by the frequencies of the tokens in the training text", unigram),
         Baseline("uniform", "every token as likely as another", embedded.uniform_perplexity()),
     ]
-
-
-def _report(
-    result: PerplexityResult, baselines: list[Baseline], stream: TextIO, *, as_json: bool
-) -> None:
-    if as_json:
-        from vllm.score.report.machine import to_json
-
-        print(to_json(result, baselines), file=stream, flush=True)
-        return
-    from rich.console import Console
-
-    from vllm.score.report.table import print_result
-
-    print_result(result, Console(file=stream, highlight=False), baselines)
-    stream.flush()
-
-
-def _write_files(
-    result: PerplexityResult, output: Path | None, plot: Path | None, *, quiet: bool
-) -> None:
-    if output is not None:
-        result.write_parquet(output)
-    if plot is not None:
-        from vllm.score.report.plots import write_plot
-
-        write_plot(result, plot)
-    for path in (output, plot):
-        if path is not None and not quiet:
-            print(f"wrote {path}", file=sys.stderr)

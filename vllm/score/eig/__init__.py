@@ -6,96 +6,82 @@ traces = expected_information_gain_reasoning(llm, questions, lambda_cost=0.05)
 print_eig_metrics()
 """
 
-from __future__ import annotations
+from vllm.score.eig.answers import AnswerFormat
+from vllm.score.eig.candidates import (
+    BeamCandidates,
+    ExtractedCandidates,
+    GivenCandidates,
+    SampledCandidates,
+    State,
+)
+from vllm.score.eig.engines import AsyncLLMReasoner, LLMReasoner
+from vllm.score.eig.options import ContinuationPrompts, Options
+from vllm.score.eig.posterior import AnswerPosteriorEstimator, MonteCarloForecaster
+from vllm.score.eig.reasoning import (
+    eig_problems,
+    entropy_threshold_reasoning,
+    expected_information_gain_reasoning,
+    fixed_budget_reasoning,
+    reason,
+)
+from vllm.score.eig.report import (
+    EIGMetrics,
+    get_eig_metrics_summary,
+    print_eig_metrics,
+    reset_eig_metrics,
+)
+from vllm.score.eig.rules import (
+    RULES,
+    DecisionPoint,
+    EntropyThreshold,
+    ExpectedInformationGain,
+    ExpectedInformationGainCalculator,
+    FixedBudget,
+    StoppingRule,
+    register_scaler,
+)
+from vllm.score.eig.trace import Decision, Trace
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vllm.score.eig.answers import AnswerFormat
-    from vllm.score.eig.candidates import (
-        BeamCandidates,
-        ExtractedCandidates,
-        GivenCandidates,
-        SampledCandidates,
-    )
-    from vllm.score.eig.candidates.source import State
-    from vllm.score.eig.core import (
-        AnswerPosteriorEstimator,
-        ExpectedInformationGainCalculator,
-        MonteCarloForecaster,
-    )
-    from vllm.score.eig.drivers import AsyncDriver, EngineDriver
-    from vllm.score.eig.metrics import (
-        EIGMetrics,
-        get_eig_metrics_summary,
-        print_eig_metrics,
-        reset_eig_metrics,
-    )
-    from vllm.score.eig.parameters import EIGParameters
-    from vllm.score.eig.problems import eig_problems
-    from vllm.score.eig.prompts import ContinuationPrompts
-    from vllm.score.eig.registry import SCALERS, register_scaler
-    from vllm.score.eig.scalers import (
-        entropy_threshold_reasoning,
-        expected_information_gain_reasoning,
-        fixed_budget_reasoning,
-    )
-
-_HOMES = {
-    "AnswerFormat": "answers",
-    "AnswerPosteriorEstimator": "core",
-    "AsyncDriver": "drivers",
-    "BeamCandidates": "candidates",
-    "ContinuationPrompts": "prompts",
-    "EIGMetrics": "metrics",
-    "EIGParameters": "parameters",
-    "EngineDriver": "drivers",
-    "ExpectedInformationGainCalculator": "core",
-    "ExtractedCandidates": "candidates",
-    "GivenCandidates": "candidates",
-    "MonteCarloForecaster": "core",
-    "SCALERS": "registry",
-    "SampledCandidates": "candidates",
-    "State": "candidates.source",
-    "eig_problems": "problems",
-    "entropy_threshold_reasoning": "scalers",
-    "expected_information_gain_reasoning": "scalers",
-    "fixed_budget_reasoning": "scalers",
-    "get_eig_metrics_summary": "metrics",
-    "print_eig_metrics": "metrics",
-    "register_scaler": "registry",
-    "reset_eig_metrics": "metrics",
-}
+# Earlier names.
+AsyncDriver = AsyncLLMReasoner
+EIGParameters = ExpectedInformationGain
+EngineDriver = LLMReasoner
+SCALERS = RULES
 
 __all__ = [
+    "RULES",
     "SCALERS",
     "AnswerFormat",
     "AnswerPosteriorEstimator",
     "AsyncDriver",
+    "AsyncLLMReasoner",
     "BeamCandidates",
     "ContinuationPrompts",
+    "Decision",
+    "DecisionPoint",
     "EIGMetrics",
     "EIGParameters",
     "EngineDriver",
+    "EntropyThreshold",
+    "ExpectedInformationGain",
     "ExpectedInformationGainCalculator",
     "ExtractedCandidates",
+    "FixedBudget",
     "GivenCandidates",
+    "LLMReasoner",
     "MonteCarloForecaster",
+    "Options",
     "SampledCandidates",
     "State",
+    "StoppingRule",
+    "Trace",
     "eig_problems",
     "entropy_threshold_reasoning",
     "expected_information_gain_reasoning",
     "fixed_budget_reasoning",
     "get_eig_metrics_summary",
     "print_eig_metrics",
+    "reason",
     "register_scaler",
     "reset_eig_metrics",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import check_encodable
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class AnswerFormat:
                 f"end is {self.end!r}; give the text that ends an answer, None for the "
                 "end-of-sequence token, or '' for no end."
             )
-        _check_characters("cue", self.cue)
-        _check_characters("end", self.end or "")
+        check_encodable(self.cue, "cue")
+        check_encodable(self.end or "", "end")
 
     def cue_tokens(self, tokenizer: Any) -> list[int]:
         """Tokens after which an answer can be generated: those of the cue without the blanks at
@@ -120,23 +121,14 @@ class AnswerFormat:
         return whole
 
     def _check(self, answers: Sequence[str]) -> None:
-        if isinstance(answers, str) or not answers:
-            raise ScoreModeError(f"answers is {answers!r}; give a list of at least one answer.")
-        seen: set[str] = set()
+        check_answers(answers)
         for answer in answers:
-            if not isinstance(answer, str) or not answer.strip():
-                raise ScoreModeError(
-                    f"answers: {answer!r} is no answer; give texts that are not blank."
-                )
-            if answer in seen:
-                raise ScoreModeError(f"answers: {answer!r} is given twice; give each once.")
             if not self.fits(answer):
                 raise ScoreModeError(
                     f"answers: {answer!r} holds the end {self.end!r}, or does with it behind, and "
                     "could never be complete; shorten it, or use another end."
                 )
-            _check_characters("answers", answer)
-            seen.add(answer)
+            check_encodable(answer, f"answers: {answer!r}")
 
     def _check_targets(
         self, tokenizer: Any, answers: Sequence[str], targets: list[list[int]]
@@ -157,6 +149,19 @@ class AnswerFormat:
                 )
 
 
+def check_answers(answers: Sequence[str]) -> None:
+    """Refuse what is no list of distinct texts that are not blank, at least one."""
+    if isinstance(answers, str) or not answers:
+        raise ScoreModeError(f"answers is {answers!r}; give a list of at least one answer.")
+    for i, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            raise ScoreModeError(
+                f"answers: {answer!r} is no answer; give texts that are not blank."
+            )
+        if answer in answers[:i]:
+            raise ScoreModeError(f"answers: {answer!r} is given twice; give each once.")
+
+
 def _tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -175,13 +180,3 @@ def _end_of_sequence(tokenizer: Any) -> int:
             "'\\n'."
         )
     return int(token)
-
-
-def _check_characters(what: str, text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ScoreModeError(
-            f"{what}: {text!r} has a lone surrogate ({text[error.start]!r}), which is no "
-            "character; remove or replace it."
-        ) from None

@@ -29,14 +29,36 @@ over that policy: what will be written if reasoning goes on under it.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import entr
 
-from vllm.score.eig.types import GainEstimate
+from vllm.score.checks import check_name
 from vllm.score.errors import ScoreModeError
 
 LENGTH_NORMALIZATIONS = ("none", "tokens", "bytes")
 ESTIMATORS = ("entropy_difference", "mutual_information")
+
+
+@dataclass(frozen=True)
+class GainEstimate:
+    """Expected information gain of one more step, in nats.
+
+    Attributes:
+        entropy: H_t.
+        expected_entropy: the mean of H_{t+1} over the forecasts.
+        gain: the estimate that is compared with the cost.
+        standard_error: of the gain; NaN for one forecast.
+        entropy_difference, mutual_information: both estimators; the gain is one of them.
+    """
+
+    entropy: float
+    expected_entropy: float
+    gain: float
+    standard_error: float
+    entropy_difference: float
+    mutual_information: float
 
 
 def log_posterior(logprobs: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
@@ -90,10 +112,7 @@ def gain_estimate(
     Raises:
         ScoreModeError: an unknown estimator, no draws, or one draw for the mutual information.
     """
-    if estimator not in ESTIMATORS:
-        raise ScoreModeError(
-            f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}."
-        )
+    check_name("estimator", estimator, ESTIMATORS)
     logs = np.asarray(log_posteriors, dtype=np.float64)
     draws = len(logs)
     if draws == 0 or (draws == 1 and estimator == "mutual_information"):
@@ -128,7 +147,5 @@ def _mutual_information(logs: np.ndarray, entropies: np.ndarray) -> tuple[float,
 
 
 def _entropy_of(probabilities: np.ndarray) -> np.ndarray:
-    from scipy.special import entr
-
     # What is left when a draw is taken from the sum may be below 0 by the last bit.
     return np.asarray(entr(np.maximum(probabilities, 0.0)).sum(-1))

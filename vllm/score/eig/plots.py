@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.eig.types import Trace
+from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.report.characters import visible
 from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, layout, style
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
 FEW = 12  # traces that can be told apart
+_ERRORS: dict[str, Any] = {"linewidth": 1.3, "elinewidth": 0.9, "capsize": 2}
+_THIN: dict[str, Any] = {"color": LIGHT, "linewidth": 0.7, "markersize": 2, "alpha": 0.7}
 _TITLE_WIDTH = 100  # characters
 _PAGE_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #202124; max-width: 62rem; margin: 2rem auto;
@@ -111,32 +113,14 @@ def _draw_each(upper: Axes, lower: Axes, traces: Sequence[Trace]) -> None:
         color, label = colors(number), f"question {number + 1}"
         x = _positions(trace)
         upper.plot(x, trace.entropies, ".-", color=color, linewidth=1.3, label=label, clip_on=False)
-        lower.errorbar(
-            x,
-            trace.gains,
-            yerr=_standard_errors(trace),
-            fmt=".-",
-            color=color,
-            linewidth=1.3,
-            elinewidth=0.9,
-            capsize=2,
-            label=label,
-        )
+        errors = _standard_errors(trace)
+        lower.errorbar(x, trace.gains, errors, fmt=".-", color=color, label=label, **_ERRORS)
 
 
 def _draw_many(axes: Axes, values: Sequence[np.ndarray], traces: Sequence[Trace]) -> None:
     for number, (trace, y) in enumerate(zip(traces, values, strict=True)):
         label = f"each of {len(traces)} questions" if number == 0 else None
-        axes.plot(
-            _positions(trace),
-            y,
-            ".-",
-            color=LIGHT,
-            linewidth=0.7,
-            markersize=2,
-            alpha=0.7,
-            label=label,
-        )
+        axes.plot(_positions(trace), y, ".-", label=label, **_THIN)
     axes.plot(
         *_medians([_positions(trace) for trace in traces], values),
         ".-",

@@ -1,20 +1,34 @@
-"""Reasoning about one question, a step at a time, until a rule stops it."""
+"""Reasoning, a step at a time, until a rule stops it: of one question, and of many on an `LLM`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
-from vllm.score.eig.candidates.source import State
-from vllm.score.eig.core import MonteCarloForecaster, without_stop
-from vllm.score.eig.metrics import METRICS, EIGMetrics
-from vllm.score.eig.prompts import ContinuationPrompts
-from vllm.score.eig.rules import StoppingRule
-from vllm.score.eig.types import (
+from vllm.score.eig.candidates import CandidateSource, GivenCandidates, State, candidate_source
+from vllm.score.eig.engines import LLMReasoner
+from vllm.score.eig.options import Options
+from vllm.score.eig.posterior import AnswerPosteriorEstimator, MonteCarloForecaster
+from vllm.score.eig.reasoner import Continuation, Problem, Reasoner
+from vllm.score.eig.rules import (
+    DecisionPoint,
+    EntropyThreshold,
+    ExpectedInformationGain,
+    FixedBudget,
+    Meter,
+    StoppingRule,
+    decided,
+    failed,
+    no_step,
+)
+from vllm.score.eig.trace import (
     BUDGET,
     ENDED,
     FAILURE,
@@ -24,97 +38,321 @@ from vllm.score.eig.types import (
     Step,
     Trace,
 )
-from vllm.score.eig.work import Batch, Continuation, DeadlineExceeded, Steps
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import encode_inputs
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger("vllm_score.eig")
 
-DECIDE_AT = ("step", "end")
+# Of the vocabulary, where nobody knows it.
+NO_LIMIT = 1 << 31
+# Tokens kept free behind the reasoning for the cue and an answer.
+ANSWER_ROOM = 64
+MAX_TOKENS_THINKING = 1024
 
 
-@dataclass(frozen=True)
-class ReasoningOptions:
-    """What bounds the reasoning, besides the rule.
+def expected_information_gain_reasoning(
+    llm: LLM, questions: Sequence[Any], *, strict: bool = False, **settings: Any
+) -> list[Trace]:
+    """Reason about questions as long as one more step is expected to tell more than it costs.
 
-    Attributes:
-        max_tokens_thinking: tokens of reasoning, continuation prompts included.
-        decide_at: "step": before every `sample_length` tokens; "end": only where the model ends
-            its reasoning by itself (budget forcing).
-        thinking_n_ignore: how often the model is overruled at most when it ends its reasoning.
-        prompts: what is inserted then.
-        lambda_cost: the scale by which a prompt is chosen.
+    Before each step the entropy H_t of the answer is computed, and what it is expected to be
+    after the step, from continuations that the model writes. Reasoning goes on if and only if
+    EIG_t = H_t - E[H_{t+1}] > lambda_cost. The derivation is in `vllm.score.eig.entropy`.
+
+    Args:
+        llm: a `vllm.LLM` on which nothing else is running.
+        questions: each a text, token ids, or chat messages.
+        strict: refuse values out of range instead of correcting them with a warning.
+        settings: parameters of the rule, `vllm.score.eig.rules.ExpectedInformationGain`
+            (`lambda_cost`, 0.05 nats; `beam_size`, 8; `mc_samples`, 5; `sample_length`, 64 tokens;
+            `temperature`, 1; `top_p`, 0.9; `max_computation_time`, 30 seconds; `estimator`), and
+            what `reason` takes.
+
+    Returns:
+        A trace for each question, in order. A decision that failed or took too long is a stop,
+        named in the trace and counted in the metrics.
 
     Raises:
-        ScoreModeError: a number below 0, an unknown `decide_at`.
+        ScoreModeError: a question, parameter or option cannot be used; before anything runs.
     """
+    own, options = ExpectedInformationGain.split(settings)
+    rule = ExpectedInformationGain.checked(strict, **own)
+    return reason(llm, questions, rule=rule, **options)
 
-    max_tokens_thinking: int = 1024
-    decide_at: str = "step"
-    thinking_n_ignore: int = 4
-    prompts: ContinuationPrompts = field(default_factory=ContinuationPrompts)
-    lambda_cost: float = 0.05
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.prompts, ContinuationPrompts):
-            raise ScoreModeError(f"prompts is {self.prompts!r}; give ContinuationPrompts.")
-        if self.decide_at not in DECIDE_AT:
-            raise ScoreModeError(
-                f"decide_at is {self.decide_at!r}; it must be one of {', '.join(DECIDE_AT)}."
-            )
-        for name in ("max_tokens_thinking", "thinking_n_ignore"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ScoreModeError(f"{name} must be a whole number from 0 on, got {value!r}.")
+def entropy_threshold_reasoning(
+    llm: LLM, questions: Sequence[Any], *, strict: bool = False, **settings: Any
+) -> list[Trace]:
+    """Reason as long as the entropy of the answer is above `entropy_threshold` (0.5 nats).
+
+    See `expected_information_gain_reasoning`, and `vllm.score.eig.rules.EntropyThreshold`.
+    """
+    own, options = EntropyThreshold.split(settings)
+    return reason(llm, questions, rule=EntropyThreshold.checked(strict, **own), **options)
+
+
+def fixed_budget_reasoning(
+    llm: LLM, questions: Sequence[Any], *, strict: bool = False, **settings: Any
+) -> list[Trace]:
+    """Reason for `fixed_budget` tokens (256); where the model ends before, it is overruled.
+
+    `thinking_n_ignore=0` lets it end before. See `expected_information_gain_reasoning`, and
+    `vllm.score.eig.rules.FixedBudget`.
+    """
+    own, options = FixedBudget.split(settings)
+    return reason(llm, questions, rule=FixedBudget.checked(strict, **own), **options)
 
 
 def reason(
-    prompt_token_ids: Sequence[int],
+    llm: LLM,
+    questions: Sequence[Any],
+    *,
+    rule: StoppingRule,
+    concurrency: int = 32,
+    lora_request: LoRARequest | None = None,
+    use_tqdm: bool = True,
+    debug: bool = False,
+    **options: Any,
+) -> list[Trace]:
+    """Reason about questions under a rule. Works also where an event loop runs.
+
+    Args:
+        llm: a `vllm.LLM` on which nothing else is running.
+        questions: each a text, token ids, or chat messages.
+        rule: when to stop, e.g. `ExpectedInformationGain(lambda_cost=0.03)`. Its time limit is
+            looked at between the engine's steps, which questions side by side share.
+        concurrency: questions side by side.
+        lora_request: an adapter for all.
+        use_tqdm: show a progress bar.
+        debug: log each decision (logger "vllm_score.eig").
+        options: see `vllm.score.eig.options.Options`.
+
+    Returns:
+        A trace for each question, in order.
+
+    Raises:
+        ScoreModeError: a question or an option cannot be used; before anything runs.
+    """
+    check_llm(llm)
+    model = llm.llm_engine.model_config
+    problems = eig_problems(
+        llm.get_tokenizer(),
+        questions,
+        rule,
+        max_model_len=model.max_model_len,
+        vocab_size=model.get_vocab_size(),
+        options=options,
+    )
+    reasoner = LLMReasoner(llm, concurrency=concurrency, lora_request=lora_request)
+    with _logging_decisions(debug):
+        traces = run(reasoner, problems, use_tqdm=use_tqdm)
+    if note := unanswered_note(traces):
+        logger.warning("%s.", note)
+    return traces
+
+
+def run(
+    reasoner: LLMReasoner,
+    problems: Sequence[Problem[Trace]],
+    *,
+    use_tqdm: bool,
+    finished: dict[int, Trace] | None = None,
+) -> list[Trace]:
+    """The values of the problems, in their order.
+
+    Args:
+        finished: filled as they finish, by their places: what a run that is interrupted has.
+    """
+    traces = {} if finished is None else finished
+    bar = tqdm(total=len(problems), desc="Reasoning", unit="question", disable=not use_tqdm)
+    with bar:
+        for index, trace in reasoner.run_all(problems):
+            traces[index] = trace
+            bar.update()
+    return [traces[i] for i in range(len(problems))]
+
+
+def unanswered_note(
+    traces: Sequence[Trace],
+    time_option: str = "max_computation_time",
+    concurrency_option: str = "concurrency",
+) -> str | None:
+    """What time limits and failures did to a run, in a sentence; None if they did nothing.
+
+    Args:
+        time_option, concurrency_option: how the caller's users spell them.
+    """
+    last = [trace.steps[-1].decision for trace in traces]
+    late = sum(decision.reason == TIME for decision in last)
+    failures = [d.failure for d in last if d.reason == FAILURE and d.failure is not None]
+    unanswered = sum(trace.answer is None for trace in traces)
+    if not late and not failures:
+        return None
+    parts = [f"{unanswered} of {len(traces)} questions have no answer"]
+    if late:
+        parts.append(
+            f"{late} stopped at the time limit of a decision (raise {time_option}, or lower "
+            f"{concurrency_option}: questions that are decided side by side share the engine)"
+        )
+    if failures:
+        parts.append(f"{len(failures)} failed, the first with {': '.join(failures[0])!r}")
+    return "; ".join(parts)
+
+
+def eig_problems(
+    tokenizer: Any,
+    questions: Sequence[Any],
+    rule: StoppingRule,
+    *,
+    max_model_len: int | None = None,
+    vocab_size: int | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Problem[Trace]]:
+    """The reasoning about each question, ready for the `run_all` of a reasoner.
+
+    Args:
+        tokenizer: the model's.
+        questions: each a text, token ids, or chat messages.
+        rule: when to stop.
+        max_model_len: the engine's; bounds the tokens of reasoning.
+        vocab_size: the model's; token ids are checked against it.
+        options: `Options`, or theirs by name.
+        names: what errors call the questions; by default questions[i].
+
+    Raises:
+        ScoreModeError: a question or an option cannot be used.
+    """
+    options = options if isinstance(options, Options) else Options(**(options or {}))
+    if isinstance(questions, str) or not isinstance(questions, Sequence):
+        raise ScoreModeError(
+            f"questions must be a list, got one {type(questions).__name__}; write [question]."
+        )
+    names = [f"questions[{i}]" for i in range(len(questions))] if names is None else names
+    size = NO_LIMIT if vocab_size is None else vocab_size
+    prompts = [found.ids for found in encode_inputs(tokenizer, questions, names, size)]
+    most = rule.budget(options.max_tokens_thinking)
+    most = MAX_TOKENS_THINKING if most is None else most
+    sources = _sources(options, names, rule.beam_size, tokenizer)
+    problems: list[Problem[Trace]] = []
+    for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
+        room = _room(most, len(prompt), rule.sample_length, max_model_len, names[i])
+        estimator = AnswerPosteriorEstimator(
+            source,
+            tokenizer,
+            beam_size=rule.beam_size,
+            answer_format=options.answer_format,
+            length_normalization=options.length_normalization,
+        )
+        forecaster = MonteCarloForecaster(
+            estimator,
+            sample_length=rule.sample_length,
+            temperature=rule.temperature,
+            top_p=rule.top_p,
+            stop=options.think_end,
+        )
+        bounded = replace(options, max_tokens_thinking=room)
+        problems.append(partial(_reason_about, prompt, rule, forecaster, bounded, i))
+    return problems
+
+
+def _room(most: int, length: int, step: int, max_model_len: int | None, name: str) -> int:
+    """Tokens of reasoning behind a question of `length` tokens, `most` at most."""
+    if not length:
+        raise ScoreModeError(f"{name} has no tokens; give at least one.")
+    if max_model_len is None:
+        return most
+    room = max_model_len - length - step - ANSWER_ROOM
+    if room < 0:
+        raise ScoreModeError(
+            f"{name} has {length} tokens; max_model_len={max_model_len} leaves no room for a step "
+            f"of {step} tokens and an answer: shorten it, lower sample_length, or raise "
+            "max_model_len."
+        )
+    if room < most:
+        logger.info(
+            "%s: max_tokens_thinking is %d instead of %d, for which max_model_len=%d has no room.",
+            name,
+            room,
+            most,
+            max_model_len,
+        )
+    return min(room, most)
+
+
+def _sources(
+    options: Options, names: Sequence[str], beam_size: int, tokenizer: Any
+) -> list[CandidateSource]:
+    """One source for each question; answers that are given can be scored by every decision."""
+    given = options.candidates
+    listed = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    single = not listed or isinstance(given[0], str)
+    if not single and len(given) != len(names):
+        raise ScoreModeError(
+            f"candidates has {len(given)} lists for {len(names)} questions; give one for each."
+        )
+    sources = [candidate_source(each) for each in ([given] if single else given)]
+    for name, source in zip(names, sources, strict=False):
+        if isinstance(source, GivenCandidates):
+            try:
+                source.check_count(beam_size)
+                options.answer_format.encode(tokenizer, source.answers)
+            except ScoreModeError as error:
+                raise ScoreModeError(f"candidates of {name}: {error}") from error
+    return sources * len(names) if single else sources
+
+
+@contextmanager
+def _logging_decisions(debug: bool) -> Iterator[None]:
+    """Within it each decision is logged; on standard error where nobody has configured logging."""
+    if not debug:
+        yield
+        return
+    level = logger.level
+    handler = None if logger.hasHandlers() else logging.StreamHandler()
+    logger.setLevel(logging.DEBUG)
+    if handler is not None:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if handler is not None:
+            logger.removeHandler(handler)
+
+
+async def _reason_about(
+    prompt: list[int],
     rule: StoppingRule,
     forecaster: MonteCarloForecaster,
-    options: ReasoningOptions,
-    *,
-    seed: Sequence[int] = (0,),
-    metrics: EIGMetrics = METRICS,
-) -> Steps[Trace]:
+    options: Options,
+    index: int,
+    reasoner: Reasoner,
+) -> Trace:
     """Reason about a question; ends after `max_tokens_thinking` at the latest.
 
     A step that a decision has forecast is one of the forecasts, drawn uniformly: they are draws
-    of what would be written next, and computed already.
-
-    Args:
-        prompt_token_ids: [n] the question, n >= 1.
-        rule: when to stop.
-        forecaster: the policy under which reasoning goes on, and its tokenizer.
-        options: bounds.
-        seed: of the choice among forecasts.
-        metrics: count the decisions.
-
-    Returns:
-        The trace; a failure is its last step, never an exception.
+    of what would be written next, and computed already. A failure is the trace's last step.
     """
-    run = _Run(list(prompt_token_ids), forecaster, options, np.random.default_rng(list(seed)))
-    while True:
-        if options.decide_at == "end" and not run.ended and run.left > 0:
-            failure = yield from run.write_to_the_end()
-            if failure is not None:
-                metrics.record(failure)
-                return run.stop(failure)
-        overruled = run.ended and run.prompts >= options.thinking_n_ignore
-        final = run.left <= 0 or overruled
-        decision = yield from rule.decide_steps(run.state(), run.known(), run.bridge(), final)
-        # Whatever the rule says: it failed, there is no room, or the model was overruled enough.
-        if decision.failure is not None:
-            decision = replace(decision, go_on=False)
-        elif final:
-            decision = replace(decision, go_on=False, reason=ENDED if overruled else BUDGET)
-        metrics.record(decision)
-        logger.debug("At %d tokens of reasoning: %s", len(run.reasoning), describe(decision))
-        if not decision.go_on:
-            return run.stop(decision)
-        failure = yield from run.step(decision)
-        if failure is not None:
-            metrics.record(failure)
-            return run.stop(failure)
+    run = _Reasoning(prompt, rule, forecaster, options, index)
+    try:
+        while True:
+            if options.decide_at == "end" and not run.ended and run.left > 0:
+                run.add([], await run.write(reasoner, [], run.left))
+            decision = await run.decide(reasoner)
+            logger.debug("At %d tokens of reasoning: %s", len(run.reasoning), describe(decision))
+            if not decision.go_on:
+                break
+            await run.step(reasoner, decision)
+    except _WritingFailed as failure:
+        decision = failure.decision
+        options.metrics.record(decision)
+    return run.stop(decision)
 
 
 def describe(decision: Decision) -> str:
@@ -130,107 +368,120 @@ def describe(decision: Decision) -> str:
     return " ".join(parts)
 
 
-class _Run:
-    """The reasoning so far."""
+class _WritingFailed(Exception):
+    """The model could not write on; `decision` is the one to stop."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+
+
+class _Reasoning:
+    """The reasoning about a question so far."""
 
     def __init__(
         self,
         prompt: list[int],
+        rule: StoppingRule,
         forecaster: MonteCarloForecaster,
-        options: ReasoningOptions,
-        random: np.random.Generator,
+        options: Options,
+        index: int,
     ) -> None:
-        self.prompt, self.forecaster, self.options = prompt, forecaster, options
-        self.random = random
-        self.tokenizer: Any = forecaster.estimator.tokenizer
+        self.prompt, self.rule, self.forecaster, self.options = prompt, rule, forecaster, options
+        self.random = np.random.default_rng([options.seed, index])
+        self.tokenizer = forecaster.estimator.tokenizer
         self.reasoning: list[int] = []
         self.steps: list[Step] = []
         self.ended = False
-        self.prompts = self.tokens_sampled = 0
+        self.overruled = self.tokens_sampled = 0
 
     @property
     def left(self) -> int:
-        return self.options.max_tokens_thinking - len(self.reasoning)
+        """Tokens of reasoning that are left."""
+        return (self.options.max_tokens_thinking or 0) - len(self.reasoning)
 
-    def state(self) -> State:
-        return State([*self.prompt, *self.reasoning], self.tokenizer.decode(self.reasoning))
+    @property
+    def posterior(self) -> AnswerPosterior | None:
+        """The last one that was had."""
+        found = [s.decision.posterior for s in self.steps if s.decision.posterior is not None]
+        return found[-1] if found else None
 
-    def known(self) -> list[str]:
-        """The candidates of the last decision."""
-        posterior = self._last_posterior()
-        return [] if posterior is None else posterior.answers
-
+    @property
     def bridge(self) -> list[int]:
         """What would come before the next step: its gain, which chooses it, is not known yet."""
         return self._encode(self.options.prompts.neutral) if self.ended else []
 
-    def write_to_the_end(self) -> Steps[Decision | None]:
-        """Go on without decisions until the model ends its reasoning; return a failure."""
-        drawn, failure = yield from self._draw([], self.left)
-        if drawn is not None:
-            self._add([], drawn)
-        return failure
+    async def decide(self, reasoner: Reasoner) -> Decision:
+        """The rule's decision; a stop where no step can follow."""
+        ignored = self.ended and self.overruled >= self.options.thinking_n_ignore
+        final = self.left <= 0 or ignored
+        point = DecisionPoint(
+            Meter(reasoner, self.rule.max_computation_time),
+            self.forecaster,
+            State([*self.prompt, *self.reasoning], self.tokenizer.decode(self.reasoning)),
+            known=[] if self.posterior is None else self.posterior.answers,
+            bridge=self.bridge,
+            position=len(self.reasoning),
+        )
+        decision = await decided(point, no_step if final else self.rule.decide)
+        if final and decision.failure is None:
+            decision = replace(decision, reason=ENDED if ignored else BUDGET)
+        self.options.metrics.record(decision)
+        return decision
 
-    def step(self, decision: Decision) -> Steps[Decision | None]:
-        """Take a step that was decided; return a failure."""
-        position = len(self.reasoning)
-        text = ""
+    async def step(self, reasoner: Reasoner, decision: Decision) -> None:
+        """Take a step that was decided."""
+        position, text = len(self.reasoning), ""
         if self.ended:
             prompts, estimate = self.options.prompts, decision.estimate
             text = prompts.neutral
             if estimate is not None:
-                text = prompts.choose(estimate.gain, self.options.lambda_cost)
-            self.prompts += 1
+                text = prompts.choose(estimate.gain, self.rule.cost or 0.0)
+            self.overruled += 1
         inserted = self._encode(text)[: self.left]
         forecast = decision.forecast
         # A forecast is a draw of the next step only behind the same tokens.
-        if forecast is not None and inserted == self.bridge()[: self.left]:
+        if forecast is not None and inserted == self.bridge[: self.left]:
             drawn = forecast.continuations[self.random.integers(len(forecast.continuations))]
         else:
-            forecast = None
-            found, failure = yield from self._draw(inserted, self.forecaster.sample_length)
-            if found is None:
-                return failure
-            drawn = found
-        added = self._add(inserted, drawn)
+            drawn = await self.write(reasoner, inserted, self.forecaster.sample_length)
+        added = self.add(inserted, drawn)
         self.steps.append(
             Step(position, decision, text, self.tokenizer.decode(added), len(inserted + added))
         )
-        return None
 
     def stop(self, decision: Decision) -> Trace:
         """The trace, with the decision that ended it."""
         self.steps.append(Step(len(self.reasoning), decision))
-        posterior = self._last_posterior()
         return Trace(
             prompt_token_ids=self.prompt,
             reasoning_token_ids=self.reasoning,
             reasoning=self.tokenizer.decode(self.reasoning),
             ended=self.ended,
             steps=self.steps,
-            answer=None if posterior is None else posterior.best,
+            answer=None if self.posterior is None else self.posterior.best,
             tokens_sampled=self.tokens_sampled
             + sum(step.decision.tokens_sampled for step in self.steps),
         )
 
-    def _draw(
-        self, inserted: list[int], max_tokens: int
-    ) -> Steps[tuple[Continuation | None, Decision | None]]:
-        """One continuation, or why there is none."""
+    async def write(self, reasoner: Reasoner, inserted: list[int], max_tokens: int) -> Continuation:
+        """One continuation of `max_tokens` at most.
+
+        Raises:
+            _WritingFailed: there is none.
+        """
         length = min(max_tokens, self.left - len(inserted))
         if length < 1:
-            return Continuation([], "", False), None
+            return Continuation([], "", False)
         context = [*self.prompt, *self.reasoning, *inserted]
+        meter = Meter(reasoner)
         try:
-            ((drawn,),) = yield Batch([self.forecaster.sampling(context, 1, length)])
+            (drawn,) = await self.forecaster.draw(meter, context, 1, length)
         except Exception as error:
-            logger.warning("Reasoning stops: writing failed: %s", error)
-            kind = TIME if isinstance(error, DeadlineExceeded) else FAILURE
-            return None, Decision(False, kind, failure=("writing", str(error)))
-        self.tokens_sampled += len(drawn.token_ids)
-        return without_stop(drawn, self.forecaster.stop, self.tokenizer), None
+            raise _WritingFailed(failed(error, "writing")) from error
+        self.tokens_sampled += meter.tokens_sampled
+        return drawn
 
-    def _add(self, inserted: list[int], drawn: Continuation) -> list[int]:
+    def add(self, inserted: list[int], drawn: Continuation) -> list[int]:
         """Append, within the bound; returns the drawn tokens that were."""
         self.reasoning += inserted
         added = list(drawn.token_ids[: max(self.left, 0)])
@@ -242,7 +493,3 @@ class _Run:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
-
-    def _last_posterior(self) -> AnswerPosterior | None:
-        found = [s.decision.posterior for s in self.steps if s.decision.posterior is not None]
-        return found[-1] if found else None

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 import os
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
-from numbers import Integral
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -26,7 +23,7 @@ from vllm.score.checks import Flag, Fraction, Number, Whole, check
 from vllm.score.engine.statistics import check_statistics
 from vllm.score.errors import ScoreModeError
 from vllm.score.ops.row_layout import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout
-from vllm.score.tokens import own_prefix_note, prefix_once
+from vllm.score.tokens import own_prefix_note, prefix_once, read_token_id_rows, read_token_ids
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
 DEFAULT_FULL_VOCABULARY_BYTES = 4 << 30
@@ -87,16 +84,23 @@ class InvalidScoreRequest(VLLMValidationError, ScoreModeError):
         return str(self.args[0])
 
 
+@contextmanager
+def refusing(field: str) -> Iterator[None]:
+    """Raise what is wrong with a field of a request as InvalidScoreRequest."""
+    try:
+        yield
+    except ScoreModeError as error:
+        raise InvalidScoreRequest(str(error), parameter=field) from None
+
+
 def check_field(field: str, value: Any, kind: Any) -> Any:
     """`vllm.score.checks.check` of a field of a request.
 
     Raises:
         InvalidScoreRequest: the value is not of that kind.
     """
-    try:
+    with refusing(field):
         return check(field, value, kind)
-    except ScoreModeError as error:
-        raise InvalidScoreRequest(str(error), parameter=field) from None
 
 
 def check_options(params: Any) -> None:
@@ -106,10 +110,8 @@ def check_options(params: Any) -> None:
         InvalidScoreRequest: names the field, its value and the remedy.
     """
     if params.score_statistics is not None:
-        try:
+        with refusing("score_statistics"):
             params.score_statistics = list(check_statistics(params.score_statistics))
-        except ScoreModeError as error:
-            raise InvalidScoreRequest(str(error), parameter="score_statistics") from None
     for field, kind in _OPTIONS:
         setattr(params, field, check_field(field, getattr(params, field), kind))
     for field, accepted, remedy in REFUSED_OPTIONS:
@@ -146,104 +148,6 @@ def check_prompt(engine_input: Any, resumable: bool) -> None:
             "streaming input cannot be combined with score_mode=True: send the whole prompt.",
             parameter="resumable",
         )
-
-
-def read_token_ids(given: Any, vocab_size: int, field: str) -> np.ndarray:
-    """Checked token ids, int64 [n].
-
-    Args:
-        given: whole numbers as a list, tuple, array or tensor; truth values and floats are refused,
-            whatever they are equal to.
-        vocab_size: V.
-        field: for errors.
-
-    Raises:
-        InvalidScoreRequest: no flat list of token ids of the vocabulary.
-    """
-    given = _sequence(given, field, "a list of token ids")
-    ids = _whole_numbers(given)
-    if ids is None or (len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size):
-        # One by one, which names the first that is wrong.
-        each = [_token_id(value, vocab_size, field, i) for i, value in enumerate(given)]
-        ids = np.array(each, dtype=np.int64)
-    return ids
-
-
-def read_token_id_rows(given: Any, vocab_size: int, field: str) -> np.ndarray:
-    """Checked token ids, int64 [m] or [m, k].
-
-    Raises:
-        InvalidScoreRequest: neither a flat list of token ids nor lists of equal length.
-    """
-    what = "a list of token ids, or a list of lists for several candidates per position"
-    given = _sequence(given, field, what)
-    if not len(given) or not _is_sequence(_listed(given[0])):
-        return read_token_ids(given, vocab_size, field)
-    rows = [_sequence(row, f"{field}[{i}]", "a list of token ids") for i, row in enumerate(given)]
-    widths = sorted(set(map(len, rows)))
-    if len(widths) > 1 or widths == [0]:
-        raise InvalidScoreRequest(
-            f"{field} must have the same number of candidates at every position, k of at least 1, "
-            f"got rows of {widths} candidates.",
-            parameter=field,
-        )
-    matrix = isinstance(given, np.ndarray) and given.ndim == 2
-    ids = _whole_numbers(given.ravel() if matrix else list(chain.from_iterable(rows)))
-    if ids is None or not 0 <= ids.min() <= ids.max() < vocab_size:
-        each = [read_token_ids(row, vocab_size, f"{field}[{i}]") for i, row in enumerate(rows)]
-        ids = np.stack(each)
-    return ids.reshape(len(rows), widths[0])
-
-
-def _sequence(given: Any, field: str, what: str) -> Any:
-    """A sequence or an array with a dimension; tensors and their like as lists."""
-    if not isinstance(given, np.ndarray) or given.ndim == 0 or given.dtype == object:
-        given = _listed(given)
-    if not _is_sequence(given):
-        raise InvalidScoreRequest(
-            f"{field} must be {what}, got {type(given).__name__}.", parameter=field
-        )
-    return given
-
-
-def _listed(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _is_sequence(value: Any) -> bool:
-    texts = (str, bytes, bytearray, memoryview)
-    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, texts)
-
-
-def _whole_numbers(given: Any) -> np.ndarray | None:
-    """Int64 [n] where all are plain whole numbers; None: they have to be looked at one by one."""
-    if isinstance(given, np.ndarray):
-        return given.astype(np.int64) if given.ndim == 1 and given.dtype.kind in "iu" else None
-    kinds = set(map(type, given))
-    if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
-        return None
-    try:
-        return np.frombuffer(array("q", given), dtype=np.int64)  # 3 times as fast as NumPy's
-    except OverflowError:
-        return None
-
-
-def _token_id(value: Any, vocab_size: int, field: str, place: int) -> int:
-    """A checked token id, the element `place` of `field`."""
-    try:
-        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise InvalidScoreRequest(
-            f"{field} must be integers, got {value!r:.60} at [{place}].", parameter=field
-        ) from None
-    if not 0 <= number < vocab_size:
-        raise InvalidScoreRequest(
-            f"{field}[{place}] is {number}, outside the vocabulary 0..{vocab_size - 1}.",
-            parameter=field,
-        )
-    return number
 
 
 @dataclass(frozen=True)
@@ -411,7 +315,8 @@ def _prompt_ids(given: Any, facts: ModelFacts) -> np.ndarray:
             f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
         )
     field = "prompt_token_ids"
-    ids = read_token_ids(given, facts.vocab_size, field)
+    with refusing(field):
+        ids = read_token_ids(given, facts.vocab_size, field)
     if len(ids) == 0:
         raise InvalidScoreRequest(
             "the prompt has no token; give a text that is not empty, or at least one token id.",
@@ -428,7 +333,8 @@ def _prompt_ids(given: Any, facts: ModelFacts) -> np.ndarray:
 
 def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
     """The checked targets, int32 [m, k], and whether they were a flat list."""
-    rows = read_token_id_rows(given, vocab_size, TARGETS)
+    with refusing(TARGETS):
+        rows = read_token_id_rows(given, vocab_size, TARGETS)
     if len(rows) == 0:
         raise InvalidScoreRequest(
             f"{TARGETS} is empty: leave it out to score the whole prompt.", parameter=TARGETS

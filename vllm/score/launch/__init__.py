@@ -1,1 +1,1 @@
-"""The start of an engine: what is said meanwhile, where its output goes, and why it failed."""
+"""The start of an engine: its settings, what is said meanwhile, and why it failed."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 MOST_CHARACTERS = 400
 
@@ -32,6 +35,18 @@ _SIGNAL = re.compile(r"Failed core proc\(s\): \{'(\w+)': -(\d+)")
 # What is said, and what helps. {option} is spelled as the caller's users do.
 _REMEDIES = (
     (
+        r"couldn't connect to|Invalid repository ID|outgoing traffic|offline mode|"
+        r"not a valid model identifier",
+        "there is no such folder or model on this machine, and the Hugging Face Hub cannot be "
+        "reached (or HF_HUB_OFFLINE is set) or does not know it; fetch it elsewhere and name its "
+        "folder, or set HF_ENDPOINT to a mirror",
+    ),
+    (
+        r"not a valid JSON|is not a multiple of the number of attention heads|expected \w+, got|"
+        r"model type `",
+        "mend its config.json, or fetch it again",
+    ),
+    (
         r"Cannot find any model weights",
         "the folder has a configuration and no weights; fetch the model's .safetensors files, too",
     ),
@@ -47,7 +62,7 @@ _REMEDIES = (
     (
         r"allowed NUMA nodes to bind|doesn't match local world size",
         "on a CPU each worker needs cores of its own: set VLLM_CPU_OMP_THREADS_BIND to their "
-        "numbers, as in '0-3|4-7' for two workers, or to 'nobind', or lower {tensor_parallel_size}",
+        "numbers, e.g. '0-3|4-7' for two workers, or to 'nobind', or lower {tensor_parallel_size}",
     ),
     (
         r"(head_dim|head_size)[ =]\S+.*(isa|not supported|unsupported)|Unsupported CPU attention",
@@ -129,27 +144,51 @@ def one_line(error: BaseException) -> str:
     return _shortened(message_of(error))
 
 
-def remedy(reason: str, options: dict[str, str]) -> str | None:
+def remedy(reason: str, spell: Callable[[str], str] = str) -> str | None:
     """What helps against a cause, if that is known.
 
     Args:
-        options: how options are spelled, by their names in `vllm.LLM`.
+        spell: how an argument of `vllm.LLM` is spelled where users give it.
     """
-
-    def spelled(match: re.Match[str]) -> str:
-        return options.get(match[1], match[1])
-
     for pattern, text in _REMEDIES:
         if re.search(pattern, reason, re.IGNORECASE):
-            return re.sub(r"\{(\w+)\}", spelled, text)
+            return re.sub(r"\{(\w+)\}", lambda match: spell(match[1]), text)
     return None
+
+
+def unguarded_script_note(error: BaseException) -> str | None:
+    """What to write in the program's script, where an engine process died of importing it.
+
+    A process that is spawned (e.g. on a CPU, or once CUDA is initialised) runs the script again to
+    find its functions, and one that starts an engine at once would start another one, and so on.
+    """
+    if "initialization failed" not in str(error):
+        return None
+    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn":
+        return None
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    if script is None:
+        return None
+    try:
+        guarded = "__main__" in Path(script).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    if guarded:
+        return None
+    return (
+        f"vllm-score: vLLM's engine process imports {script} again, which starts another engine; "
+        'put the code that makes the LLM below `if __name__ == "__main__":`'
+    )
 
 
 def message_of(error: BaseException) -> str:
     """What an exception says: the message within pydantic's; the failed line of a bare assert."""
     details = getattr(error, "errors", None)
     if callable(details) and details():
-        return str(details()[0]["msg"]).removeprefix("Value error, ")
+        first = details()[0]
+        if first["type"] != "value_error" and first["loc"]:
+            return f"{first['loc'][-1]} is {first['input']!r:.60}: {first['msg']}"
+        return str(first["msg"]).removeprefix("Value error, ")
     frames = traceback.extract_tb(error.__traceback__)
     return _worded(type(error).__name__, str(error), (frames[-1].line if frames else "") or "")
 
@@ -203,7 +242,7 @@ def _tracebacks(log: str) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def _shortened(reason: str) -> str:
-    """One line; long lists, as of all quantisations, are cut; that of all models goes."""
+    """One line; long lists, e.g. of all quantisations, are cut; that of all models goes."""
     line = re.sub(r"\W+Supported architectures:.*", "", " ".join(reason.split())).rstrip(".:; ")
     if len(line) <= MOST_CHARACTERS:
         return line

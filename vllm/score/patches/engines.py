@@ -149,7 +149,7 @@ def init(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> 
     try:
         stock(vllm_config, *args, **kwargs)
     except RuntimeError as error:
-        from vllm.score.launch.guard import unguarded_script_note
+        from vllm.score.launch.reasons import unguarded_script_note
 
         if note := unguarded_script_note(error):
             error.add_note(note)

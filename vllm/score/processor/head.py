@@ -1,7 +1,9 @@
-"""What a causal language model does after its decoder, on single hidden states.
+"""Calls of a Hugging Face model of which only a bounded number of logits exists at a time.
 
-That is more than a matrix: biases, scales, soft caps, adapters. So it is the model's own `forward`
-that runs, with a decoder that answers with the given states.
+A row of logits is hundreds of times a hidden state. So the decoder runs once over whole sequences,
+and the head on a few hidden states at a time. The head is more than a matrix (biases, scales, soft
+caps, adapters): it is the model's own `forward` that runs, with a decoder that answers with the
+given states.
 """
 
 from __future__ import annotations
@@ -10,19 +12,93 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vllm.score.processor.batches import Response
-from vllm.score.processor.precision import HALVES
-from vllm.score.processor.row_batches import RowBatch
+from vllm.score.errors import ScoreModeError
+from vllm.score.processor.config import HALVES
+from vllm.score.processor.sequences import Response, RowBatch
 
+LOGITS_BYTES = 64 << 20  # a part of this size keeps any processor busy
+
+Result = TypeVar("Result")
 _logger = logging.getLogger(__name__)
 # Columns of its logits for every model whose head is seen to work, None for the others.
 _checked: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+def map_logits(
+    target: nn.Module,
+    batch: RowBatch,
+    compute: Callable[[Tensor, Tensor], Result],
+    *,
+    autocast: torch.dtype | None = None,
+    logits_bytes: int = LOGITS_BYTES,
+    itemsize: int = 4,
+    checkpointed: bool = False,
+) -> list[Result]:
+    """`compute(logits, tokens)` on successive rows of a batch.
+
+    Args:
+        target: a causal language model.
+        batch: the sequences, and which rows are wanted.
+        compute: takes logits [n, V] in the model's dtype, and the tokens [n] that they score.
+        autocast: dtype that the model's forward pass autocasts to; None: no autocast. `compute`
+            runs without.
+        logits_bytes: most bytes of logits at a time, in entries of `itemsize`; at least one row.
+        checkpointed: with gradients, compute logits again in the backward pass instead of keeping
+            them.
+
+    Returns:
+        Results in the order of the batch's rows.
+    """
+    device = batch.input_ids.device
+    with autocast_to(autocast, device):
+        found = head_of(target)
+        if found is not None:
+            head, columns = found
+            hidden = head.hidden_rows(batch)
+    if found is None:
+        return _map_whole_sequences(target, batch, compute, autocast)
+
+    def score(hidden: Tensor, tokens: Tensor) -> Result:
+        with autocast_to(autocast, device):
+            logits = head.logits(hidden)
+        with autocast_to(None, device):
+            return compute(logits, tokens)
+
+    count = max(1, logits_bytes // (columns * itemsize))
+    parts = zip(hidden.split(count), batch.tokens.to(hidden.device).split(count), strict=True)
+    if checkpointed:
+        return [checkpoint(score, *part, use_reentrant=False) for part in parts]
+    return [score(*part) for part in parts]
+
+
+def _map_whole_sequences(
+    target: nn.Module,
+    batch: RowBatch,
+    compute: Callable[[Tensor, Tensor], Result],
+    autocast: torch.dtype | None,
+) -> list[Result]:
+    results = []
+    for i, tokens in enumerate(batch.tokens.split(batch.lengths)):
+        begin, end = batch.responses[i].prompt_length - 1, len(batch.responses[i].ids) - 1
+        part = (slice(i, i + 1), slice(end))
+        given = batch.input_ids[part], batch.attention_mask[part], batch.position_ids[part]
+        with autocast_to(autocast, batch.input_ids.device):
+            logits = model_logits(target, *given)
+        if logits.shape[1] != end:
+            raise ScoreModeError(
+                f"the model gives logits of {logits.shape[1]} positions for {end} tokens: models "
+                "that insert tokens, as prompt tuning does, cannot be scored here."
+            )
+        with autocast_to(None, batch.input_ids.device):
+            results.append(compute(logits[0, begin:], tokens.to(logits.device)))
+    return results
 
 
 class Head:
@@ -128,7 +204,7 @@ def _try_head(target: nn.Module) -> tuple[Tensor, Tensor, str]:
 def _probe(device: torch.device) -> RowBatch:
     """Two sequences of four rows, all of them wanted."""
     ids = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 0, 1]])
-    return RowBatch.of([Response(0, i, row, 4) for i, row in enumerate(ids)], [0, 1], device)
+    return RowBatch.of([Response(0, i, row, 4) for i, row in enumerate(ids)], device)
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:
@@ -139,6 +215,28 @@ def _equal(found: Tensor, expected: Tensor) -> bool:
     scale = expected[expected.isfinite()].abs().amax()
     close = (found - expected).abs() <= scale * (2**-6 if half else 1e-4)
     return bool((close | (found == expected)).all())
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """Autocast to `dtype`, or no autocast, whatever surrounds it."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def unwrap_ddp(model: Any) -> Any:
+    """The model within `DistributedDataParallel` or `DataParallel`; PEFT's wrappers stay."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
+def sizes(model: nn.Module) -> tuple[int, int]:
+    """A model's vocabulary size and its positions; without end where its config does not say."""
+    config: Any = getattr(causal_model(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    names = ("vocab_size", "max_position_embeddings")
+    vocab_size, positions = (getattr(config, name, None) or 1 << 31 for name in names)
+    return vocab_size, positions
 
 
 @contextmanager
@@ -181,11 +279,8 @@ class _Stand(nn.Module):
 
     def __init__(self, decoder: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()
-        # Not as a submodule: names of parameters must not change.
-        self.__dict__.update(decoder=decoder, answer=answer)
+        self.held = (decoder,)  # no submodule: names of parameters must not change
+        self.forward = answer
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["decoder"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["answer"](*args, **kwargs)
+        return getattr(self.__dict__["held"][0], name)

@@ -3,16 +3,17 @@
 math-verify limits its time by signals, which work in a main thread only, and a power tower goes
 past any limit. Here it has a main thread of its own, and whoever waits can end the process.
 
-Reads lines ``[gold, answer]`` (JSON) and writes lines ``{"equal": bool}`` or ``{"error": text}``.
+Its argument is the number of a pipe's descriptor, on which it gets (gold, answer) and gives back
+whether they are equal, or a text that says why not.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import resource
 import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
 SECONDS = 3  # of each parsing and each comparison
@@ -35,31 +36,28 @@ def parsed(text: str) -> list[Any]:
     return list(parse(text, parsing_timeout=SECONDS))
 
 
-def answer(gold: str, given: str) -> dict[str, Any]:
-    """The reply to one line."""
+def verdict(gold: str, answer: str) -> bool | str:
+    """Whether they are equal, or why that cannot be said."""
     try:
         from math_verify import verify
 
         expected = parsed(gold)
         if not expected:
-            return {"error": "math-verify finds no mathematics in the gold answer"}
-        return {"equal": bool(verify(expected, parsed(given), timeout_seconds=SECONDS))}
+            return "math-verify finds no mathematics in the gold answer"
+        return bool(verify(expected, parsed(answer), timeout_seconds=SECONDS))
     except ImportError as error:
-        return {"error": f"{error}; install vllm-score[processor]"}
+        return f"{error}; install vllm-score[processor]"
     except Exception as error:  # sympy's, of any kind
-        return {"error": f"{type(error).__name__}: {error}"}
+        return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answer until the other side closes the pipe."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # Only replies may go where the other side reads.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        json.dump(answer(*json.loads(line)), replies)
-        replies.write("\n")
-        replies.flush()
+    pipe = Connection(int(sys.argv[1]))
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send(verdict(*pipe.recv()))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,19 @@
-"""Mappings from names to tensors that a model is called with in place of its own parameters."""
+"""Calls of a model with other tensors in place of its own parameters, by name."""
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Mapping
-from numbers import Real
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vllm.score.checks import Number, check, did_you_mean
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.precision import dtype_name, parse_dtype
-from vllm.score.processor.settings import read_profile
+from vllm.score.processor.config import dtype_name, read_dtype
+from vllm.score.processor.head import autocast_to, model_logits
 
-
-def build_params_override(
-    target: nn.Module,
-    v_named: Mapping[str, Tensor] | None,
-    eta: float,
-    profile: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """`build_state_override` of the parameters alone, in the dtype of the profile "func_override",
-    or in their own if its `cast_params` is False.
-    """
-    checked = read_profile("func_override", profile)
-    dtype = checked.dtype if checked.cast else None
-    return build_state_override(target, v_named, eta, param_dtype=dtype, include_buffers=False)
+Result = TypeVar("Result")
 
 
 def build_state_override(
@@ -58,10 +44,9 @@ def build_state_override(
         ScoreModeError: a name that is unknown, given twice or tied to another, a wrong shape, or a
             value that is not finite.
     """
-    if isinstance(eta, bool) or not isinstance(eta, Real) or not math.isfinite(eta):
-        raise ScoreModeError(f"eta must be a finite number, got {eta!r}.")
-    dtype = None if param_dtype is None else parse_dtype("param_dtype", param_dtype)
-    of_buffers = None if buffer_dtype is None else parse_dtype("buffer_dtype", buffer_dtype)
+    eta = check("eta", eta, Number)
+    dtype = None if param_dtype is None else read_dtype("param_dtype", param_dtype)
+    of_buffers = None if buffer_dtype is None else read_dtype("buffer_dtype", buffer_dtype)
     parameters = dict(target.named_parameters())
     directions = _checked_names(target, v_named or {}, parameters, "v_named")
     for name, direction in directions.items():
@@ -73,7 +58,7 @@ def build_state_override(
         if not bool(torch.isfinite(direction).all()):
             raise ScoreModeError(f"v_named[{name!r}] has entries that are NaN or infinite.")
     mapping = {
-        name: _moved(parameter.detach(), directions.get(name), float(eta), dtype)
+        name: _moved(parameter.detach(), directions.get(name), eta, dtype)
         for name, parameter in parameters.items()
     }
     if include_buffers:
@@ -93,12 +78,42 @@ def checked_mapping(target: nn.Module, mapping: Mapping[str, Tensor]) -> dict[st
     return _checked_names(target, mapping, own, "params_override")
 
 
-class ZeroMapping:
-    """The parameters of a model as they are, in a dtype: an override at eta = 0, cached.
+def call_with(
+    target: nn.Module, mapping: Mapping[str, Tensor], work: Callable[[], Result]
+) -> Result:
+    """`work()` while the parameters of `target` are those of `mapping`."""
+    named = {f"target.{k}": v for k, v in checked_mapping(target, mapping).items()}
+    result: Result = torch.func.functional_call(_Around(target), named, (work,))
+    return result
 
-    What is kept is the memory of the copies. They are written anew at every `get`, which costs far
-    less than a forward pass: not every change of a parameter (one through `.data`) leaves a trace
-    that could tell that a copy is stale.
+
+def forward_logits(
+    target: nn.Module, input_ids: Tensor, attention_mask: Tensor, mapping: Mapping[str, Tensor]
+) -> Tensor:
+    """Logits [B, L, V] of one forward pass under given parameters, autocast off, without a cache.
+
+    Args:
+        target: a causal language model.
+        input_ids: int64 [B, L].
+        attention_mask: [B, L]; padding on either side, positions count from the first token.
+        mapping: parameters and buffers by name; those that it leaves out are the model's.
+
+    Raises:
+        ScoreModeError: a name or a shape does not fit the model.
+    """
+    positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+    with autocast_to(None, input_ids.device):
+        return call_with(
+            target, mapping, lambda: model_logits(target, input_ids, attention_mask, positions)
+        )
+
+
+class ZeroMapping:
+    """The parameters of a model as they are, in a dtype: an override at eta = 0.
+
+    The copies keep their memory and are written anew at every `get`, which costs far less than a
+    forward pass: not every change of a parameter (one through `.data`) leaves a trace that could
+    tell that a copy is stale.
 
     Args:
         target: the model.
@@ -118,11 +133,8 @@ class ZeroMapping:
                 mapping[name] = own
                 continue
             copy = self._copies.get(name)
-            if copy is None or (copy.shape, copy.dtype, copy.device) != (
-                own.shape,
-                dtype,
-                own.device,
-            ):
+            wanted = (own.shape, dtype, own.device)
+            if copy is None or (copy.shape, copy.dtype, copy.device) != wanted:
                 copy = torch.empty_like(own, dtype=dtype)
             mapping[name] = copies[name] = copy.copy_(own)
         self._copies = copies
@@ -160,11 +172,9 @@ def _checked_names(
                 f"{first_names[id(every[name])]!r}: name that one alone."
             )
         if name not in own:
-            close = difflib.get_close_matches(name, own, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ScoreModeError(
-                f"{what} names {given_name!r}, which the model does not have{hint}; use the names "
-                "of its named_parameters()."
+                f"{what} names {given_name!r}, which the model's named_parameters() do not have"
+                f"{did_you_mean(name, own)}."
             )
         if name in found:
             raise ScoreModeError(f"{what} names {name!r} twice, with and without 'module.'.")
@@ -176,3 +186,14 @@ def _checked_names(
             )
         found[name] = value
     return found
+
+
+class _Around(nn.Module):
+    """A module to give to `functional_call`, for more than one call of `target`."""
+
+    def __init__(self, target: nn.Module) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, work: Callable[[], Result]) -> Result:
+        return work()

@@ -1,57 +1,71 @@
-"""The sampling policy, temperature and top-p, and the values of its steps."""
+"""The sampling policy, temperature and top-p, and what logits say about the tokens drawn by it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from vllm.score.errors import ScoreModeError
 from vllm.score.ops.nucleus import nucleus
-from vllm.score.processor.steps import StepValues
-from vllm.score.processor.types import GenerationConfig
+from vllm.score.processor.config import GenerationConfig
 
 
 @dataclass(frozen=True)
-class SamplingPolicy:
-    """q: softmax(logits / temperature), restricted to its nucleus and renormalised.
+class Wanted:
+    """Which values of the steps to compute, beside the log-probabilities.
 
     Attributes:
-        temperature: above 0.
-        top_p: in (0, 1]; 1 restricts nothing.
-
-    Raises:
-        ScoreModeError: a value out of range.
+        config: what the tokens were sampled by, and how many sequences are scored at once.
+        entropy: with `rb_entropy`.
+        diagnostics: with all.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
+    config: GenerationConfig
+    entropy: bool = True
+    diagnostics: bool = True
 
-    def __post_init__(self) -> None:
-        GenerationConfig(temperature=self.temperature, top_p=self.top_p)  # the same limits
 
-    @classmethod
-    def of(cls, config: GenerationConfig) -> SamplingPolicy:
-        """The policy that `config` generates with."""
-        return cls(config.temperature, config.top_p)
+@dataclass(frozen=True)
+class StepValues:
+    """Tensors [T] of one response, one entry per generated token, in nats.
 
-    @property
-    def is_model(self) -> bool:
-        """Whether q is the model's own distribution."""
-        return self.temperature == 1 and self.top_p == 1
+    Every backend computes them, and all results are made of them. The names are those of
+    `TokenStepDiagnostics`, which defines them; None: not computed.
+
+    Attributes:
+        logprob: log p of the token under the model itself.
+        logq: log q of the token under the sampling policy.
+    """
+
+    logprob: Tensor
+    logq: Tensor
+    rb_entropy: Tensor | None = None
+    head_mass: Tensor | None = None
+    top1_prob: Tensor | None = None
+    margin: Tensor | None = None
+    collision: Tensor | None = None
+    logit_mean: Tensor | None = None
+    logit_var: Tensor | None = None
+    eos_prob: Tensor | None = None
+
+    def computed(self) -> dict[str, Tensor]:
+        """Those that were computed, by name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> StepValues:
+        """The same with `change` applied to every value that was computed."""
+        return replace(self, **{name: change(value) for name, value in self.computed().items()})
 
 
 def step_values(
     logits: Tensor,
     tokens: Tensor,
-    policy: SamplingPolicy,
-    *,
+    wanted: Wanted,
     eos_token_ids: Sequence[int] = (),
-    diagnostics: bool = True,
-    entropy: bool = True,
-) -> StepValues[Tensor]:
+) -> StepValues:
     """What a model's logits say about the tokens drawn from them, in nats.
 
     All values have gradients in `logits`; which tokens the nucleus holds counts as constant. Where
@@ -61,28 +75,27 @@ def step_values(
     Args:
         logits: [N, V], float32 or float64, which is also the precision of the arithmetic.
         tokens: int64 [N].
-        policy: what the tokens were drawn by.
+        wanted: which values are computed.
         eos_token_ids: of `StepValues.eos_prob`; without any it is None.
-        diagnostics: without, only the log-probabilities and the entropy are computed.
-        entropy: without (and without diagnostics), only the log-probabilities.
 
     Returns:
         Tensors [N].
     """
-    a = logits if policy.temperature == 1 else logits / policy.temperature
+    temperature = wanted.config.temperature
+    a = logits if temperature == 1 else logits / temperature
     row = _Row(a, tokens)
-    kept = _Kept(row, policy.top_p)
+    kept = _Kept(row, wanted.config.top_p)
     values: dict[str, Tensor] = {
         "logprob": row.logprob() if a is logits else _Row(logits, tokens).logprob(),
         "logq": torch.where(kept.inside(row.token), row.token - kept.total.log(), -torch.inf),
     }
-    if diagnostics or entropy:
+    if wanted.diagnostics or wanted.entropy:
         # 0 log 0 = 0
         b = torch.where(kept.weights > 0, row.b, 0.0)
         mean = (kept.weights * b).sum(1) / kept.total
         # Rounding may leave less than 0, which no entropy is.
         values["rb_entropy"] = (kept.total.log() - mean).clamp_min(0.0)
-    if diagnostics:
+    if wanted.diagnostics:
         # Rounding may lift the part above the whole.
         values["head_mass"] = (kept.total / row.total).clamp_max(1.0)
         values["top1_prob"] = row.e.amax(1) / kept.total
@@ -146,29 +159,3 @@ def _margin(a: Tensor) -> Tensor:
         return torch.zeros_like(a[:, 0])
     first, second = a.topk(2, dim=1).values.unbind(1)
     return first - second
-
-
-def check_logits(logits: Tensor, tokens: Tensor) -> None:
-    """Whether `step_values` can take them.
-
-    Raises:
-        ScoreModeError: wrong shapes or dtypes, tokens beyond the vocabulary, NaN.
-    """
-    if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
-        raise ScoreModeError(
-            f"gen_logits must be floating-point [T, V] with V above 0, got {logits.dtype} "
-            f"{tuple(logits.shape)}."
-        )
-    if tokens.shape != logits.shape[:1] or tokens.is_floating_point():
-        raise ScoreModeError(
-            f"realized_tokens must be {logits.shape[0]} token ids, one a row of gen_logits, got "
-            f"{tokens.dtype} {tuple(tokens.shape)}."
-        )
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]:
-        raise ScoreModeError(
-            f"realized_tokens has ids from {int(tokens.min())} to {int(tokens.max())}; gen_logits "
-            f"has columns for 0 to {logits.shape[1] - 1}."
-        )
-    if logits.isnan().any():
-        step = int(logits.isnan().any(1).nonzero()[0])
-        raise ScoreModeError(f"gen_logits[{step}] has NaN: the model's output is broken there.")

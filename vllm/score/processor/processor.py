@@ -5,30 +5,36 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from vllm.score.checks import Count, Seed, check, check_name
+from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor import examples, rewards
-from vllm.score.processor.backends import EngineBackend, HuggingFaceBackend, check_backend
-from vllm.score.processor.batches import pad_batch
-from vllm.score.processor.checks import check_seed, positive
-from vllm.score.processor.generation import prompt_ids
-from vllm.score.processor.precision import apply_global_precision
-from vllm.score.processor.settings import read_config
-from vllm.score.processor.teacher_forcing import TeacherForcing
-from vllm.score.processor.types import (
-    BatchedSequences,
+from vllm.score.processor.config import GenerationConfig, Precision, read_config, read_profile
+from vllm.score.processor.datasets import Example, sample
+from vllm.score.processor.engine import EngineBackend
+from vllm.score.processor.huggingface import HuggingFaceBackend
+from vllm.score.processor.overrides import build_state_override, forward_logits
+from vllm.score.processor.policy import Wanted, step_values
+from vllm.score.processor.results import (
     DiagnosticsResults,
-    GenerationConfig,
     LogprobResults,
+    diagnostics_results,
+    logprob_results,
 )
+from vllm.score.processor.rewards import AnswerJudge, rewards
+from vllm.score.processor.sequences import BatchedSequences, pad_batch, prompt_ids, responses_of
 
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
 
-class SequenceProcessor(TeacherForcing):
+class SequenceProcessor:
     """Batched generation, teacher forcing and diagnostics over one model.
 
     Args:
@@ -37,7 +43,7 @@ class SequenceProcessor(TeacherForcing):
         tokenizer: of the model; None takes the engine's.
         logger: for warnings; by default the module's.
         config: a `GenerationConfig`, or a dict with the sections "generation" (its fields) and
-            "precision" (see `settings.Precision`).
+            "precision" (see `config.Precision`).
         backend: "hf", or "vllm": generation, and teacher forcing without gradients and overrides,
             by the engine `llm`. By default "vllm" if an engine is given.
         llm: a `vllm.LLM` of the same model, on which nothing else is running. It keeps its own
@@ -60,7 +66,8 @@ class SequenceProcessor(TeacherForcing):
         lora_request: LoRARequest | None = None,
     ) -> None:
         self._config, precision = read_config(config)
-        self.backend = check_backend(backend, model, llm, precision, lora_request)
+        self.precision = precision
+        self.backend = _checked_backend(backend, model, llm, precision, lora_request)
         if tokenizer is None and llm is None:
             raise ScoreModeError("tokenizer is missing: give the model's.")
         if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
@@ -71,14 +78,16 @@ class SequenceProcessor(TeacherForcing):
         self.logger = logger or logging.getLogger(__name__)
         self.model = model
         self.llm = llm
-        self._precision = precision
-        self._fo_cfg, self._tf_cfg = precision.func_override, precision.tf_nograd
+        self._judge = AnswerJudge()
         self._engine = EngineBackend(llm, self.tokenizer, lora_request) if llm else None
         self._hf = None if model is None else HuggingFaceBackend(model, self.tokenizer, precision)
+        # Attributes that the specification of this class names: two profiles, which may be changed,
+        # and the model without DistributedDataParallel.
+        self._fo_cfg, self._tf_cfg = precision.func_override, precision.tf_nograd
         self._mdl_target = None if self._hf is None else self._hf.target
         # An engine in this process multiplies as it was started to.
         if model is not None:
-            apply_global_precision(precision.allow_tf32, precision.matmul_precision)
+            precision.apply_to_process()
 
     @property
     def config(self) -> GenerationConfig:
@@ -104,13 +113,13 @@ class SequenceProcessor(TeacherForcing):
         num_prompts: int | None = None,
         seed: int | None = None,
         **dataset_options: Any,
-    ) -> tuple[list[str], list[examples.Example]]:
+    ) -> tuple[list[str], list[Example]]:
         """Draw questions of a registered dataset without replacement; None takes all, in order.
 
         Returns:
             The prompts, and the examples that they come from (with their answers).
         """
-        drawn = examples.sample(dataset_name, split, num_prompts, seed, **dataset_options)
+        drawn = sample(dataset_name, split, num_prompts, seed, **dataset_options)
         return [example.question for example in drawn], drawn
 
     def generate_batched(
@@ -121,29 +130,38 @@ class SequenceProcessor(TeacherForcing):
         *,
         seed: int | None = None,
     ) -> BatchedSequences:
-        """Sample G responses a prompt, each up to an end of sequence or ``</answer>``.
+        """Sample G responses per prompt, each up to an end of sequence or ``</answer>``.
 
         Args:
             prompts: [B] texts; they get the tokenizer's special tokens, once.
-            G: responses a prompt; by default `config.num_return_sequences`.
+            G: responses per prompt; by default `config.num_return_sequences`.
             gen_batch_size: sequences at once (Hugging Face); by default the configuration's.
             seed: makes the call repeatable; by default the generators' states decide.
 
         Raises:
             ScoreModeError: there is no prompt, an empty one, or one too long.
         """
-        count = self.config.num_return_sequences if G is None else positive("G", G)
-        check_seed(seed)
-        size = self.config.gen_batch_size if gen_batch_size is None else gen_batch_size
-        batch_size = positive("gen_batch_size", size)
+        config = self._config_of_call(
+            num_return_sequences=check("G", G, Count | None), gen_batch_size=gen_batch_size
+        )
+        seed = check("seed", seed, Seed | None)
         backend = self._engine if self.backend == "vllm" else self._hf
         assert backend is not None
         ids = prompt_ids(prompts, self.tokenizer, backend.vocab_size)
-        responses = backend.generate(ids, count, self.config, batch_size=batch_size, seed=seed)
+        for i, prompt in enumerate(ids):
+            if len(prompt) + config.max_new_tokens > backend.longest:
+                raise ScoreModeError(
+                    f"prompts[{i}] has {len(prompt)} tokens: with max_new_tokens="
+                    f"{config.max_new_tokens} that is more than the {backend.longest} positions of "
+                    "the model (of an engine: its max_model_len); shorten the prompt or lower "
+                    "max_new_tokens."
+                )
+        responses = backend.generate(ids, config, seed)
+        special = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return pad_batch(
             ids,
             responses,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=next(int(token) for token in special if token is not None),
             decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
             device="cpu" if self._hf is None else self._hf.device,
         )
@@ -177,7 +195,7 @@ class SequenceProcessor(TeacherForcing):
         if prompts is None:
             if dataset_name is None:
                 raise ScoreModeError("prompts and dataset_name are both missing: give one of them.")
-            options = _options(dataset_options)
+            options = check("dataset_options", dataset_options, dict[str, Any] | None) or {}
             prompts, examples = self.sample_prompts(
                 dataset_name, split, num_prompts, seed, **options
             )
@@ -187,7 +205,7 @@ class SequenceProcessor(TeacherForcing):
         scores, diagnostics = self.teacher_force_logprobs_with_diagnostics(
             sequences, with_grad, tf_batch_size, compute_rb
         )
-        scores.rewards = self._compute_rewards(prompts, sequences, examples)
+        scores.rewards = self.compute_rewards(prompts, sequences, examples)
         return sequences, scores, diagnostics
 
     def generate_with_replacement_sampling(
@@ -201,7 +219,7 @@ class SequenceProcessor(TeacherForcing):
         dataset_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[BatchedSequences, LogprobResults, DiagnosticsResults]:
-        """Independent draws from (uniform prompt) x (response): one response a drawn prompt.
+        """Independent draws from (uniform prompt) x (response): one response per drawn prompt.
 
         Args:
             total_sequences: B of the result; G is 1.
@@ -209,17 +227,18 @@ class SequenceProcessor(TeacherForcing):
             seed: of the draw of prompts.
             kwargs: of `generate_with_logprobs`.
         """
-        positive("total_sequences", total_sequences)
+        total_sequences = check("total_sequences", total_sequences, Count)
         if kwargs.pop("G", 1) != 1:
             self.logger.warning("G is 1 here: responses to one drawn prompt are not independent.")
-        _, pool = self.sample_prompts(dataset_name, split, **_options(dataset_options))
+        options = check("dataset_options", dataset_options, dict[str, Any] | None) or {}
+        _, pool = self.sample_prompts(dataset_name, split, **options)
         if max_prompts_pool is not None:
-            pool = pool[: positive("max_prompts_pool", max_prompts_pool)]
+            pool = pool[: check("max_prompts_pool", max_prompts_pool, Count)]
         drawn = random.Random(seed).choices(pool, k=total_sequences)
         questions = [example.question for example in drawn]
         return self.generate_with_logprobs(questions, 1, examples=drawn, **kwargs)
 
-    def _compute_rewards(
+    def compute_rewards(
         self,
         prompts: Sequence[str],
         sequences: BatchedSequences,
@@ -232,17 +251,215 @@ class SequenceProcessor(TeacherForcing):
             raise ScoreModeError(
                 f"examples has {len(examples)} entries for {len(prompts)} prompts."
             )
-        golds = None if examples is None else [getattr(e, "answer", None) for e in examples]
-        return rewards.rewards(sequences.responses_text, golds)
+        known = [None] * len(prompts) if examples is None else examples
+        golds = [getattr(example, "answer", None) for example in known]
+        return rewards(sequences.responses_text, golds, self._judge)
 
-    @property
-    def _pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        eos = self.tokenizer.eos_token_id
-        return int(pad if pad is not None else eos if eos is not None else 0)
+    # Teacher forcing
+
+    def teacher_force_logprobs(
+        self,
+        sequences: BatchedSequences,
+        with_grad: bool = False,
+        tf_batch_size: int | None = None,
+        compute_rb: bool = False,
+        return_baseline_features: bool = False,
+        params_override: Mapping[str, Tensor] | None = None,
+        buffers_override: Mapping[str, Tensor] | None = None,
+    ) -> LogprobResults:
+        """Log-probabilities of the generated tokens under the model and the sampling policy.
+
+        Args:
+            sequences: of `generate_batched`, or made alike.
+            with_grad: keep the graph of the live model's parameters.
+            tf_batch_size: sequences at once (Hugging Face); by default the configuration's.
+            compute_rb: with `rb_entropies`; and, with gradients and `config.rb_requires_grad`,
+                with `rb_entropies_torch`.
+            return_baseline_features: with `baseline_feats_torch` (with gradients only).
+            params_override: parameters to use in place of the model's, as `build_params_override`
+                makes them (without gradients only).
+            buffers_override: the same for buffers.
+
+        Raises:
+            ScoreModeError: the batch contradicts itself, names do not fit the model, options
+                exclude each other, or a score is NaN.
+        """
+        return self._teacher_force(
+            sequences,
+            with_grad,
+            tf_batch_size,
+            compute_rb,
+            return_baseline_features,
+            _merged(params_override, buffers_override),
+            diagnostics=False,
+        )[0]
+
+    def teacher_force_logprobs_with_diagnostics(
+        self,
+        sequences: BatchedSequences,
+        with_grad: bool = False,
+        tf_batch_size: int | None = None,
+        compute_rb: bool = False,
+        return_baseline_features: bool = False,
+        params_override: Mapping[str, Tensor] | None = None,
+        buffers_override: Mapping[str, Tensor] | None = None,
+    ) -> tuple[LogprobResults, DiagnosticsResults]:
+        """`teacher_force_logprobs`, and the diagnostics of every response."""
+        scores, diagnostics = self._teacher_force(
+            sequences,
+            with_grad,
+            tf_batch_size,
+            compute_rb,
+            return_baseline_features,
+            _merged(params_override, buffers_override),
+            diagnostics=True,
+        )
+        assert diagnostics is not None
+        return scores, diagnostics
+
+    def _teacher_force(
+        self,
+        sequences: BatchedSequences,
+        with_grad: bool,
+        tf_batch_size: int | None,
+        compute_rb: bool,
+        features: bool,
+        override: dict[str, Tensor] | None,
+        *,
+        diagnostics: bool,
+    ) -> tuple[LogprobResults, DiagnosticsResults | None]:
+        responses = responses_of(sequences)
+        config = self._config_of_call(tf_batch_size=tf_batch_size)
+        if with_grad and override is not None:
+            raise ScoreModeError(
+                "params_override and buffers_override need with_grad=False: gradients are those of "
+                "the live model's own parameters."
+            )
+        if features and not with_grad:
+            raise ScoreModeError("return_baseline_features=True needs with_grad=True.")
+        described = diagnostics or features
+        wanted = Wanted(config, compute_rb or described, described)
+        if self.backend == "vllm" and not with_grad and override is None:
+            assert self._engine is not None
+            values = self._engine.score(responses, wanted)
+        else:
+            model = self._need_model("with_grad=True" if with_grad else "params_override")
+            profile = self.precision.tf_withgrad if with_grad else self._tf_cfg
+            values = model.score(responses, wanted, profile, graph=with_grad, override=override)
+        scores = logprob_results(
+            responses,
+            values,
+            compute_rb=compute_rb,
+            rb_requires_grad=with_grad and config.rb_requires_grad,
+            features=features,
+        )
+        return scores, diagnostics_results(responses, values) if diagnostics else None
+
+    # Given parameters, and given logits
+
+    def build_params_override(self, v_named: Mapping[str, Tensor], eta: float) -> dict[str, Tensor]:
+        """The parameters theta + eta v of the model, for `params_override`.
+
+        Args:
+            v_named: directions by parameter name; parameters without one stay where they are.
+            eta: the step.
+        """
+        profile = read_profile("func_override", self._fo_cfg)
+        dtype = profile.dtype if profile.cast else None
+        return self.build_state_override(v_named, eta, param_dtype=dtype, include_buffers=False)
+
+    def build_state_override(
+        self, v_named: Mapping[str, Tensor], eta: float, **dtypes: Any
+    ) -> dict[str, Tensor]:
+        """As `build_params_override`, in a given dtype (None: each its own), also of buffers.
+
+        Args:
+            dtypes: param_dtype, include_buffers and buffer_dtype of
+                `overrides.build_state_override`.
+        """
+        target = self._need_model("an override of parameters").target
+        return build_state_override(target, v_named, eta, **dtypes)
+
+    def forward_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, params_mapping: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Logits [B, L, V] of one forward under given parameters, autocast off, without a cache.
+
+        Args:
+            input_ids: int64 [B, L].
+            attention_mask: [B, L], padding on either side.
+            params_mapping: as `build_params_override` makes it.
+        """
+        target = self._need_model("forward_logits").target
+        return forward_logits(target, input_ids, attention_mask, params_mapping)
+
+    def policy_entropies(self, gen_logits: Tensor, top_p: float, temperature: float) -> Tensor:
+        """Entropies [T] of the sampling policy at logits [T, V]; differentiable."""
+        tokens = gen_logits.new_zeros(len(gen_logits), dtype=torch.int64)
+        wanted = Wanted(GenerationConfig(temperature, top_p), diagnostics=False)
+        return step_values(gen_logits, tokens, wanted).computed()["rb_entropy"]
+
+    def policy_logprobs(
+        self, gen_logits: Tensor, gen_tokens: Tensor, top_p: float, temperature: float
+    ) -> Tensor:
+        """log q [T] of the tokens [T] under the sampling policy at logits [T, V]."""
+        wanted = Wanted(GenerationConfig(temperature, top_p), entropy=False, diagnostics=False)
+        return step_values(gen_logits, gen_tokens, wanted).logq
+
+    # The names that the specification of this class gives to methods above.
+    _build_params_override = build_params_override
+    _build_state_override = build_state_override
+    _compute_logq_top_p = policy_logprobs
+    _compute_rewards = compute_rewards
+    _fc_logits_noautocast = forward_logits
+    _rb_entropies_top_p = policy_entropies
+
+    def _config_of_call(self, **given: Any) -> GenerationConfig:
+        """`config` with what a call gives in its place."""
+        changed = {name: value for name, value in given.items() if value is not None}
+        return replace(self.config, **changed)
+
+    def _need_model(self, why: str) -> HuggingFaceBackend:
+        if self._hf is None:
+            raise ScoreModeError(
+                f"{why} needs the Hugging Face model: SequenceProcessor(model, tokenizer, llm=...)."
+            )
+        return self._hf
 
 
-def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    if given is not None and not isinstance(given, Mapping):
-        raise ScoreModeError(f"dataset_options must be a dict, got {given!r:.80}.")
-    return dict(given or {})
+def _checked_backend(
+    backend: str | None, model: Any, llm: Any, precision: Precision, lora_request: Any
+) -> str:
+    """The backend's name, once what it needs is known to be there.
+
+    Raises:
+        ScoreModeError: it is unknown, its model is missing, or it cannot do what is asked.
+    """
+    if not isinstance(model, (torch.nn.Module, type(None))):
+        raise ScoreModeError(
+            f"model must be a Hugging Face model, got {type(model).__name__}; give an engine as "
+            "llm=..."
+        )
+    if llm is not None:
+        check_llm(llm)
+    chosen = backend or ("hf" if llm is None else "vllm")
+    check_name("backend", chosen, ("hf", "vllm"))
+    if chosen == "hf" and model is None:
+        raise ScoreModeError("backend='hf' needs model, a Hugging Face causal language model.")
+    if chosen == "vllm" and llm is None:
+        raise ScoreModeError("backend='vllm' needs llm, a vllm.LLM of the same model.")
+    if chosen == "vllm" and precision.entropy_fp64:
+        raise ScoreModeError(
+            "precision.entropy_fp64=True needs backend='hf': the engine computes in float32."
+        )
+    if lora_request is not None and llm is None:
+        raise ScoreModeError("lora_request needs llm; for backend='hf' give a PEFT model.")
+    return chosen
+
+
+def _merged(
+    params: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    given = {"params_override": params, "buffers_override": buffers}
+    checked = [check(name, value, dict[str, Any] | None) for name, value in given.items()]
+    return None if checked == [None, None] else {**(checked[0] or {}), **(checked[1] or {})}

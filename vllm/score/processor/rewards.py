@@ -2,28 +2,91 @@
 
 from __future__ import annotations
 
-import atexit
-import json
 import logging
 import os
-import selectors
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+import weakref
+from collections.abc import Sequence
 from functools import lru_cache
+from multiprocessing import Pipe
 from pathlib import Path
 
 from vllm.score.errors import ScoreModeError
 
 OPEN, CLOSE = "<answer>", "</answer>"
-SECONDS = 30.0  # until the comparison of two answers is given up, the process's start included
 _SCRIPT = Path(__file__).with_name("math_equality.py")
 
 logger = logging.getLogger(__name__)
 
 
-def tag_pref(response: str, gold: str | None) -> float:
+class AnswerJudge:
+    """Says by math-verify whether two answers are equal, in a process of its own.
+
+    The process starts when it is first needed and again when it died, and ends with this object.
+    Usable from any thread, one comparison at a time.
+
+    Args:
+        seconds: until a comparison is given up, the process's start included.
+    """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def equal(self, gold: str, answer: str) -> bool | str:
+        """Whether they are equal, or why that cannot be said."""
+        with self._lock:
+            if self._child is None or not self._child.is_usable():
+                self._child = _Child()
+                self._end = weakref.finalize(self, self._child.end)
+            try:
+                self._child.pipe.send((gold, answer))
+                if self._child.pipe.poll(self.seconds):
+                    reply: bool | str = self._child.pipe.recv()
+                    return reply
+                reason = f"no result of math-verify after {self.seconds:g} s"
+            except (OSError, EOFError):
+                reason = "the process of math-verify ended"
+            self._end()
+            self._child = None
+            return reason
+
+
+class _Child:
+    """A process that runs `math_equality.py`, and the pipe to it.
+
+    Not a child of multiprocessing, which would import vLLM and the main module once more.
+    """
+
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        self._owner = os.getpid()
+        # -P: beside the script lie modules named like others.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+
+    def is_usable(self) -> bool:
+        """Whether it runs, and not for the process that this one was forked from."""
+        return self._owner == os.getpid() and self.process.poll() is None
+
+    def end(self) -> None:
+        """End it, if it is this process's."""
+        self.pipe.close()
+        if self._owner == os.getpid():
+            self.process.kill()
+            self.process.wait()
+
+
+def tag_pref(response: str, gold: str | None, judge: AnswerJudge) -> float:
     """0.5 for one block in answer tags, and 0.5 more if its content equals gold by math-verify.
 
     Args:
@@ -34,24 +97,26 @@ def tag_pref(response: str, gold: str | None) -> float:
         0, 0.5 or 1; 0 too, with a warning in the log, where the comparison fails, for instance
         because gold is no mathematics.
     """
-    if gold is None:
+    if gold is None or response.count(OPEN) != 1 or response.count(CLOSE) != 1:
         return 0.0
-    content = _only_block(response)
-    if content is None:
+    before, after = response.split(OPEN)
+    if CLOSE in before:
         return 0.0
-    try:
-        return 1.0 if _judge.equal(gold, content) else 0.5
-    except _Failure as error:
-        _warn(f"No reward against the gold answer {gold!r:.200}: {error}.")
+    verdict = judge.equal(gold, after.split(CLOSE)[0])
+    if isinstance(verdict, str):
+        _warn(f"No reward against the gold answer {gold!r:.200}: {verdict}.")
         return 0.0
+    return 1.0 if verdict else 0.5
 
 
-def rewards(responses: list[list[str]], golds: list[str | None] | None) -> list[list[float]]:
+def rewards(
+    responses: Sequence[Sequence[str]], golds: Sequence[str | None], judge: AnswerJudge
+) -> list[list[float]]:
     """`tag_pref` of every response.
 
     Args:
         responses: [B][G] texts.
-        golds: [B] right answers, None for one that is not known, or for all.
+        golds: [B] right answers, None for one that is not known.
 
     Returns:
         [B][G].
@@ -59,102 +124,17 @@ def rewards(responses: list[list[str]], golds: list[str | None] | None) -> list[
     Raises:
         ScoreModeError: as many golds as prompts are not given.
     """
-    if golds is None:
-        golds = [None] * len(responses)
     if len(golds) != len(responses):
         raise ScoreModeError(
             f"golds has {len(golds)} entries for {len(responses)} prompts; give one each, None "
             "where the answer is not known."
         )
     return [
-        [tag_pref(response, gold) for response in group]
+        [tag_pref(response, gold, judge) for response in group]
         for group, gold in zip(responses, golds, strict=True)
     ]
-
-
-def _only_block(response: str) -> str | None:
-    if response.count(OPEN) != 1 or response.count(CLOSE) != 1:
-        return None
-    before, after = response.split(OPEN)
-    return None if CLOSE in before else after.split(CLOSE)[0]
 
 
 @lru_cache(maxsize=1024)  # every reason once
 def _warn(message: str) -> None:
     logger.warning(message)
-
-
-class _Failure(Exception):
-    """Two answers could not be compared; the message says why."""
-
-
-class _Judge:
-    """Compares answers in a process of its own, started when first needed, and again when it died.
-
-    Usable from any thread, one comparison at a time.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-
-    def equal(self, gold: str, content: str) -> bool:
-        with self._lock:
-            reply = self._ask(gold, content)
-        if "error" in reply:
-            raise _Failure(reply["error"])
-        return bool(reply["equal"])
-
-    def _ask(self, gold: str, content: str) -> dict[str, object]:
-        process = self._running()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps([gold, content]).encode() + b"\n")
-            process.stdin.flush()
-            with selectors.DefaultSelector() as ready:
-                ready.register(process.stdout, selectors.EVENT_READ)
-                line = process.stdout.readline() if ready.select(SECONDS) else None
-        except OSError as error:
-            self.stop()
-            raise _Failure(f"the process of math-verify is gone: {error}") from error
-        if not line:
-            self.stop()
-            raise _Failure(
-                f"no result of math-verify after {SECONDS:g} s"
-                if line is None
-                else "the process of math-verify ended"
-            )
-        found: dict[str, object] = json.loads(line)
-        return found
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:
-            self.stop()
-        # A fork of this process must not share the pipes.
-        if self._process is None or self._owner != os.getpid():
-            # -P: beside the script lie modules named like the standard library's.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_SCRIPT)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-            self._owner = os.getpid()
-        return self._process
-
-    def stop(self) -> None:
-        """End the process."""
-        process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # what was not sent cannot be
-                    pipe.close()
-
-
-_judge = _Judge()
-atexit.register(_judge.stop)

@@ -1,22 +1,28 @@
-"""The first token of a continuation, by the bytes of its tokens.
+"""The first token of a continuation, by the bytes of the text's tokens or by their offsets.
 
 The tokens of a text, put together, are its bytes, but for the spaces that a tokenizer adds before
 the text and behind a special token. So the tokens are followed back from the end of the text to
 the cut. Where their bytes are not the text's (an unknown token, a normaliser that changes the
-text), there is no answer.
+text), the offsets of a fast tokenizer say where a token's characters stand, even if it writes them
+in another way or not at all.
+
+A normaliser may compose a character from both sides of the cut (e + U+0301 to é), and the offsets
+name only one of them; then the cut goes to the beginning of that character.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm.score.data.token_bytes import TokenBytes
-from vllm.score.sequence.offsets import Cut, character_start
+
+# Characters on each side of the cut that a normaliser may look at.
+_WINDOW = 64
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Tokens of the end of a text.
 
     Attributes:
@@ -28,6 +34,18 @@ class Tokens:
     ids: Sequence[int]
     whole: bool = True
     offsets: Sequence[tuple[int, int]] | None = None
+
+
+class Cut(NamedTuple):
+    """The place of the first token of a continuation.
+
+    Attributes:
+        token: index of it.
+        start: where its text starts; before the cut if it also holds the end of the context.
+    """
+
+    token: int
+    start: int
 
 
 def find_cut_by_bytes(
@@ -58,7 +76,7 @@ def find_cut_by_bytes(
         return None
     changed, begin = normalize(text), cut
     if not changed.startswith(normalize(text[:cut])):  # composed over the cut
-        begin = character_start(text, cut)
+        begin = _character_start(text, cut)
     context = normalize(text[:begin])
     if not changed.startswith(context):
         return None
@@ -67,6 +85,45 @@ def find_cut_by_bytes(
         return None
     index, left = found
     return Cut(index, min(tokens.offsets[index][0], begin - 1) if left else begin)
+
+
+def find_cut_by_offsets(
+    offsets: Sequence[tuple[int, int]],
+    text: str,
+    cut: int,
+    normalize: Callable[[str], str] | None = None,
+) -> Cut | None:
+    """The first token that holds anything of text[cut:].
+
+    Args:
+        offsets: [n], (start, end) of each token in `text`.
+        text: context and continuation.
+        cut: length of the context.
+        normalize: what the tokenizer does to a text beforehand.
+
+    Returns:
+        None if no token holds anything of it.
+    """
+    begin = cut
+    if normalize is not None:
+        near = max(0, cut - _WINDOW)
+        if not normalize(text[near : cut + _WINDOW]).startswith(normalize(text[near:cut])):
+            begin = _character_start(text, cut)
+    index = len(offsets)
+    while index and offsets[index - 1][1] > begin:
+        index -= 1
+    if index == len(offsets):
+        return None
+    start = offsets[index][0]
+    return Cut(index, start if begin == cut else min(start, begin))
+
+
+def _character_start(text: str, cut: int) -> int:
+    """Where the last character of text[:cut] starts, with the marks that combine with it."""
+    begin = max(0, cut - 1)
+    while begin and unicodedata.combining(text[begin]):
+        begin -= 1
+    return begin
 
 
 def _walk(token_bytes: TokenBytes, tokens: Tokens, text: str, cut: int) -> tuple[int, int] | None:

@@ -9,35 +9,44 @@ then:
 ``separate``  tokenise the two apart, so that no token can; the tokens need not be those that the
               tokenizer makes of the whole text
 
-What a token holds is told by its bytes where the vocabulary writes them out, else by offsets, else
-by comparison with the tokens of the context alone.
+What a token holds is known from its bytes where the vocabulary writes them out, else from the
+offsets of the tokenizer, else by comparison with the tokens of the context alone
+(`vllm.score.sequence.alignment`).
 
-A space that the tokenizer puts before a text of its own accord is no context: it belongs to what
-it stands before. So without a context all tokens of the text are the continuation's, behind BOS or
-EOS; and a continuation tokenised apart gets no such space.
+A space that the tokenizer itself puts before a text (sentencepiece's "dummy prefix") is no context:
+it belongs to what it stands before. So without a context all tokens of the text are the
+continuation's, behind BOS or EOS; and a continuation tokenised apart gets no such space.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+from vllm.score.checks import check_name
 from vllm.score.data.token_bytes import TokenBytes
 from vllm.score.errors import ScoreModeError
-from vllm.score.sequence.alignment import Tokens, find_cut_by_bytes
-from vllm.score.sequence.apart import ApartEncoder
+from vllm.score.sequence.alignment import Tokens, find_cut_by_bytes, find_cut_by_offsets
 from vllm.score.sequence.joint import Joint, JointEncoder
-from vllm.score.sequence.offsets import find_cut
-from vllm.score.tokens import automatic_prefix, begins_with_prefix, own_prefix_length
+from vllm.score.tokens import (
+    automatic_prefix,
+    begins_with_prefix,
+    check_encodable,
+    own_prefix_length,
+)
 
 RULES = ("spanning", "strict", "separate")
+# Put before a text where the tokenizer's own space cannot be switched off. The first is in hardly
+# any vocabulary and becomes bytes, which never merge with others; the rest is for vocabularies
+# without bytes.
+_ANCHORS = ("\ue000", "\n", ".", "|", "0", "a")
 # Texts are tokenised together as long as their offsets take little memory.
 _BATCH_CHARACTERS = 1 << 20
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One continuation of one context.
 
     Attributes:
@@ -53,8 +62,7 @@ class Pair:
     name: str = "pair"
 
 
-@dataclass(frozen=True)
-class SplitTokens:
+class SplitTokens(NamedTuple):
     """Tokens of context and continuation.
 
     Attributes:
@@ -82,9 +90,9 @@ class BoundaryTokenizer:
     """
 
     def __init__(self, tokenizer: Any, rule: str = "spanning") -> None:
-        if rule not in RULES:
-            raise ScoreModeError(f"boundary is {rule!r}; it must be one of {', '.join(RULES)}.")
+        check_name("boundary", rule, RULES)
         self._tokenizer, self._rule = tokenizer, rule
+        self._encode = partial(_encode, tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         fast = bool(getattr(tokenizer, "is_fast", False)) and backend is not None
         self._bytes = TokenBytes(tokenizer)
@@ -96,7 +104,7 @@ class BoundaryTokenizer:
         self._last_context: tuple[str, list[int]] = ("", [])
 
     def split(self, pairs: Iterable[Pair]) -> Iterator[SplitTokens]:
-        """One `SplitTokens` a pair, in order.
+        """One `SplitTokens` per pair, in order.
 
         The tokens are those of context + continuation, behind the special tokens that
         tokenizer(text) puts in front of any text (unless the context has them, or a chat template
@@ -112,16 +120,22 @@ class BoundaryTokenizer:
         """
         for batch in _batches(pairs):
             for pair in batch:
-                _check(pair)
-            if self._joint is not None:
-                joints: Iterable[Joint] = self._joint.encode(
-                    [(pair.context, pair.continuation) for pair in batch]
-                )
-                yield from map(self._by_tokens, batch, joints)
-            elif self._apart is not None:
+                if not pair.continuation:
+                    raise ScoreModeError(
+                        f"{pair.name}: the continuation is empty; give at least one character."
+                    )
+                check_encodable(pair.context, f"{pair.name}: the context")
+                check_encodable(pair.continuation, f"{pair.name}: the continuation")
+            if self._apart is not None:
                 yield from (self._encode_apart(pair, self._apart) for pair in batch)
+            elif self._joint is not None:
+                texts = [(pair.context, pair.continuation) for pair in batch]
+                yield from map(self._cut, batch, self._joint.encode(texts))
             else:
-                yield from map(self._without_offsets, batch)
+                yield from (
+                    self._cut(pair, Joint(self._encode(pair.context + pair.continuation)))
+                    for pair in batch
+                )
 
     def _encode_apart(self, pair: Pair, encoder: ApartEncoder) -> SplitTokens:
         context = self._encode_context(pair.context)
@@ -130,27 +144,21 @@ class BoundaryTokenizer:
             raise _vanished(pair)
         return self._finish(pair, context + own, len(context), None)
 
-    def _by_tokens(self, pair: Pair, joint: Joint) -> SplitTokens:
+    def _cut(self, pair: Pair, joint: Joint) -> SplitTokens:
         text = pair.context[joint.begin :] + pair.continuation
         length = len(pair.context) - joint.begin
         own = Tokens(joint.ids[joint.first :], joint.first == 0, joint.offsets)
         found = find_cut_by_bytes(self._bytes, own, text, length, self._normalize)
-        if found is None:
-            found = find_cut(joint.offsets, text, length, self._normalize)
+        if found is None and joint.offsets is None:
+            return self._finish(pair, joint.ids, *self._by_comparison(pair, joint.ids))
+        if found is None and joint.offsets is not None:
+            found = find_cut_by_offsets(joint.offsets, text, length, self._normalize)
         if found is None:
             raise _vanished(pair)
         # Before the first character of all, only a space of the tokenizer's own can be left.
-        index = joint.first + found.index if pair.context else 0
+        index = joint.first + found.token if pair.context else 0
         start = joint.begin + found.start
         return self._finish(pair, joint.ids, index, pair.context[start:] or None)
-
-    def _without_offsets(self, pair: Pair) -> SplitTokens:
-        text = pair.context + pair.continuation
-        ids = self._encode(text)
-        found = find_cut_by_bytes(self._bytes, Tokens(ids), text, len(pair.context))
-        if found is None:
-            return self._finish(pair, ids, *self._by_comparison(pair, ids))
-        return self._finish(pair, ids, found.index, pair.context[found.start :] or None)
 
     def _by_comparison(self, pair: Pair, ids: list[int]) -> tuple[int, str | None]:
         """(first token of the continuation, what it holds of the context).
@@ -227,26 +235,105 @@ class BoundaryTokenizer:
             self._last_context = (context, self._encode(context))
         return self._last_context[1]
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
-
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
 
 
-def _check(pair: Pair) -> None:
-    if not pair.continuation:
+class ApartEncoder:
+    """Tokenises texts without the space that many tokenizers put before a text.
+
+    Args:
+        tokenizer: of Hugging Face or vLLM.
+    """
+
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
+        self._tokenizer, self._bytes = tokenizer, token_bytes
+        self._encode = partial(_encode, tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._bare: Any = None
+        if token_bytes.dummy and backend is not None:
+            bare = _without_dummy(backend)
+            first = bare.encode("a", add_special_tokens=False).ids[:1]
+            if not any(token_bytes(token).startswith(b" ") for token in first):
+                self._bare = bare
+
+    def encode(self, text: str, context: str, context_ids: list[int], name: str) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            context: what it follows. If that is nothing, the text begins with the tokenizer's
+                space; behind a special token it may, as the tokenizer has it.
+            context_ids: tokens of the context.
+            name: for errors.
+
+        Raises:
+            ScoreModeError: the tokenizer's space cannot be kept away.
+        """
+        if not self._bytes.dummy or not context_ids:
+            return self._encode(text)
+        special = self._bytes.added.get(context_ids[-1])
+        if special is not None and context.rstrip().endswith(special.content):
+            behind = self._encode(special.content + text)
+            if behind[:1] == context_ids[-1:]:
+                return behind[1:]
+        if self._bare is not None:
+            return self._bare_ids(text)
+        return self._behind_anchor(text, name)
+
+    def _bare_ids(self, text: str) -> list[int]:
+        """Behind a special token inside of the text, the tokenizer's own reading stands."""
+        found = self._bare.encode(text, add_special_tokens=False)
+        for index, (token, (start, end)) in enumerate(zip(found.ids, found.offsets, strict=True)):
+            added = self._bytes.added.get(token)
+            if added is not None and text[start:end].strip() == added.content:
+                return [*found.ids[:index], *self._encode(text[start:])]
+        return list(found.ids)
+
+    def _behind_anchor(self, text: str, name: str) -> list[int]:
+        """A text that merges with the anchor shows: the anchor's own tokens are gone."""
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        for anchor in _ANCHORS:
+            alone, both = self._encode(anchor), self._encode(anchor + text)
+            if alone and alone[-1] != unknown and both[: len(alone)] == alone:
+                return both[len(alone) :]
         raise ScoreModeError(
-            f"{pair.name}: the continuation is empty; give at least one character."
+            f"{name}: boundary='separate' does not work with this tokenizer "
+            f"({type(self._tokenizer).__name__}), which puts a space that cannot be kept away "
+            f"before the continuation {text[:40]!r}; use boundary='spanning'."
         )
-    for what, text in (("context", pair.context), ("continuation", pair.continuation)):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ScoreModeError(
-                f"{pair.name}: the {what} has a lone surrogate ({text[error.start]!r}), which is "
-                "no character and has no UTF-8 form; remove or replace it."
-            ) from None
+
+
+def _without_dummy(backend: Any) -> Any:
+    """A copy of a fast tokenizer that puts no space before a text."""
+    settings = json.loads(backend.to_str())
+    for step in ("normalizer", "pre_tokenizer"):
+        settings[step] = _stripped(settings[step])
+    copy = type(backend).from_str(json.dumps(settings))
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = backend.encode_special_tokens
+    return copy
+
+
+def _stripped(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normaliser or pre-tokenizer, as `tokenizers` writes it, without what adds the space."""
+    kind = None if step is None else step["type"]
+    if step is None or kind == "Prepend":
+        return None
+    if kind == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    if kind == "ByteLevel":
+        return {**step, "add_prefix_space": False}
+    parts: dict[str, Any] = {
+        key: [part for part in map(_stripped, step[key]) if part is not None]
+        for key in ("normalizers", "pretokenizers")
+        if key in step
+    }
+    return {**step, **parts}
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
 def _vanished(pair: Pair) -> ScoreModeError:

@@ -30,13 +30,13 @@ class Joint:
         ids: [n], all of them.
         first: the first token with offsets.
         begin: the character that its offsets count from.
-        offsets: [n - first], (start, end) of each.
+        offsets: [n - first], (start, end) of each; None where the tokenizer has none.
     """
 
     ids: list[int]
-    first: int
-    begin: int
-    offsets: Sequence[tuple[int, int]]
+    first: int = 0
+    begin: int = 0
+    offsets: Sequence[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.launch.steps import long_step, say
+from vllm.score.launch.output import long_step, say
 from vllm.score.tiny.training import LlamaRecipe
 
 if TYPE_CHECKING:

@@ -1,21 +1,94 @@
-"""The engine behind the model: vLLM's own defaults, but for what a CPU needs."""
+"""The engine behind the model: the options that are its own, its start and its tokenizer.
+
+It has vLLM's own defaults, but for what a CPU needs.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
+import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm.score.checks import Count, check
 from vllm.score.engine.configuration import with_room_for_one_more
 from vllm.score.errors import ScoreModeError
+from vllm.score.launch.engine import for_cpu, start_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger("lm_eval.vllm_score")  # LMEVAL_LOG_LEVEL holds
 
+# lm-eval's own, so that a change of the model's name alone changes no sampled text.
+SEED = 1234
+# lm-eval's `vllm` model ignores these, too.
+IGNORED = {
+    "device": "choose GPUs by CUDA_VISIBLE_DEVICES",
+    "swap_space": "vLLM has no swap space any more",
+}
 # vLLM's blocks of 128 tokens on a CPU leave up to 127 tokens of a common context unshared.
 CPU_BLOCK_SIZE = 32
+
+
+def engine_options(
+    pretrained: str | None,
+    options: Mapping[str, Any],
+    *,
+    max_length: int | None = None,
+    max_batch_size: int | None = None,
+    lora: bool = False,
+    runs: bool = False,
+) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that the model's options name; none where the engine runs.
+
+    Args:
+        pretrained: name or folder of the model.
+        options: of `vllm.LLM`; None means its default.
+        max_length: tokens that the model is to read at most.
+        max_batch_size: vLLM's `max_num_seqs`.
+        lora: an adapter is to be used.
+        runs: there is an engine already, which takes no options any more.
+
+    Raises:
+        ScoreModeError: no model is named, or options are given to an engine that runs.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, reason in IGNORED.items():
+        if given.pop(name, None) is not None:
+            logger.warning("%s is ignored: %s.", name, reason)
+    if runs:
+        if named := [*([] if pretrained is None else ["pretrained"]), *given]:
+            raise ScoreModeError(
+                f"{', '.join(named)}: these are options of the engine, which runs already; give "
+                "them to LLM(...)."
+            )
+        return {}
+    if pretrained is None:
+        raise ScoreModeError("no model is named: --model_args pretrained=NAME_OR_FOLDER.")
+    ours = {
+        "model": str(pretrained),
+        "seed": SEED,
+        "max_model_len": max_length,
+        "max_num_seqs": max_batch_size,
+        "enable_lora": lora or None,
+    }
+    return {**{name: value for name, value in ours.items() if value is not None}, **given}
+
+
+def length_asked_for(max_model_len: int | None, max_length: int | None) -> int | None:
+    """Tokens that the model is to read at most, by one of the option's two names."""
+    if max_model_len is not None and max_length is not None:
+        raise ScoreModeError(
+            f"max_model_len={max_model_len} and max_length={max_length} are the same thing: give "
+            "one of them."
+        )
+    name, length = "max_model_len", max_model_len
+    if max_model_len is None:
+        name, length = "max_length", max_length
+    found: int | None = check(name, length, Count | None)
+    return found
 
 
 def start_engine(options: dict[str, Any]) -> LLM:
@@ -27,10 +100,9 @@ def start_engine(options: dict[str, Any]) -> LLM:
             is started with one more, where the model allows it.
 
     Raises:
-        ScoreModeError: it cannot be started; see `vllm.score.launch.start`.
+        ScoreModeError: it cannot be started; see `vllm.score.launch.engine`.
     """
     from vllm.platforms import current_platform
-    from vllm.score.launch.start import start_llm
 
     settings = {name: value for name, value in options.items() if value is not None}
     if int(settings.get("data_parallel_size", 1)) > 1:
@@ -40,8 +112,10 @@ def start_engine(options: dict[str, Any]) -> LLM:
             "--model local-completions, or use tensor_parallel_size."
         )
     if current_platform.is_cpu():
-        settings = {**_for_cpu(settings), **settings}
-    return start_llm(settings, prepare=with_room_for_one_more)
+        settings.setdefault("block_size", CPU_BLOCK_SIZE)
+    return start_llm(
+        settings, prepare=lambda given: with_room_for_one_more({**for_cpu(given), **given})
+    )
 
 
 def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:
@@ -75,39 +149,6 @@ def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:
     return engine - 1
 
 
-def _for_cpu(settings: dict[str, Any]) -> dict[str, Any]:
-    """Defaults with which a model starts on a CPU without a variable or flag to set."""
-    defaults: dict[str, Any] = {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
-    if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        from vllm.score.cli.engine import cpu_cache_bytes
-
-        defaults["kv_cache_memory_bytes"] = cpu_cache_bytes(
-            settings["model"], _context_length(settings), low_memory=False, settings=settings
-        )
-    if int(settings.get("tensor_parallel_size", 1)) == 1:
-        # An engine process of its own would compete for the cores.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        defaults["distributed_executor_backend"] = "uni"
-    return defaults
-
-
-def _context_length(settings: dict[str, Any]) -> int:
-    """Tokens of the longest prompt, to size the KV cache by."""
-    if settings.get("max_model_len"):
-        return int(settings["max_model_len"])
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            settings["model"],
-            trust_remote_code=bool(settings.get("trust_remote_code")),
-            revision=settings.get("revision"),
-        ).get_text_config()
-    except (OSError, ValueError):
-        return 0  # cpu_cache_bytes says what is wrong
-    return int(getattr(config, "max_position_embeddings", None) or 0)
-
-
 def load_tokenizer(llm: LLM, add_bos_token: bool | None) -> Any:
     """The engine's tokenizer by name, with another setting of BOS where one is asked for.
 
@@ -125,3 +166,14 @@ def load_tokenizer(llm: LLM, add_bos_token: bool | None) -> Any:
         revision=config.tokenizer_revision,
         **options,
     )
+
+
+def lora_request(folder: str | None) -> LoRARequest | None:
+    """The adapter for all requests."""
+    if folder is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    # The engine knows adapters by number: one that runs already may have others.
+    number = 1 + zlib.crc32(str(folder).encode()) % (1 << 30)
+    return LoRARequest(f"adapter-{number}", number, folder)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.score.eig.registry import SHARED, ScalerCall, split_kwargs
+from vllm.score.checks import did_you_mean
 from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
@@ -48,36 +47,6 @@ class Generation:
         return SamplingParams(
             max_tokens=max_tokens, stop=list(dict.fromkeys([*self.stops, *more_stops])), **options
         )
-
-
-def split_settings(
-    settings: Sequence[Mapping[str, Any]],
-) -> list[tuple[ScalerCall | None, dict[str, Any]]]:
-    """What belongs to a scaler, and to ordinary generation, in the `gen_kwargs` of each request.
-
-    Equal settings are split once, so that what is wrong with them is said once, and have the same
-    call and the same rest. `temperature` and `top_p` are the scaler's; with `do_sample=True` the
-    answers are sampled by them, too. `temperature=0` without `do_sample` asks for greedy answers,
-    as lm-eval has it; reasoning is sampled all the same.
-
-    Raises:
-        ScoreModeError: as `vllm.score.eig.registry.split_kwargs`.
-    """
-    found: dict[str, tuple[ScalerCall | None, dict[str, Any]]] = {}
-    keys = []
-    for given in settings:
-        if not isinstance(given, Mapping):
-            raise ScoreModeError(f"gen_kwargs is {given!r:.60}; give a dict, e.g. {{}}.")
-        key = repr(sorted(given.items()))
-        keys.append(key)
-        if key in found:
-            continue
-        greedy = "do_sample" not in given and given.get("temperature") == 0
-        call, rest = split_kwargs({**given, "do_sample": False} if greedy else given)
-        if call is not None and given.get("do_sample") is True:
-            rest = {**{name: given[name] for name in SHARED if name in given}, **rest}
-        found[key] = call, rest
-    return [found[key] for key in keys]
 
 
 def read_generation_kwargs(
@@ -138,10 +107,9 @@ def _refuse_unknown(options: Mapping[str, Any], task: str | None) -> None:
     }
     for key, value in options.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             where = f" of the task {task!r}" if task else ""
             raise ScoreModeError(
-                f"gen_kwargs{where} has {key}={value!r}, which vLLM's SamplingParams does not "
-                f"take.{hint} Remove it from --gen_kwargs or the task's generation_kwargs."
+                f"gen_kwargs{where} has {key}={value!r}, which vLLM's SamplingParams does not take"
+                f"{did_you_mean(key, sorted(known))}. Remove it from --gen_kwargs or the task's "
+                "generation_kwargs."
             )

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 
+from vllm.score.api import score
+from vllm.score.armed import require_score_mode
+from vllm.score.checks import Count, Whole, check, check_name
+from vllm.score.continuations import MergedContinuations
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.arguments import Arguments, read_arguments
-from vllm.score.integrations.lm_eval.encoding import Encoder
 from vllm.score.integrations.lm_eval.engine import (
+    engine_options,
+    length_asked_for,
     load_tokenizer,
     longest_input,
+    lora_request,
     start_engine,
 )
-from vllm.score.integrations.lm_eval.generation import (
-    Generation,
-    read_generation_kwargs,
+from vllm.score.integrations.lm_eval.generation import Generation, read_generation_kwargs
+from vllm.score.integrations.lm_eval.requests import SIDES, Encoder, fit_context, fit_pairs
+from vllm.score.integrations.lm_eval.scaled import (
+    ScaledGeneration,
+    ScaledRequest,
     split_settings,
 )
-from vllm.score.integrations.lm_eval.merging import MergedRequests, TokenPair
-from vllm.score.integrations.lm_eval.scaled import ScaledGeneration, ScaledRequest
-from vllm.score.integrations.lm_eval.truncation import fit_context, fit_pairs
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -44,11 +49,33 @@ class VLLMScoreLM(TemplateLM):
     prefix cache holds few-shot contexts, the one-token options of a question are one request, and
     equal requests are computed once.
 
+    The options are those of lm-eval's `vllm` model, with the same names.
+
     Args:
         pretrained: name or folder of the model.
         llm: a running `vllm.LLM` to use instead of starting one.
-        options: see `vllm.score.integrations.lm_eval.arguments`; the names are those of lm-eval's
-            `vllm` model, and anything else goes to `vllm.LLM`.
+        max_model_len: tokens that the model reads at most, as `max_length` of lm-eval's `hf` model
+            counts them; by default as many as it can.
+        max_length: the same by its other name.
+        batch_size: accepted and not used: vLLM batches by itself.
+        max_batch_size: vLLM's `max_num_seqs`.
+        add_bos_token: True or False: with or without the tokenizer's special tokens.
+        prefix_token_id: what a text without context follows; by default BOS, else EOS.
+        max_gen_toks: tokens to generate where a task names no number.
+        truncation_side: of contexts too long to generate from: left, right or middle.
+        lora_local_path: folder of an adapter for all requests.
+        chat_template_args: further arguments of the chat template, a dict or JSON.
+        enable_thinking: one of them; needs `think_end_token`.
+        think_end_token: the answer is what follows it.
+        options: of `vllm.LLM`, e.g. dtype, revision, tensor_parallel_size, quantization; `device`
+            and `swap_space` are ignored.
+
+    Attributes:
+        batch_size: as given.
+        max_length: tokens that the model reads at most, as lm-eval's `hf` model counts them. A
+            context and its continuation may have one more together: the last is only predicted.
+        max_gen_toks: as given.
+        config: of Hugging Face, of the model.
 
     Raises:
         ScoreModeError: for options that contradict each other, before the engine starts.
@@ -56,41 +83,54 @@ class VLLMScoreLM(TemplateLM):
     """
 
     def __init__(
-        self, pretrained: str | None = None, *, llm: LLM | None = None, **options: Any
+        self,
+        pretrained: str | None = None,
+        *,
+        llm: LLM | None = None,
+        max_model_len: int | None = None,
+        max_length: int | None = None,
+        batch_size: str | int = "auto",
+        max_batch_size: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        max_gen_toks: int = 256,
+        truncation_side: str = "left",
+        lora_local_path: str | None = None,
+        chat_template_args: Mapping[str, Any] | str | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | None = None,
+        **options: Any,
     ) -> None:
-        from vllm.score.armed import require_score_mode
-
         super().__init__()
         if llm is not None:
             check_llm(llm)
-        self._arguments: Arguments = read_arguments(
-            pretrained, options, engine_runs=llm is not None
+        self.batch_size = batch_size
+        self.max_gen_toks: int = check("max_gen_toks", max_gen_toks, Count)
+        check("prefix_token_id", prefix_token_id, Whole | None)
+        check_name("truncation_side", truncation_side, SIDES)
+        self._truncation_side, self._think_end = truncation_side, think_end_token
+        self._template = _template_arguments(chat_template_args, enable_thinking, think_end_token)
+        asked = length_asked_for(max_model_len, max_length)
+        settings = engine_options(
+            pretrained,
+            options,
+            max_length=asked,
+            max_batch_size=max_batch_size,
+            lora=lora_local_path is not None,
+            runs=llm is not None,
         )
         require_score_mode()
-        self.model = llm if llm is not None else start_engine(self._arguments.engine)
-        self._max_length = longest_input(
-            self.model, self._arguments.max_length, given=llm is not None
-        )
-        self.tokenizer = load_tokenizer(self.model, self._arguments.add_bos_token)
-        self._encoder = Encoder(
-            self.tokenizer, self._arguments.add_bos_token, self._arguments.prefix_token_id
-        )
-        self._lora_request = self._arguments.lora_request()
+        self.model = start_engine(settings) if llm is None else llm
+        self.max_length = longest_input(self.model, asked, given=llm is not None)
+        self.tokenizer = load_tokenizer(self.model, add_bos_token)
+        self.config = self.model.llm_engine.model_config.hf_config
+        self._encoder = Encoder(self.tokenizer, add_bos_token, prefix_token_id)
+        self._lora_request = lora_request(lora_local_path)
 
     @classmethod
     def from_llm(cls, llm: LLM, **options: Any) -> VLLMScoreLM:
         """The model around an `LLM` that runs already; the engine's options are its own."""
         return cls(llm=llm, **options)
-
-    @property
-    def config(self) -> Any:
-        """The Hugging Face configuration of the model."""
-        return self.model.llm_engine.model_config.hf_config
-
-    @property
-    def batch_size(self) -> str | int:
-        """As given: vLLM batches by itself."""
-        return self._arguments.batch_size
 
     @property
     def eot_token_id(self) -> int:
@@ -101,19 +141,6 @@ class VLLMScoreLM(TemplateLM):
     def prefix_token_id(self) -> int:
         """What a text without context follows."""
         return self._encoder.prefix_token_id
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that the model reads at most, as lm-eval's `hf` model counts them.
-
-        A context and its continuation may have one more together: the last is only predicted.
-        """
-        return self._max_length
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Tokens to generate where a task names no number."""
-        return self._arguments.max_gen_toks
 
     @property
     def tokenizer_name(self) -> str:
@@ -138,7 +165,7 @@ class VLLMScoreLM(TemplateLM):
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
-                **self._arguments.chat_template_args,
+                **self._template,
             )
 
         try:
@@ -166,7 +193,7 @@ class VLLMScoreLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """By request: log-probability of the continuation in nats, and whether it is greedy."""
-        if self._arguments.enable_thinking:
+        if self._template.get("enable_thinking"):
             tasks = ", ".join(sorted({r.task_name for r in requests if r.task_name})) or "a task"
             raise ScoreModeError(
                 f"enable_thinking=True is for generation tasks, and {tasks} asks for "
@@ -204,32 +231,28 @@ class VLLMScoreLM(TemplateLM):
         self, requests: Sequence[KeyedPair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = fit_pairs([(c, t) for _, c, t in requests], self.max_length)
-        scored = [pair for pair in pairs if pair[1]]
-        if len(scored) < len(pairs):
+        scored = MergedContinuations([pair for pair in pairs if pair[1]])
+        if len(scored.places) < len(pairs):
             logger.warning(
                 "%d of %d continuations have no tokens: the log-probability of nothing is 0.",
-                len(pairs) - len(scored),
+                len(pairs) - len(scored.places),
                 len(pairs),
             )
-        answers = iter(self._score(scored, disable_tqdm))
-        found = [next(answers) if pair[1] else (0.0, True) for pair in pairs]
-        for (texts, _, _), answer in zip(requests, found, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return found
-
-    def _score(self, pairs: Sequence[TokenPair], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        from vllm.score import score
-
-        merged = MergedRequests(pairs)
         scores = score(
             self.model,
-            merged.requests,
+            scored.requests,
             statistics=["argmax"],
             use_tqdm=not disable_tqdm,
             lora_request=self._lora_request,
         )
-        return merged.answers(scores)
+        answers = iter(scored.scores(scores))
+        found = []
+        for (texts, _, _), (_, continuation) in zip(requests, pairs, strict=True):
+            each = next(answers) if continuation else None
+            found.append((0.0, True) if each is None else (each.sum(), each.is_greedy))
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, found[-1])
+        return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """By request: the generated text up to the first stop sequence.
@@ -247,7 +270,7 @@ class VLLMScoreLM(TemplateLM):
                 rest,
                 eos=eos,
                 max_gen_toks=self.max_gen_toks,
-                stop_at_eos_only=self._arguments.think_end_token is not None,
+                stop_at_eos_only=self._think_end is not None,
                 task=requests[index].task_name,
             )
             if call is None:
@@ -271,7 +294,7 @@ class VLLMScoreLM(TemplateLM):
                 f"max_gen_toks is {generation.max_gen_toks}, which leaves no room for a "
                 f"context in max_model_len={self.max_length}: lower it or raise max_model_len."
             )
-        return fit_context(ids, room, self._arguments.truncation_side) or [self.prefix_token_id]
+        return fit_context(ids, room, self._truncation_side) or [self.prefix_token_id]
 
     def _generate(
         self, requests: list[tuple[list[int], Generation]], disable_tqdm: bool
@@ -286,7 +309,7 @@ class VLLMScoreLM(TemplateLM):
             use_tqdm=not disable_tqdm,
             lora_request=self._lora_request,
         )
-        think_end = self._arguments.think_end_token
+        think_end = self._think_end
         return [
             postprocess_generated_text(output.outputs[0].text, generation.until, think_end)
             for (_, generation), output in zip(requests, outputs, strict=True)
@@ -299,8 +322,8 @@ class VLLMScoreLM(TemplateLM):
             self.model,
             prefix_token_id=lambda: self.prefix_token_id,
             max_length=self.max_length,
-            think_end=self._arguments.think_end_token,
-            truncation_side=self._arguments.truncation_side,
+            think_end=self._think_end,
+            truncation_side=self._truncation_side,
             lora_request=self._lora_request,
             use_tqdm=not disable_tqdm,
         ).texts(requests)
@@ -318,3 +341,31 @@ def _arguments_of(requests: Sequence[Instance]) -> list[Any]:
             "texts of your own use vllm.score.score or SequenceProbVLLMHook."
         )
     return [request.args for request in requests]
+
+
+def _template_arguments(
+    given: Mapping[str, Any] | str | None, enable_thinking: bool | None, think_end: str | None
+) -> dict[str, Any]:
+    """Further arguments of the chat template.
+
+    Args:
+        given: a dict, or one as JSON.
+        enable_thinking: one of the arguments.
+        think_end: text after which the answer begins, without which nobody may think.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ScoreModeError(f"chat_template_args is {given!r}, no JSON: {error}.") from error
+    arguments: Any = {} if given is None else given
+    if not isinstance(arguments, Mapping):
+        raise ScoreModeError(f"chat_template_args is {given!r}; give a dict.")
+    thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    arguments = {**arguments, **thinking}
+    if arguments.get("enable_thinking") and think_end is None:
+        raise ScoreModeError(
+            "enable_thinking=True without think_end_token: name the token after which the answer "
+            "begins, for example think_end_token='</think>'."
+        )
+    return arguments

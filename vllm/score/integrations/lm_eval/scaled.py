@@ -7,21 +7,23 @@ reasoning; where the model had ended by itself, its text is complete as it stand
 
 from __future__ import annotations
 
-import inspect
+import difflib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.score.eig.metrics import get_eig_metrics_summary, print_eig_metrics
-from vllm.score.eig.problems import ANSWER_ROOM
-from vllm.score.eig.registry import ScalerCall
-from vllm.score.eig.types import Trace
+from vllm.score.eig.answers import AnswerFormat
+from vllm.score.eig.options import Options, parameters_of
+from vllm.score.eig.reasoning import ANSWER_ROOM, reason
+from vllm.score.eig.report import get_eig_metrics_summary, print_eig_metrics
+from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
+from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.closing import Closing, make_closing, with_line_breaks
+from vllm.score.escapes import unescape
 from vllm.score.integrations.lm_eval.generation import Generation
-from vllm.score.integrations.lm_eval.truncation import fit_context
+from vllm.score.integrations.lm_eval.requests import fit_context
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -30,13 +32,133 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lm_eval.vllm_score")  # LMEVAL_LOG_LEVEL holds
 
 
+SCALER_KEY = "scale_func_name"
+# Options of all rules that `gen_kwargs` may hold; their values are checked where they are used.
+OPTIONS = tuple(parameters_of(Options).keys() - {"think_end", "prompts", "seed", "metrics"})
+SWITCHES = ("strict", "debug")
+# Ordinary generation takes these, too.
+SHARED = ("temperature", "top_p")
+# A key at least so similar to one of ours is a slip; vLLM's `top_k` is less so to `top_p`.
+_SLIP = 0.85
+
+
+@dataclass(frozen=True)
+class ScalerCall:
+    """What a user asked of a scaler.
+
+    Attributes:
+        rule: with its parameters.
+        options: of `OPTIONS` those given, as given.
+        debug: log each decision, and print the metrics.
+    """
+
+    rule: StoppingRule
+    options: dict[str, Any]
+    debug: bool = False
+
+
+def split_settings(
+    settings: Sequence[Mapping[str, Any]],
+) -> list[tuple[ScalerCall | None, dict[str, Any]]]:
+    """What belongs to a scaler, and to ordinary generation, in the `gen_kwargs` of each request.
+
+    Equal settings are split once, so that what is wrong with them is said once, and have the same
+    call and the same rest. `temperature` and `top_p` are the scaler's; with `do_sample=True` the
+    answers are sampled by them, too. `temperature=0` without `do_sample` asks for greedy answers,
+    as lm-eval has it; reasoning is sampled all the same.
+
+    Raises:
+        ScoreModeError: as `split_kwargs`.
+    """
+    found: dict[str, tuple[ScalerCall | None, dict[str, Any]]] = {}
+    keys = []
+    for given in settings:
+        if not isinstance(given, Mapping):
+            raise ScoreModeError(f"gen_kwargs is {given!r:.60}; give a dict, e.g. {{}}.")
+        key = repr(sorted(given.items()))
+        keys.append(key)
+        if key in found:
+            continue
+        greedy = "do_sample" not in given and given.get("temperature") == 0
+        call, rest = split_kwargs({**given, "do_sample": False} if greedy else given)
+        if call is not None and given.get("do_sample") is True:
+            rest = {**{name: given[name] for name in SHARED if name in given}, **rest}
+        found[key] = call, rest
+    return [found[key] for key in keys]
+
+
+def split_kwargs(options: Mapping[str, Any]) -> tuple[ScalerCall | None, dict[str, Any]]:
+    """Part what belongs to a scaler from what belongs to ordinary generation.
+
+    Args:
+        options: lm-eval's `gen_kwargs`; not changed.
+
+    Returns:
+        The call (None without `scale_func_name`), and the rest in its order. `do_sample=False`
+        with temperature 0, which many tasks have, asks for greedy answers: that temperature stays
+        in the rest, and the scaler's own is the default.
+
+    Raises:
+        ScoreModeError: an unknown scaler; an option of scalers without one, or of another one; a
+            key that looks like a misspelt one; values as in `StoppingRule.checked`.
+    """
+    rest = dict(options)
+    name = rest.pop(SCALER_KEY, None)
+    rules = all_rules()
+    known = {key for each in rules.values() for key in each.parameters()}
+    if name is None:
+        ours = {*known, *OPTIONS, *SWITCHES} - {*SHARED}
+        if stray := [f"{key}={value!r}" for key, value in rest.items() if key in ours]:
+            raise ScoreModeError(
+                f"gen_kwargs has {', '.join(stray)}, which only scalers take; add {SCALER_KEY} "
+                f"({', '.join(rules)}) or remove it."
+            )
+        return None, rest
+    kind = find_rule(name)
+    own = {*kind.parameters(), *OPTIONS, *SWITCHES}
+    for key, value in rest.items():
+        if key in own or key in SHARED:
+            continue
+        if key in known:
+            raise ScoreModeError(
+                f"gen_kwargs has {key}={value!r}, which the scaler {name!r} does not take; it "
+                f"takes {', '.join(kind.parameters())}. Remove it."
+            )
+        if close := difflib.get_close_matches(key, own, n=1, cutoff=_SLIP):
+            raise ScoreModeError(
+                f"gen_kwargs has {key}={value!r}, which nobody takes; did you mean {close[0]!r}?"
+            )
+    switches = {key: _switch(key, rest.pop(key)) for key in SWITCHES if key in rest}
+    # A task's way to ask for greedy answers, as opposed to a user's mistaken temperature.
+    sampled = _switch("do_sample", rest.get("do_sample", True))
+    zero = isinstance(rest.get("temperature"), int | float) and rest["temperature"] == 0
+    held = {"temperature": rest.pop("temperature")} if not sampled and zero else {}
+    if held:
+        logger.info("do_sample=False: answers are greedy; reasoning is sampled.")
+    values, rest = kind.split(rest)
+    rule = kind.checked(switches.get("strict", False), **values)
+    found = {key: rest.pop(key) for key in OPTIONS if key in rest}
+    for key in ("answer_cue", "answer_end"):  # a command line writes line breaks as \\n
+        if isinstance(found.get(key), str):
+            found[key] = unescape(found[key])
+    return ScalerCall(rule, found, switches.get("debug", False)), {**rest, **held}
+
+
+def _switch(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ScoreModeError(f"{key} is {value!r}; set it to true or false.")
+
+
 @dataclass(frozen=True)
 class ScaledRequest:
     """A request that a scaler governs.
 
     Attributes:
         context: token ids, of any length.
-        call: the scaler and its settings; one object for equal settings.
+        call: the scaler and its settings.
         generation: how the answer is generated, and how long the whole text may be.
     """
 
@@ -60,6 +182,60 @@ class Draft:
     prompt: list[int] | None = None
     room: int = 0
     stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What comes between reasoning and answer.
+
+    Attributes:
+        text: of it.
+        token_ids: at least one.
+        always: also where the model ended its reasoning by itself.
+        stops: texts that end the answer behind it.
+    """
+
+    text: str
+    token_ids: list[int]
+    always: bool
+    stops: tuple[str, ...] = ()
+
+    def reasoning_room(self, length: int) -> int:
+        """Tokens of reasoning in a text of `length` tokens, with room for an answer behind it.
+
+        Raises:
+            ScoreModeError: the closing alone is as long.
+        """
+        left = length - len(self.token_ids)
+        if left < 1:
+            raise ScoreModeError(
+                f"max_gen_toks is {length}, and {self.text!r} before the answer has "
+                f"{len(self.token_ids)} tokens: raise max_gen_toks."
+            )
+        return left - min(ANSWER_ROOM, max(left // 2, 1))
+
+
+def make_closing(tokenizer: Any, think_end: str | None, answer: AnswerFormat) -> Closing:
+    """The text that ends a model's reasoning; where it has none, the cue of the answer.
+
+    Args:
+        tokenizer: of Hugging Face or vLLM.
+        think_end: such as "</think>".
+        answer: how it is asked for.
+
+    Raises:
+        ScoreModeError: the text has no tokens.
+    """
+    if think_end is not None:
+        ids = list(tokenizer.encode(think_end, add_special_tokens=False))
+        if not ids:
+            raise ScoreModeError(
+                f"think_end_token is {think_end!r}, of which the tokenizer makes no token; name "
+                "the text that ends this model's reasoning."
+            )
+        return Closing(think_end, ids, always=True)
+    stops = (answer.end,) if answer.end else ()
+    return Closing(answer.cue.rstrip(" "), answer.cue_tokens(tokenizer), False, stops)
 
 
 class ScaledGeneration:
@@ -98,33 +274,46 @@ class ScaledGeneration:
         Raises:
             ScoreModeError: a setting cannot be used, or does not go with the others.
         """
-        groups: dict[int, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(id(request.call), []).append(index)
+            groups.setdefault(repr((request.call, request.generation)), []).append(index)
         drafts: dict[int, Draft] = {}
         for indexes in groups.values():
             found = self._drafts([requests[index] for index in indexes])
             drafts.update(zip(indexes, found, strict=True))
         texts = self._answered([drafts[index] for index in range(len(requests))], requests)
         logger.info("Decisions of this process: %s", get_eig_metrics_summary())
-        if any(request.call.options.get("debug") for request in requests):
+        if any(request.call.debug for request in requests):
             print_eig_metrics(file=sys.stderr)
         return texts
 
     def _drafts(self, group: Sequence[ScaledRequest]) -> list[Draft]:
         """Reason about requests with equal settings, side by side."""
         call, generation = group[0].call, group[0].generation
-        options = with_line_breaks(call.options)
-        closing = make_closing(self._tokenizer, self._think_end, options)
+        options = dict(call.options)
+        asked = Options(**options)
+        closing = make_closing(self._tokenizer, self._think_end, asked.answer_format)
         prompts, length = self._fit([request.context for request in group], call, generation)
         budget = closing.reasoning_room(length)
-        think_end = generation.until if self._think_end is None else [self._think_end]
-        traces = self._reason(
+        most = call.rule.budget(asked.max_tokens_thinking)
+        if most is not None and most > budget:
+            logger.warning(
+                "%d tokens of reasoning are asked for, but max_gen_toks leaves room for %d.",
+                most,
+                budget,
+            )
+            options["max_tokens_thinking"] = budget
+        options.setdefault("max_tokens_thinking", budget)
+        traces = reason(
+            self._llm,
             prompts,
-            ScalerCall(call.scaler, call.parameters, options),
-            budget,
-            think_end,
-            generation.options.get("seed"),
+            rule=call.rule,
+            think_end=generation.until if self._think_end is None else self._think_end,
+            seed=generation.options.get("seed") or 0,
+            lora_request=self._lora_request,
+            use_tqdm=self._use_tqdm,
+            debug=call.debug,
+            **options,
         )
         return [
             self._draft(
@@ -138,12 +327,12 @@ class ScaledGeneration:
     ) -> tuple[list[list[int]], int]:
         """Contexts that leave room for the text, and how many tokens the longest text may have."""
         wanted = generation.max_gen_toks
-        least = int(call.parameters.get("sample_length", 0)) + ANSWER_ROOM
+        least = call.rule.sample_length + ANSWER_ROOM
         if least >= self._max_length:
             raise ScoreModeError(
-                f"sample_length is {least - ANSWER_ROOM}, which with {ANSWER_ROOM} tokens for an "
-                f"answer leaves no room for a context in max_model_len={self._max_length}: lower "
-                "it or raise max_model_len."
+                f"sample_length is {call.rule.sample_length}, which with {ANSWER_ROOM} tokens for "
+                f"an answer leaves no room for a context in max_model_len={self._max_length}: "
+                "lower it or raise max_model_len."
             )
         clipped = wanted >= self._max_length
         room = self._max_length - (least if clipped else max(wanted, least))
@@ -166,49 +355,12 @@ class ScaledGeneration:
         )
         return prompts, length
 
-    def _reason(
-        self,
-        prompts: list[list[int]],
-        call: ScalerCall,
-        budget: int,
-        think_end: list[str],
-        seed: int | None,
-    ) -> list[Trace]:
-        function = call.scaler.load()
-        given = {**call.parameters, **call.options}
-        if self._lora_request is not None:
-            given["lora_request"] = self._lora_request
-        for name in ("max_tokens_thinking", "fixed_budget"):
-            if type(given.get(name)) is int and given[name] > budget:
-                logger.warning(
-                    "%s is %d, but max_gen_toks leaves room for %d tokens of reasoning.",
-                    name,
-                    given[name],
-                    budget,
-                )
-                given[name] = budget
-        offered = {
-            "max_tokens_thinking": budget,
-            "think_end": think_end,
-            "use_tqdm": self._use_tqdm,
-            **({} if seed is None else {"seed": seed}),
-        }
-        arguments = _accepted(call.scaler.name, function, given, offered)
-        traces = function(self._llm, prompts, **arguments)
-        good = isinstance(traces, Sequence) and len(traces) == len(prompts)
-        if not good or not all(isinstance(trace, Trace) for trace in traces):
-            raise ScoreModeError(
-                f"the scaler {call.scaler.name!r} returned {traces!r:.80}; it has to return a list "
-                "of one vllm.score.eig.types.Trace for each question."
-            )
-        return list(traces)
-
     def _draft(
         self, trace: Trace, prompt: list[int], length: int, closing: Closing, generation: Generation
     ) -> Draft:
         ids, text, ended = list(trace.reasoning_token_ids), trace.reasoning, trace.ended
         most = max(length - len(closing.token_ids) - 1, 0)
-        if len(ids) > most:  # a scaler that knows no budget
+        if len(ids) > most:  # the budget is that of a shorter context
             ids, ended = ids[:most], False
             text = self._tokenizer.decode(ids)
         if not closing.always:
@@ -249,21 +401,6 @@ class ScaledGeneration:
                     text = postprocess_generated_text(text + answer, until, self._think_end)
             texts.append(text)
         return texts
-
-
-def _accepted(
-    name: str, function: Callable[..., Any], given: dict[str, Any], offered: dict[str, Any]
-) -> dict[str, Any]:
-    """What was given, and of what is offered that which the function takes."""
-    parameters = inspect.signature(function).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return {**offered, **given}
-    if refused := [f"{key}={value!r}" for key, value in given.items() if key not in parameters]:
-        raise ScoreModeError(
-            f"the scaler {name!r} does not take {', '.join(refused)}; remove it, or let the "
-            "function take it."
-        )
-    return {**{key: value for key, value in offered.items() if key in parameters}, **given}
 
 
 def _up_to_stop(text: str, trace: Trace, until: Sequence[str]) -> str:

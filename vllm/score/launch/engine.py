@@ -1,0 +1,272 @@
+"""Start an `LLM` that fits a scoring run, or say in one sentence why it does not start."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from vllm.score.engine.configuration import (
+    model_config,
+    unsupported_configuration,
+    with_room_for_one_more,
+)
+from vllm.score.errors import ScoreModeError
+from vllm.score.launch.output import LEVEL_VARIABLE, LogFile, long_step
+from vllm.score.launch.reasons import remedy, root_cause
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# Errors as they are, and all that vLLM logs.
+DEBUG: ContextVar[bool] = ContextVar("DEBUG", default=False)
+
+CPU_WINDOWS_IN_CACHE = 16
+CPU_CACHE_BYTES = (256 << 20, 16 << 30)
+
+# Of the engine that runs, if it has processes of its own.
+_log: LogFile | None = None
+
+
+def flag(name: str) -> str:
+    """How commands spell an argument of `vllm.LLM`."""
+    return "the texts or windows" if name == "max_model_len" else "--" + name.replace("_", "-")
+
+
+def open_llm(
+    model: str,
+    *,
+    context_length: int,
+    read: int | None = None,
+    in_process: bool = True,
+    low_memory: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> LLM:
+    """A running `vllm.LLM` for windows of `context_length` tokens.
+
+    Args:
+        model: name or folder.
+        context_length: tokens of the longest prompt; becomes max_model_len.
+        read: as many of them the model reads; one less where the last token is only predicted,
+            and the model may have no position for it.
+        in_process: run the engine in this process (only with one GPU or CPU). Requests then reach
+            it in a fixed order, so a repeated run has the same batches and the same last bits.
+        low_memory: few sequences at a time and a small KV cache.
+        progress: whether to say on standard error that it starts, and when it runs.
+        options: further arguments of `vllm.LLM`; None means its default here, which on a CPU is
+            not vLLM's: see `for_cpu`.
+
+    Raises:
+        ScoreModeError: the model cannot be loaded as asked, or score mode does not serve such an
+            engine.
+    """
+    quieten()
+    # A model that only pools would start as one, and be refused at the first request.
+    settings = {"use_tqdm_on_load": False, "runner": "generate"}
+    settings |= {name: value for name, value in options.items() if value is not None}
+    settings |= {"model": model, "max_model_len": context_length}
+    if in_process and _workers(settings) == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if low_memory:
+        settings.setdefault("max_num_seqs", 4)
+        settings.setdefault("max_num_batched_tokens", max(context_length, 512))
+
+    def prepare(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        if read is not None and read < context_length:
+            settings = with_room_for_one_more({**settings, "max_model_len": read})
+        windows = 4 if low_memory else CPU_WINDOWS_IN_CACHE
+        settings = {**for_cpu(settings, windows, in_process=in_process), **settings}
+        _check_supported(settings)
+        return settings
+
+    return start_llm(settings, progress=progress, spell=flag, prepare=prepare)
+
+
+def start_llm(
+    settings: Mapping[str, Any],
+    *,
+    progress: bool = True,
+    spell: Callable[[str], str] = str,
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> LLM:
+    """A running `vllm.LLM`. While it starts, what vLLM prints goes to a file.
+
+    The file is named where the start fails. With `DEBUG`, or where the user has set
+    VLLM_LOGGING_LEVEL to DEBUG or INFO, nothing is held back.
+
+    Args:
+        settings: arguments of `vllm.LLM`; `model` among them.
+        progress: whether to say on standard error that it starts, and when it runs.
+        spell: how the caller's users spell an argument of `vllm.LLM`.
+        prepare: makes the final settings of these; what it raises counts as a failed start.
+
+    Raises:
+        ScoreModeError: it does not start: the cause, what helps, and where the log is.
+    """
+    from vllm import LLM
+
+    model = settings["model"]
+    with (
+        long_step(f"Starting vLLM with {str(model)!r}", "vLLM is ready", progress),
+        _one_sentence(f"vLLM does not start {str(model)!r}", spell),
+    ):
+        return LLM(**prepare(settings))
+
+
+def read_model(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> Any:
+    """vLLM's `ModelConfig` of an engine that is not started yet.
+
+    Args:
+        settings: arguments of `vllm.LLM`; `model` among them.
+        spell: as in `start_llm`.
+
+    Raises:
+        ScoreModeError: what vLLM refuses in these settings or in the model's configuration.
+    """
+    with _one_sentence(f"vLLM does not start {str(settings['model'])!r}", spell):
+        return model_config({"runner": "generate", **settings})
+
+
+def for_cpu(
+    settings: Mapping[str, Any],
+    windows: int = CPU_WINDOWS_IN_CACHE,
+    *,
+    in_process: bool = True,
+) -> dict[str, Any]:
+    """Defaults with which a model starts on a CPU with no variable or flag to set; else none.
+
+    Nothing is compiled, which costs more than it brings. vLLM's own default of the KV cache is a
+    share of the machine's reported memory, which fails where the memory is reported low or used by
+    others: it holds `windows` contexts, within a quarter of the memory that is free. An engine
+    process of its own would compete for the cores.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    # Stock prompt log-probabilities compile a kernel at run time; nothing of ours does.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    defaults: dict[str, Any] = {"enforce_eager": True}
+    if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        config = model_config(settings)
+        wanted = windows * config.max_model_len * _bytes_per_token(config.hf_text_config)
+        low, high = CPU_CACHE_BYTES
+        within = min(wanted, high, psutil.virtual_memory().available // 4)
+        defaults["kv_cache_memory_bytes"] = max(low, within)
+    if in_process and _workers(settings) == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        defaults["distributed_executor_backend"] = "uni"
+    return defaults
+
+
+def quieten() -> None:
+    """Errors only from vLLM and its libraries, here and in child processes.
+
+    The user's own VLLM_LOGGING_LEVEL counts more, and `DEBUG`.
+    """
+    if LEVEL_VARIABLE in os.environ:
+        return
+    logger = logging.getLogger("vllm")
+    if DEBUG.get():
+        os.environ[LEVEL_VARIABLE] = "DEBUG"
+        logger.setLevel(logging.DEBUG)
+        for handler in logger.handlers:  # made when vLLM was imported
+            handler.setLevel(logging.DEBUG)
+        return
+    os.environ[LEVEL_VARIABLE] = "ERROR"
+    logger.setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def later_failure(error: Exception, spell: Callable[[str], str] = flag) -> str:
+    """One sentence for what nobody has foreseen, e.g. an engine that ends while it runs.
+
+    Its traceback is added to the engine's log.
+    """
+    log = _log or LogFile()
+    text = log.text()
+    log.add(error)
+    log.keep()
+    reason = root_cause(error, text)
+    return _sentence("an unforeseen error", reason, spell, log) + " (--debug shows it)"
+
+
+def _check_supported(settings: Mapping[str, Any]) -> None:
+    """Raise ScoreModeError for an engine that score mode does not serve, before it starts."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    # vLLM adds its own to some dicts among the settings.
+    arguments = EngineArgs(**copy.deepcopy(dict(settings)))
+    sentence = unsupported_configuration(arguments.create_engine_config(UsageContext.LLM_CLASS))
+    if sentence is not None:
+        raise ScoreModeError(sentence)
+
+
+def _workers(settings: Mapping[str, Any]) -> int:
+    kinds = ("tensor", "pipeline", "data")
+    return math.prod(int(settings.get(f"{kind}_parallel_size") or 1) for kind in kinds)
+
+
+def _bytes_per_token(config: Any) -> int:
+    """Upper estimate of the KV cache of a token: all layers, no sharing between them, float32."""
+    layers = getattr(config, "num_hidden_layers", 32)
+    heads = getattr(config, "num_attention_heads", 32)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * layers * kv_heads * head_dim * 4)
+
+
+@contextmanager
+def _one_sentence(failed: str, spell: Callable[[str], str]) -> Iterator[None]:
+    global _log
+    if DEBUG.get():
+        yield
+        return
+    log = None if _logs_are_wanted() else LogFile()
+    try:
+        if log is None:
+            yield
+        else:
+            with log.receiving():
+                yield
+    except ScoreModeError:
+        raise
+    except Exception as error:
+        text = ""
+        if log is not None:
+            log.add(error)
+            text = log.text()
+            log.keep()
+        raise ScoreModeError(_sentence(failed, root_cause(error, text), spell, log)) from None
+    except BaseException:
+        if log is not None:
+            log.delete()
+        raise
+    if log is not None:
+        _log = log  # its processes go on writing there
+
+
+def _sentence(failed: str, reason: str, spell: Callable[[str], str], log: LogFile | None) -> str:
+    where = "see vLLM's log above" if log is None else f"the whole log is {log.path}"
+    parts = (f"{failed}: {reason}", remedy(reason, spell), where)
+    return "; ".join(part for part in parts if part)
+
+
+def _logs_are_wanted() -> bool:
+    return os.environ.get(LEVEL_VARIABLE, "").upper() in ("DEBUG", "INFO")

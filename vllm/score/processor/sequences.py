@@ -1,0 +1,303 @@
+"""Prompts with their responses as token ids: padded, one by one, and in batches of rows.
+
+B prompts, G responses per prompt, L tokens of the longest padded sequence, T generated tokens of
+one response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vllm.score.checks import Count, Whole, check
+from vllm.score.errors import ScoreModeError
+from vllm.score.tokens import encode_inputs
+
+
+@dataclass
+class BatchedSequences:
+    """Prompts with their responses.
+
+    The prompts are padded on the left to one length P, so that every response begins at column P:
+    the token at column i is scored by the logits at i - 1, for i in [P, P + gen_lens[b][g]).
+
+    Attributes:
+        sequences: int64 [B, G, L], padding, prompt, response, padding.
+        prompt_lens: [B], P each time.
+        gen_lens: [B][G] generated tokens, T, the end-of-sequence token included where it was
+            generated.
+        attention_masks: int64 [B, G, L]: 1 for prompt and response, 0 for padding.
+        responses_text: [B][G], special tokens left out.
+    """
+
+    sequences: Tensor
+    prompt_lens: list[int]
+    gen_lens: list[list[int]]
+    attention_masks: Tensor
+    responses_text: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response with its prompt, without padding.
+
+    Attributes:
+        prompt: index b.
+        number: index g.
+        ids: int64 [n + T] on the CPU, prompt and response.
+        length: T, generated tokens.
+    """
+
+    prompt: int
+    number: int
+    ids: Tensor
+    length: int
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.ids) - self.length
+
+    @property
+    def generated(self) -> Tensor:
+        """int64 [T]."""
+        return self.ids[self.prompt_length :]
+
+    def __str__(self) -> str:
+        return f"response [{self.prompt}][{self.number}]"
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Sequences without their last token (nothing is scored after it), padded on the right.
+
+    Attributes:
+        responses: [b].
+        input_ids: int64 [b, L].
+        attention_mask: int64 [b, L].
+        position_ids: int64 [b, L].
+        rows: int64 [N], N the generated tokens: places in the flattened [b * L].
+        tokens: int64 [N], what the rows score.
+    """
+
+    responses: Sequence[Response]
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    rows: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, responses: Sequence[Response], device: torch.device | str) -> RowBatch:
+        """The batch of responses of at least one token each."""
+        ids, mask = padded([r.ids[:-1] for r in responses], 0, "right", device)
+        width = ids.shape[1]
+        rows = torch.arange(len(responses) * width, device=device).view(-1, width)
+        return cls(
+            responses=responses,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=torch.arange(width, device=device).expand_as(ids),
+            # From that of the prompt's last token on.
+            rows=torch.cat(
+                [
+                    row[r.prompt_length - 1 : len(r.ids) - 1]
+                    for row, r in zip(rows, responses, strict=True)
+                ]
+            ),
+            tokens=torch.cat([r.generated for r in responses]).to(device),
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """[b] rows of each response."""
+        return [r.length for r in self.responses]
+
+
+def row_batches(
+    responses: Sequence[Response], batch_size: int, device: torch.device | str
+) -> Iterator[tuple[list[int], RowBatch]]:
+    """Batches of sequences of like length, the longest first, with the places of their responses;
+    empty responses are in none.
+    """
+    places = [i for i, r in enumerate(responses) if r.length]
+    places.sort(key=lambda i: -len(responses[i].ids))
+    for first in range(0, len(places), batch_size):
+        part = places[first : first + batch_size]
+        yield part, RowBatch.of([responses[i] for i in part], device)
+
+
+def prompt_ids(prompts: Any, tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """The token ids of prompts; texts get the tokenizer's special tokens, once.
+
+    Args:
+        prompts: texts, or lists of token ids.
+        vocab_size: of the model.
+
+    Raises:
+        ScoreModeError: no prompts, one without a token, or neither texts nor ids.
+    """
+    one = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
+    listed: list[Any] = [] if one else list(prompts)
+    if not listed:
+        raise ScoreModeError(
+            "prompts must be a list of at least one text, or list of token ids, got "
+            f"{prompts!r:.80}."
+        )
+    names = [f"prompts[{i}]" for i in range(len(listed))]
+    found = [tokens.ids for tokens in encode_inputs(tokenizer, listed, names, vocab_size)]
+    for name, ids in zip(names, found, strict=True):
+        if not ids:
+            raise ScoreModeError(
+                f"{name} has no token: the first generated token would have no context; "
+                "give at least one, such as the beginning-of-sequence token."
+            )
+    return found
+
+
+def pad_batch(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[Sequence[int]]],
+    pad_token_id: int,
+    decode: Callable[[list[int]], str],
+    device: torch.device | str = "cpu",
+) -> BatchedSequences:
+    """The ids [B][n] of prompts and [B][G][T] of their responses as a padded batch on `device`."""
+    each = len(responses[0])
+    fronts = padded(prompts, pad_token_id, "left", device)
+    ends = padded([r for group in responses for r in group], pad_token_id, "right", device)
+    ids, mask = (
+        torch.cat([front.repeat_interleave(each, 0), end], 1).unflatten(0, (-1, each))
+        for front, end in zip(fronts, ends, strict=True)
+    )
+    return BatchedSequences(
+        sequences=ids,
+        prompt_lens=[fronts[0].shape[1]] * len(prompts),
+        gen_lens=[[len(r) for r in group] for group in responses],
+        attention_masks=mask,
+        responses_text=[[decode(list(r)) for r in group] for group in responses],
+    )
+
+
+def padded(
+    rows: Sequence[Any], value: int, side: str, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Rows of ids padded with `value` on a side, and their mask: int64 [R, L] each."""
+    ids = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    fill = partial(pad_sequence, batch_first=True, padding_side=side)
+    mask = fill([torch.ones_like(row) for row in ids])
+    return fill(ids, padding_value=value).to(device), mask.to(device)
+
+
+def check_fit(responses: Sequence[Response], vocab_size: int, longest: int, remedy: str) -> None:
+    """Raise ScoreModeError for a token beyond the vocabulary, or a sequence that is too long.
+
+    Args:
+        longest: tokens of a prompt with its response.
+        remedy: for one that is longer.
+    """
+    for response in responses:
+        ids = response.ids
+        wrong = ids[(ids < 0) | (ids >= vocab_size)].tolist()
+        if wrong:
+            raise ScoreModeError(
+                f"{response} has the token {wrong[0]}; the model's vocabulary is 0 to "
+                f"{vocab_size - 1}: was it made by another tokenizer?"
+            )
+        if len(ids) > longest:
+            raise ScoreModeError(
+                f"{response} has {len(ids)} tokens with its prompt; the model takes {longest}: "
+                f"{remedy}."
+            )
+
+
+def responses_of(batch: BatchedSequences) -> list[Response]:
+    """Every response of a batch, in the order of b, then g.
+
+    Raises:
+        ScoreModeError: the fields contradict each other, or a prompt has no token.
+    """
+    _check_tensors(batch)
+    begin, gen_lens = _checked_lengths(batch)
+    sequences, masks = batch.sequences.cpu(), batch.attention_masks.cpu().bool()
+    found = []
+    for b, lengths in enumerate(gen_lens):
+        for g, length in enumerate(lengths):
+            mask, end = masks[b, g], begin + length
+            first = begin - int(mask[:begin].sum())
+            if first == begin:
+                raise ScoreModeError(
+                    f"the prompt of attention_masks[{b}, {g}] is empty: its first token would have "
+                    "no context."
+                )
+            if not mask[first:end].all() or int(mask.sum()) != end - first:
+                raise ScoreModeError(
+                    f"attention_masks[{b}, {g}] does not fit: prompts are padded on the left, and "
+                    f"exactly the {length} generated tokens from column {begin} on follow."
+                )
+            found.append(Response(b, g, sequences[b, g, first:end], length))
+    return found
+
+
+def _check_tensors(batch: BatchedSequences) -> None:
+    if not isinstance(batch, BatchedSequences):
+        raise ScoreModeError(
+            f"sequences must be BatchedSequences, as generate_batched makes them, got "
+            f"{type(batch).__name__}."
+        )
+    ids, masks = batch.sequences, batch.attention_masks
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ScoreModeError(f"sequences must be a tensor of int64 token ids, got {kind}.")
+    if ids.dim() != 3 or not all(ids.shape[:2]):
+        raise ScoreModeError(
+            "sequences must be [B, G, L] with at least one prompt and one response, got "
+            f"{tuple(ids.shape)}."
+        )
+    if not isinstance(masks, Tensor) or masks.shape != ids.shape:
+        kind = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+        raise ScoreModeError(
+            f"attention_masks must be a tensor of 0 and 1 of the shape {tuple(ids.shape)} of "
+            f"sequences, got {kind}."
+        )
+
+
+def _plain(given: Any) -> Any:
+    return given.tolist() if isinstance(given, Tensor) else given
+
+
+_PromptLengths = Annotated[list[Annotated[Count, BeforeValidator(_plain)]], BeforeValidator(_plain)]
+_Lengths = Annotated[list[Annotated[Whole, BeforeValidator(_plain)]], BeforeValidator(_plain)]
+_Grid = Annotated[list[_Lengths], BeforeValidator(_plain)]
+
+
+def _checked_lengths(batch: BatchedSequences) -> tuple[int, list[list[int]]]:
+    """The prompts' padded length, and the responses' lengths [B][G]."""
+    prompts, responses, columns = batch.sequences.shape
+    per_prompt = check("prompt_lens", batch.prompt_lens, _PromptLengths)
+    gen_lens: list[list[int]] = check("gen_lens", batch.gen_lens, _Grid)
+    if len(per_prompt) != prompts or len(set(per_prompt)) != 1:
+        raise ScoreModeError(
+            f"prompt_lens must be {prompts} times the one length that the prompts are padded to "
+            f"on the left, got {per_prompt}."
+        )
+    if [len(lengths) for lengths in gen_lens] != [responses] * prompts:
+        raise ScoreModeError(
+            f"gen_lens must be {responses} lengths for each of the {prompts} prompts, got "
+            f"{[len(lengths) for lengths in gen_lens]}."
+        )
+    room = columns - per_prompt[0]
+    for b, lengths in enumerate(gen_lens):
+        for g, length in enumerate(lengths):
+            if not 0 <= length <= room:
+                raise ScoreModeError(
+                    f"gen_lens[{b}][{g}] is {length}: {columns} columns less a prompt of "
+                    f"{per_prompt[0]} hold 0 to {room} tokens."
+                )
+    return per_prompt[0], gen_lens
