@@ -76,3 +76,8 @@ def worker_status(worker: Any) -> dict[str, Any]:
     found = (int8_warning(model) if on_cpu else None, dead_hooks_warning(worker, model))
     status["warnings"] = [warning for warning in found if warning]
     return status
+
+
+def first_problem(statuses: list[dict[str, Any]]) -> str | None:
+    """The first problem that any process reports."""
+    return next((s["problem"] for s in statuses if s["problem"]), None)
