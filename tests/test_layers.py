@@ -19,11 +19,11 @@ PACKAGE = "vllm.score"
 # From the ground up. What stands on one floor does not know of each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "escapes"),
-    ("checks", "armed", "tokens", "results", "shared_prefixes"),
+    ("checks", "armed", "tokens", "results"),
     ("ops",),
     ("engine",),
-    # What the patches of the endpoints call, as `engine` is for the other patches; engines started.
-    ("server", "launch"),
+    ("launch",),  # starts engines; `patches` explains failed starts by it
+    ("server",),  # what the patches of the endpoints call, as `engine` is for the other patches
     ("patches",),
     ("api",),
     ("continuations",),
