@@ -35,12 +35,11 @@ from typing import Any
 import wrapt
 
 from vllm.score.patches.patch import Patch
+from vllm.score.patches.status import process_status, worker_status
 
 
 def score_status(engine_core: Any) -> list[dict[str, Any]]:
     """Status of the engine core and of each of its workers; reached as a utility call."""
-    from vllm.score.patches.status import process_status, worker_status
-
     return [process_status("engine core"), *engine_core.collective_rpc(worker_status)]
 
 

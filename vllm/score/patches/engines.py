@@ -33,6 +33,7 @@ from vllm.score.engine.request import NO_CLIENT_LIMIT
 from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.patches.front_end import NAN_SEEN
 from vllm.score.patches.patch import Patch
+from vllm.score.patches.status import first_problem
 
 LLM_ENGINE = Patch("vllm.v1.engine.llm_engine", ("front end",))
 ASYNC_LLM = Patch("vllm.v1.engine.async_llm", ("front end",))
@@ -114,8 +115,6 @@ async def _admitted(engine: Any, params: Any, unfinished: Callable[[], bool]) ->
 
 def _raise_if_refused(statuses: list[dict[str, Any]]) -> None:
     """Raise ScoreModeUnavailable when a process reports a problem; pass warnings on, once each."""
-    from vllm.score.patches.status import first_problem
-
     problem = first_problem(statuses)
     if problem is not None:
         raise ScoreModeUnavailable(problem)

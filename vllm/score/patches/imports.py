@@ -1,4 +1,4 @@
-"""Run a hook once a module is completely imported, also when its import is under way."""
+"""Call a hook once a module is completely imported, also when its import is under way."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Hook = Callable[[ModuleType], None]
 def when_imported(name: str, hook: Hook) -> None:
     """Call `hook(module)` once the module `name` is imported: now, or right after its import.
 
-    The armoury is opened while some module of vLLM is half executed (the plugin moment lies in
-    the import of `vllm.config`). For that module an import hook comes too late, so it is
-    amended at the first attribute read after it is complete, before anyone can take a name.
+    vLLM calls plugins in the middle of its import of `vllm.config`, when some of its modules are
+    partly executed. For those an import hook comes too late: they are amended at the first
+    attribute read after their import, before anybody can take a name from them.
     """
     module = sys.modules.get(name)
     if module is None:

@@ -16,6 +16,8 @@ from vllm.score.armed import UPSTREAM_VERSION, Role
 from vllm.score.patches.imports import is_complete, settle
 
 State = Literal["not imported", "applied", "failed"]
+# (namespace, name, object as it is stored); the namespace is live.
+Place = tuple[Mapping[str, Any], str, Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -107,8 +109,7 @@ class Application:
     state: State = "not imported"
     reason: str = ""
     module: ModuleType | None = field(default=None, repr=False)
-    placed: dict[str, Any] = field(default_factory=dict, repr=False)
-    places: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list, repr=False)
+    places: dict[str, Place] = field(default_factory=dict, repr=False)
 
     def run(self, module: ModuleType, version: str) -> None:
         """Check the contract, apply, read back. Never raises: ordinary vLLM must go on."""
@@ -119,11 +120,8 @@ class Application:
             problem = self.patch.contract_problem(module, version)
             if problem is None:
                 self.patch.put_in_place(module)
-                places = {dotted: _place(module, dotted) for dotted in self.patch.contract}
-                self.placed = {dotted: found for dotted, (_, _, found) in places.items()}
-                problem = self._lost()
-                if self.patch.holds is None:
-                    self.places = list(places.values())
+                self.places = {dotted: _place(module, dotted) for dotted in self.patch.contract}
+                problem = self._undone(module)
             elif self.patch.refuse is not None:
                 self.patch.refuse(module)
         except Exception as error:
@@ -145,7 +143,8 @@ class Application:
         if sys.modules.get(self.patch.target) is not self.module:
             return "the module was imported a second time"
         # This runs for every score request: where nothing moved, there is nothing to look up.
-        if self.places and all(scope.get(name) is found for scope, name, found in self.places):
+        places = self.places.values()
+        if self.patch.holds is None and all(scope.get(name) is f for scope, name, f in places):
             return None
         try:
             return self._undone(self.module)
@@ -155,7 +154,7 @@ class Application:
     def _undone(self, module: Any) -> str | None:
         if self.patch.holds is not None:
             return None if self.patch.holds(module) else "the amendment is not in place"
-        for dotted, wrapper in self.placed.items():
+        for dotted, (_, _, wrapper) in self.places.items():
             if not isinstance(wrapper, wrapt.FunctionWrapper):
                 return f"{dotted} is not wrapped"
             if not _calls(_place(module, dotted)[2], wrapper):
@@ -174,8 +173,8 @@ def _calls(function: Any, wrapper: Any) -> bool:
     return False
 
 
-def _place(owner: Any, dotted: str) -> tuple[Mapping[str, Any], str, Any]:
-    """(namespace, name, object as it is stored) of an attribute; the namespace is live."""
+def _place(owner: Any, dotted: str) -> Place:
+    """Where an attribute is stored."""
     scope: Mapping[str, Any] = {}
     name = ""
     for name in dotted.split("."):

@@ -1,1 +1,1 @@
-"""Score mode behind `/v1/completions`; what is amended for it stands in `vllm.score.patches`."""
+"""Score mode behind `/v1/completions`; `vllm.score.patches.endpoints` calls it."""
