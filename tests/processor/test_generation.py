@@ -335,7 +335,7 @@ def test_prompts() -> None:
         ({"prompts": []}, r"prompts must be a list of at least one text.* got \[\]"),
         ({"prompts": "ab"}, "prompts must be a list .* got 'ab'"),
         ({"prompts": ["a", ""]}, r"prompts\[1\] has no token"),
-        ({"prompts": [[1], []]}, r"prompts\[1\] has no token"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] has no messages and no token ids"),
         ({"prompts": [["a"]]}, r"prompts\[0\] must be integers, got 'a' at \[0\]"),
         ({"prompts": [[1], [0.5]]}, r"prompts\[1\] must be integers, got 0\.5 at \[0\]"),
         ({"prompts": [[0], [3, SIZE]]}, r"prompts\[1\]\[1\] is 8, outside the vocabulary 0\.\.7"),
