@@ -94,6 +94,8 @@ def _joined(words: Sequence[str], own: Collection[str]) -> Iterator[str]:
             yield from (word, *rest)
         elif option in own:
             value = next(rest, None)
+            if value == "--":  # which argparse would leave out without a word
+                raise ValueError(f"{option} is '--', which no option can be; give it by --file")
             yield option if value is None else f"{option}={value}"
             after_file = option == FILE
         elif after_file and _is_file(word):
