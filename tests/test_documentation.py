@@ -25,7 +25,7 @@ def test_refused_options_are_listed():
 
 
 def test_statistics_are_listed():
-    from vllm.score.engine import statistics
+    from vllm.score.ops import statistics
 
     text = (ROOT / "SCORE_MODE_IMPLEMENTATION.md").read_text()
     for name in statistics.STATISTICS:

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.score.engine.statistics import STATISTICS
 from vllm.score.errors import ScoreModeError
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.reference import reduce_logits, score_head, target_logits
 from vllm.score.ops.row_layout import RowLayout
 from vllm.score.ops.row_state import Reduction, Transform
+from vllm.score.ops.statistics import STATISTICS, score_columns, statistics_mask
 
 # The others are not of the row state.
 STATE_STATISTICS = tuple(s for s in STATISTICS if s not in ("head_mass", "model_logprob"))
@@ -22,14 +22,14 @@ STATE_STATISTICS = tuple(s for s in STATISTICS if s not in ("head_mass", "model_
 def reduce(x: torch.Tensor, targets: torch.Tensor, layout: RowLayout, parts: int = 1):
     """All columns of `layout` but the most likely tokens, from `parts` tiles of the vocabulary."""
     threshold = x.float().gather(1, targets[:, :1])[:, 0] / layout.temperature
-    mask = rs.statistics_mask(layout.statistics)
+    mask = statistics_mask(layout.statistics)
     sums = Reduction(targets, Transform(temperature=layout.temperature), mask, threshold)
     first = 0
     for tile in x.tensor_split(parts, dim=1):
         reduce_logits(tile, sums.at(first))
         first += tile.shape[1]
     out = torch.empty(len(x), layout.num_targets + len(layout.statistics))
-    rs.score_columns(sums.state, sums.target_logits, layout, out)
+    score_columns(sums.state, sums.target_logits, layout, out)
     return out
 
 
@@ -167,7 +167,7 @@ def test_head_with_soft_cap_scale_and_shard(dtype, bias, monkeypatch):
     found = torch.stack([part.target_logits for part in parts]).amax(0)
     layout = RowLayout(2, ("entropy",))
     out = torch.empty(6, 3)
-    rs.score_columns(merged, found, layout, out)
+    score_columns(merged, found, layout, out)
     want = x.log_softmax(-1)
     torch.testing.assert_close(out[:, :2].double(), want.gather(1, targets), atol=2e-5, rtol=0)
     entropy = -(want.exp() * want).sum(-1)

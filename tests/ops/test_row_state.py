@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.float64_rows import float64_state, hard_rows
-from vllm.score.engine.statistics import STATISTICS
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.reference import reduce_logits
 from vllm.score.ops.row_state import Reduction
+from vllm.score.ops.statistics import STATISTICS, statistics_mask
 
 CPU = torch.device("cpu")
 SUMS = rs.ENTROPY_BIT | rs.VARENTROPY_BIT | rs.COLLISION_BIT | rs.TOP_BIT
@@ -29,7 +29,7 @@ def state_of(x: torch.Tensor, first_id: int) -> torch.Tensor:
 
 
 def statistic(name: str, state: torch.Tensor) -> torch.Tensor:
-    _, formula = rs._STATISTICS[name]
+    formula = STATISTICS[name].formula
     return formula(state)
 
 
@@ -109,9 +109,9 @@ def test_a_part_that_is_not_a_number_spoils_the_row(bad, place):
 
 def test_every_statistic_has_its_bits():
     for name in STATISTICS:
-        mask = rs.statistics_mask((name,))
+        mask = statistics_mask((name,))
         assert 0 <= mask < 64
         # The operators refuse the varentropy's bit alone.
         assert bool(mask & rs.VARENTROPY_BIT) <= bool(mask & rs.ENTROPY_BIT)
-    assert rs.statistics_mask(("varentropy",)) & rs.VARENTROPY_BIT
-    assert rs.statistics_mask(("logsumexp", "head_mass", "model_logprob")) == 0
+    assert statistics_mask(("varentropy",)) & rs.VARENTROPY_BIT
+    assert statistics_mask(("logsumexp", "head_mass", "model_logprob")) == 0

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from vllm.score.engine.model_head import _whole_head
-from vllm.score.engine.statistics import STATISTICS
 from vllm.score.ops.head import Head
 from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import LOGITS_BYTES, block_rows, score_rows
+from vllm.score.ops.statistics import STATISTICS
 
 VOCAB, SPLIT = 50, (0, 23, 50, 50)  # the last of three ranks holds padding only
 
@@ -70,7 +70,7 @@ def float64(hidden, plain):
 @pytest.mark.parametrize("top", [0, 4, 30, FULL_VOCABULARY])
 def test_shards_on_three_ranks_score_as_one(plain, top):
     hidden, targets = inputs()
-    layout = RowLayout(0 if top < 0 else 2, STATISTICS, top, 1.3)
+    layout = RowLayout(0 if top < 0 else 2, tuple(STATISTICS), top, 1.3)
     want = score_rows(head(), hidden, targets, layout, VOCAB)
     ranks = Ranks(3)
 

@@ -8,10 +8,10 @@ import torch
 
 from tests.helpers_policy import policy_row
 from tests.ops.test_score_rows import SPLIT, VOCAB, Ranks, head, inputs
-from vllm.score.engine.statistics import STATISTICS
 from vllm.score.ops.head import Head
 from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import score_rows
+from vllm.score.ops.statistics import STATISTICS
 
 NAMES = {
     "entropy": "rb_entropy",
@@ -58,7 +58,7 @@ def test_every_statistic_under_the_policy(top_p, temperature, plain, device):
     logits = (hidden.double() @ weight.double().T).numpy()
     hidden, targets, weight = hidden.to(device), targets.to(device), weight.to(device)
     one = Head(weight if plain else None, None, lambda h: h @ weight.T, 0, VOCAB)
-    layout = RowLayout(2, STATISTICS, 0, temperature, top_p)
+    layout = RowLayout(2, tuple(STATISTICS), 0, temperature, top_p)
     out = score_rows(one, hidden, targets, layout, VOCAB)
     check(out.cpu(), logits, targets.cpu(), layout)
 
@@ -67,7 +67,7 @@ def test_every_statistic_under_the_policy(top_p, temperature, plain, device):
 @pytest.mark.parametrize("plain", [True, False])
 def test_shards_on_three_ranks_truncate_as_one(plain, top):
     hidden, targets = inputs()
-    layout = RowLayout(0 if top < 0 else 2, STATISTICS, top, 1.3, 0.7)
+    layout = RowLayout(0 if top < 0 else 2, tuple(STATISTICS), top, 1.3, 0.7)
     want = score_rows(head(), hidden, targets, layout, VOCAB)
     ranks = Ranks(3)
 
@@ -92,7 +92,7 @@ def test_shards_on_three_ranks_truncate_as_one(plain, top):
 def test_tied_logits_are_counted_not_chosen(device):
     """Of five equal tokens the nucleus keeps so many that top-p is reached, whichever they are."""
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 1.0, 1.0, -3.0], [0.0] * 7])
-    layout = RowLayout(1, STATISTICS, 0, 1.0, 0.6)
+    layout = RowLayout(1, tuple(STATISTICS), 0, 1.0, 0.6)
     plain = Head(None, None, lambda h: logits.to(device, copy=True), 0, 7)
     for token in (0, 3):
         targets = torch.full((2, 1), token)

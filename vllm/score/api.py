@@ -60,7 +60,7 @@ def score(
         llm: a `vllm.LLM` on which nothing else is running.
         requests: each a text, a list of token ids, or a `ScoreRequest`, which is a prompt as
             `LLM.generate` takes it, with or without targets.
-        statistics: names from `vllm.score.engine.statistics`.
+        statistics: names from `vllm.score.ops.statistics`.
         temperature: divides the logits.
         top_p: the scores are those of the most likely tokens whose probabilities first add up to
             it, renormalised, as sampling with this `top_p` has it; -inf for any other token.

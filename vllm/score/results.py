@@ -25,7 +25,7 @@ class TokenScores:
             asked for: then column j is token j.
         logprobs: float32 [m], [m, k] or [m, V]; log-probabilities in nats.
         statistics: by name, float32 [m] (`rank` and `argmax`: int64 [m]), see
-            `vllm.score.engine.statistics`.
+            `vllm.score.ops.statistics`.
         start: prompt position of the first scored token; row i scores position start + i.
         top_token_ids: int64 [m, top], the most likely tokens, first the likeliest; None unless
             `prompt_logprobs` asked for them.

@@ -10,8 +10,8 @@ import numpy as np
 import wrapt
 
 from vllm.score.engine.request import ScoreSpec
-from vllm.score.engine.statistics import INTEGER_STATISTICS
 from vllm.score.errors import ScoreModeError
+from vllm.score.ops.statistics import STATISTICS
 from vllm.score.results import PromptLogprobsView, TokenScores
 
 NAN = "is NaN; in the order in which to look"
@@ -55,7 +55,7 @@ def split_columns(rows: np.ndarray, spec: ScoreSpec) -> TokenScores:
     layout, start, notes = spec.layout, spec.start + 1, spec.notes
     columns = rows[:, layout.statistics_columns]
     statistics = {
-        name: columns[:, i].astype(np.int64) if name in INTEGER_STATISTICS else columns[:, i].copy()
+        name: columns[:, i].astype(STATISTICS[name].dtype)
         for i, name in enumerate(layout.statistics)
     }
     if layout.top < 0:

@@ -26,17 +26,13 @@ leaves an error of 1e-4, and of 2e-3 of the result, at a vocabulary of 152k.
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops.row_layout import RowLayout
 
 MAX, SUM_EXP, SUM_EXP_X, SUM_EXP2, SECOND, ARGMAX, MEAN, M2, COUNT, RANK, SUM_EXP_DEV2 = range(11)
 WIDTH = 11
@@ -198,51 +194,3 @@ def merge(states: torch.Tensor) -> torch.Tensor:
 def log_sum_exp(state: torch.Tensor) -> torch.Tensor:
     """``log sum exp x`` of each row, float32 [R]; NaN where a row had NaN or +inf."""
     return state[:, MAX] + torch.log(state[:, SUM_EXP])
-
-
-# Of each statistic the bits that it needs, and its formula; None where the state does not hold it.
-_STATISTICS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor] | None]] = {
-    "entropy": (ENTROPY_BIT, lambda s: torch.log(s[:, SUM_EXP]) - s[:, SUM_EXP_X] / s[:, SUM_EXP]),
-    "varentropy": (ENTROPY_BIT | VARENTROPY_BIT, lambda s: s[:, SUM_EXP_DEV2] / s[:, SUM_EXP]),
-    "rank": (RANK_BIT, lambda s: s[:, RANK] + 1),
-    "argmax": (TOP_BIT, lambda s: s[:, ARGMAX]),
-    "argmax_logprob": (0, lambda s: -torch.log(s[:, SUM_EXP])),
-    "margin": (TOP_BIT, lambda s: s[:, MAX] - s[:, SECOND]),
-    "collision_probability": (COLLISION_BIT, lambda s: s[:, SUM_EXP2] / s[:, SUM_EXP].square()),
-    "logsumexp": (0, log_sum_exp),
-    "head_mass": (0, None),
-    "model_logprob": (0, None),
-    "logit_mean": (MOMENTS_BIT, lambda s: s[:, MEAN]),
-    "logit_variance": (MOMENTS_BIT, lambda s: s[:, M2] / s[:, COUNT]),
-}
-
-
-def statistics_mask(names: tuple[str, ...]) -> int:
-    """The bits that the named statistics need."""
-    return functools.reduce(operator.or_, (_STATISTICS[name][0] for name in names), 0)
-
-
-def score_columns(
-    state: torch.Tensor,
-    target_logits: torch.Tensor,
-    layout: RowLayout,
-    out: torch.Tensor,
-    given: Mapping[str, torch.Tensor] = MappingProxyType({}),
-) -> None:
-    """Write the targets' log-probabilities and the statistics, in nats.
-
-    Args:
-        state: float32 [R, 11], of the whole vocabulary.
-        target_logits: float32 [R, k].
-        layout: names the columns.
-        out: float32 [R, at least k + number of statistics]; its first columns are written.
-        given: the statistics that the state does not hold, by name, float32 [R].
-    """
-    k = layout.num_targets
-    if k:
-        torch.sub(target_logits[:, :k], log_sum_exp(state)[:, None], out=out[:, :k])
-        # Targets may be summed in another order than the row, and come out above it by a rounding.
-        out[:, :k].clamp_max_(0.0)
-    for column, name in enumerate(layout.statistics, start=k):
-        formula = _STATISTICS[name][1]
-        out[:, column] = given[name] if formula is None else formula(state)

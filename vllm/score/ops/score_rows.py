@@ -13,6 +13,7 @@ from vllm.score.ops.head import Head, reduce_logits, score_head, target_logits
 from vllm.score.ops.kernels import choose_kernel
 from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.row_state import Reduction, Transform
+from vllm.score.ops.statistics import score_columns, statistics_mask
 from vllm.score.ops.top_p import reduce_nucleus
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not
@@ -65,7 +66,7 @@ def score_rows(
         float32 [c, layout.width(V)].
     """
     choose_kernel(hidden.device.type)
-    mask = rs.statistics_mask(layout.statistics)
+    mask = statistics_mask(layout.statistics)
     targets = targets.contiguous()
     transform = Transform(head.scale, head.soft_cap, layout.temperature)
     logits = head.logits(hidden) if layout.needs_logits or head.needs_logits else None
@@ -87,7 +88,7 @@ def score_rows(
     out = torch.empty(
         len(hidden), layout.width(vocab_size), dtype=torch.float32, device=hidden.device
     )
-    rs.score_columns(done.state, done.target_logits, layout, out, given)
+    score_columns(done.state, done.target_logits, layout, out, given)
     if layout.top:
         _top_columns(head, x, rs.log_sum_exp(done.state), layout, out[:, layout.top_start :])
     return out

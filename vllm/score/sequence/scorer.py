@@ -87,7 +87,7 @@ def score_continuations(
             continuation: "spanning" scores from its start and says so, "strict" refuses,
             "separate" tokenises the two apart (`vllm.score.sequence.boundary`).
         tokenizer: for texts and messages; by default the engine's own.
-        statistics: more to compute at each position, names from `vllm.score.engine.statistics`.
+        statistics: more to compute at each position, names from `vllm.score.ops.statistics`.
         temperature, top_p, use_tqdm, skip_prefix_cache, reproducible: as for `vllm.score.score`.
         lora_request: an adapter for all pairs, or one (or None) for each.
 

@@ -6,7 +6,7 @@ Beside the stock fields the body of a completion request may hold:
 ``score_mode``         true: score the prompt, generate nothing (``max_tokens`` is ignored)
 ``target_token_ids``   for one prompt: m token ids, or m lists of k candidates, for its last m
                        positions; for a list of prompts: a list with that (or null) for each
-``score_statistics``   names, see `vllm.score.engine.statistics`
+``score_statistics``   names, see `vllm.score.ops.statistics`
 ``score_temperature``  divides the logits
 ``score_top_p``        keeps the most likely tokens whose probabilities first add up to it
 =====================  ========================================================================
