@@ -131,6 +131,26 @@ def test_a_contract_that_does_not_hold(
         assert word in problem
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "fits"),
+    [
+        (lambda stock, self, request, *args, **kwargs: stock(request), True),
+        (lambda stock, self, request, tokens: stock(request), True),
+        (lambda stock, self, request: stock(request), False),
+        (lambda stock, self, request, *args: stock(request), False),
+        (lambda stock, self, request, **kwargs: stock(request), False),
+    ],
+)
+def test_a_wrapper_that_cannot_pass_on_a_parameter_breaks_the_contract(
+    wrapper: Any, fits: bool, module: Any
+) -> None:
+    amended = Patch(NAME, ("engine core",))
+    amended.wrap("Engine.step")(wrapper)
+    problem = amended.contract_problem(module, "0.32.0")
+    assert (problem is None) == fits
+    assert fits or "more than ('self', 'request'" in str(problem)
+
+
 def test_a_patch_is_applied_once(module: Any) -> None:
     application = applied(module)
     assert application.state == "applied"

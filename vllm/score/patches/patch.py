@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -53,7 +53,8 @@ class Patch:
 
         `stock` is the upstream function, bound. From `self` on, the parameters of `f` are the first
         ones of the upstream function under their own names, which makes the contract; `*args` and
-        `**kwargs` take those that `f` only passes on.
+        `**kwargs` take those that `f` only passes on. Where `f` lacks these, a function that
+        takes more, as one of a later release may, breaks the contract.
         """
 
         def register(f: F) -> F:
@@ -82,10 +83,26 @@ class Patch:
             except AttributeError:
                 return f"{dotted} does not exist"
             function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
-            names = tuple(inspect.signature(function).parameters)
+            parameters = inspect.signature(function).parameters
+            names = tuple(parameters)
             if names[: len(expected)] != expected:
                 return f"{dotted} takes {names}, not {expected}"
+            rest = list(parameters.values())[len(expected) :]
+            if dotted in self.wrappers and not _passes_on(self.wrappers[dotted], rest):
+                return f"{dotted} takes {names}, more than {expected}"
         return None
+
+
+def _passes_on(f: Callable[..., Any], rest: Sequence[inspect.Parameter]) -> bool:
+    """Whether `f` takes these parameters, too, by its `*args` and `**kwargs`."""
+    kinds = {parameter.kind for parameter in inspect.signature(f).parameters.values()}
+    positional = inspect.Parameter.VAR_POSITIONAL in kinds
+    keyword = inspect.Parameter.VAR_KEYWORD in kinds
+    return all(
+        (positional or p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD))
+        and (keyword or p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL))
+        for p in rest
+    )
 
 
 def _calling(f: Callable[..., Any]) -> Callable[..., Any]:
