@@ -91,8 +91,8 @@ def main() -> None:
     lost = by_name[SCORE].median - floor.median
     print(
         f"score mode is at {floor.median / by_name[SCORE].median:.3f} of the floor's speed: "
-        f"{1e6 * lost / options.prompts:.0f} us a request, "
-        f"{1e9 * lost / options.prompts / options.length:.0f} ns a token more"
+        f"{1e6 * lost / options.prompts:.0f} us per request, "
+        f"{1e9 * lost / options.prompts / options.length:.0f} ns per token more"
     )
 
 

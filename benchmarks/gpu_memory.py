@@ -36,7 +36,7 @@ def main() -> None:
     config = shapes.configuration(options)
     folder = shapes.folder_of(config)
     length = options.rows // options.prompts + 1
-    # The whole batch in one step: score mode sends n-1 tokens a prompt, stock vLLM n.
+    # The whole batch in one step: score mode sends n-1 tokens per prompt, stock vLLM n.
     options.batched_tokens = options.prompts * length
     llm = engines.open_engine(folder, length, options)
     prompts = engines.random_prompts(options.prompts, length, config["vocab_size"])

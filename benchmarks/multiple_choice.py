@@ -6,7 +6,7 @@
     python benchmarks/multiple_choice.py ... --option-tokens 1                  # one-token options
 
 Every question has the same few-shot tokens in front, then its own, then four options. The rate is
-in options a second. The prefix cache is emptied before every round. With one-token options score
+in options per second. The prefix cache is emptied before every round. With one-token options score
 mode sends one request a question, with four candidates; stock vLLM needs one an option, as
 lm-eval's backend sends them.
 

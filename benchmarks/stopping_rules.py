@@ -7,7 +7,7 @@ The task is chained additions with running sums as reasoning, which the model of
 `vllm.score.tiny.additions` has learned in under a minute. Every rule runs over a range of its
 setting, on the same problems and the same engine:
 
-* EIG: one more step as long as it pays lambda; K forecasts a decision. A step is one sum, or
+* EIG: one more step as long as it pays lambda; K forecasts per decision. A step is one sum, or
   three: the rule looks a step ahead, and one sum of many tells little by itself.
 * entropy threshold: as long as H_t is above it; no forecasts.
 * fixed budget: so many sums for every problem.

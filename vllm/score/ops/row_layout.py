@@ -22,7 +22,7 @@ class RowLayout:
     """What is computed for every scored row of one request.
 
     Attributes:
-        num_targets: candidates a position, k.
+        num_targets: candidates per position, k.
         statistics: names, in column order.
         top: number of most likely tokens (0: none, -1: the whole vocabulary).
         temperature: the logits are divided by it first.

@@ -52,7 +52,7 @@ def score_rows(
     """Score rows of hidden states.
 
     Every rank of a tensor-parallel group calls this with the same rows; the exchange is one
-    all-gather of 11 + k floats a row (two when the rank of the target is asked for).
+    all-gather of 11 + k floats per row (two when the rank of the target is asked for).
 
     Args:
         head: this rank's part of it.

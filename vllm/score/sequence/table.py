@@ -63,7 +63,7 @@ def results_table(results: Sequence[Mapping[str, Any]], limit: int = 50) -> Tabl
     table = Table(box=None, pad_edge=False)
     for name in ("context", "sequence"):
         table.add_column(name, no_wrap=True)
-    for name in ("nats", "prob", "tokens", "a token"):
+    for name in ("nats", "prob", "tokens", "per token"):
         table.add_column(name, justify="right", no_wrap=True)
     previous: Any = None
     for row in results[:limit]:

@@ -136,7 +136,7 @@ def train(
     The caller's random state and PyTorch's number of threads are put back.
 
     Returns:
-        The model in evaluation mode, and its mean loss in nats a token over the last tenth of the
+        The model in evaluation mode, and its mean loss in nats per token over the last tenth of the
         steps.
 
     Raises:

@@ -231,7 +231,7 @@ def train(
         progress: whether to show a bar on standard error.
 
     Returns:
-        The model in evaluation mode, and its mean loss in nats a token over the last tenth of
+        The model in evaluation mode, and its mean loss in nats per token over the last tenth of
         the steps.
 
     Raises:

@@ -104,7 +104,7 @@ def optimise(
         bar: shows how far the training is; its total is the end.
 
     Returns:
-        Mean loss in nats a token over the last tenth of the steps.
+        Mean loss in nats per token over the last tenth of the steps.
 
     Raises:
         ScoreModeError: where the loss is no longer a number.
@@ -199,7 +199,7 @@ class Replicas:
             batch: int64 [sequences, length + 1].
 
         Returns:
-            The mean loss, in nats a token.
+            The mean loss, in nats per token.
         """
         parts = batch.chunk(_REPLICAS)
         scored = batch[:, 1:].numel()
