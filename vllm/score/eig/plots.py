@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,17 @@ import numpy as np
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.report.characters import visible
-from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, layout, style
+from vllm.score.report.style import (
+    BLUE,
+    GREY,
+    LIGHT,
+    RED,
+    drawable,
+    html_page,
+    layout,
+    style,
+    svg,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,11 +33,6 @@ FEW = 12  # traces that can be told apart
 _ERRORS: dict[str, Any] = {"linewidth": 1.3, "elinewidth": 0.9, "capsize": 2}
 _THIN: dict[str, Any] = {"color": LIGHT, "linewidth": 0.7, "markersize": 2, "alpha": 0.7}
 _TITLE_WIDTH = 100  # characters
-_PAGE_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #202124; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.3rem; } svg { width: 100%; height: auto; }
-"""
 
 
 def plot_traces(
@@ -55,14 +58,13 @@ def plot_traces(
     with style():
         if ending == ".png":
             figure.savefig(path, dpi=150)
-            return
-        if ending == ".pdf":
+        elif ending == ".pdf":
             figure.savefig(path, metadata={"CreationDate": None})
-            return
-        drawing = io.StringIO()
-        figure.savefig(drawing, format="svg", metadata={"Date": None})
-    svg = drawing.getvalue()
-    path.write_text(svg if ending == ".svg" else _page(svg, title), encoding="utf-8")
+        else:
+            text = svg(figure)
+            if ending == ".html":
+                text = html_page(title or "Expected information gain along each trace", text)
+            path.write_text(text, encoding="utf-8")
 
 
 def draw_traces(traces: Sequence[Trace], *, lambda_cost: float | None, title: str = "") -> Figure:
@@ -157,16 +159,3 @@ def _standard_errors(trace: Trace) -> np.ndarray:
 def _one_line(title: str) -> str:
     text = visible(title, drawable)
     return text if len(text) <= _TITLE_WIDTH else text[: _TITLE_WIDTH - 1] + "…"
-
-
-def _page(svg: str, title: str) -> str:
-    name = escape(title or "Expected information gain along each trace")
-    svg = svg[svg.index("<svg") :]  # without the declarations of a file of its own
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{_PAGE_STYLE}</style></head><body>
-<h1>{name}</h1>
-{svg}
-</body></html>
-"""

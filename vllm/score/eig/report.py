@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
+from vllm.score.data.streams import atomic_write
 from vllm.score.eig.trace import FAILURE, TIME, Decision, Step, Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.report.numbers import count, significant
+from vllm.score.report.table import plain_table
 
 UNKNOWN = "unknown"  # kind of a failure that does not say
 
@@ -308,10 +310,7 @@ def run_table(summary: RunSummary) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
+    return plain_table(*columns, right=columns[1:])
 
 
 def _figure(value: float | None) -> str:
@@ -341,21 +340,16 @@ def write_traces(
     """
     _check_length("questions", questions, traces)
     _check_length("gold", gold, traces)
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for number, trace in enumerate(traces):
-                record: dict[str, Any] = {}
-                if questions is not None:
-                    record["question"] = questions[number]
-                if gold is not None:
-                    record["gold"] = gold[number]
-                # Escapes beyond ASCII: no reader takes U+2028 for the end of a line.
-                file.write(json.dumps(record | trace_record(trace), allow_nan=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(Path(path)) as file:
+        for number, trace in enumerate(traces):
+            record: dict[str, Any] = {}
+            if questions is not None:
+                record["question"] = questions[number]
+            if gold is not None:
+                record["gold"] = gold[number]
+            # Escapes beyond ASCII: no reader takes U+2028 for the end of a line.
+            line = json.dumps(record | trace_record(trace), allow_nan=False) + "\n"
+            file.write(line.encode())
 
 
 def _check_length(name: str, given: Sequence[Any] | None, traces: Sequence[Trace]) -> None:
@@ -382,7 +376,13 @@ def trace_record(trace: Trace) -> dict[str, Any]:
 
 def _step_record(step: Step) -> dict[str, Any]:
     decision, posterior = step.decision, step.decision.posterior
-    estimates = ("gain", "standard_error", "expected_entropy", "entropy_difference")
+    estimates = (
+        "gain",
+        "standard_error",
+        "expected_entropy",
+        "entropy_difference",
+        "mutual_information",
+    )
     candidates = []
     if posterior is not None:
         rows = zip(posterior.answers, posterior.logprobs, posterior.log_posterior, strict=True)
@@ -395,10 +395,7 @@ def _step_record(step: Step) -> dict[str, Any]:
         "go_on": decision.go_on,
         "reason": decision.reason,
         "entropy": _number(getattr(posterior, "entropy", None)),
-        **{
-            name: _number(getattr(decision.estimate, name, None))
-            for name in (*estimates, "mutual_information")
-        },
+        **{name: _number(getattr(decision.estimate, name, None)) for name in estimates},
         "coverage": _number(getattr(posterior, "coverage", None)),
         "candidates": candidates,
         "failure": decision.failure
