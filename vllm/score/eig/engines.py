@@ -44,7 +44,7 @@ from vllm.score.eig.reasoner import (
 )
 from vllm.score.engine.configuration import check_configuration, check_llm
 from vllm.score.engine.feed import shared_prefix_order
-from vllm.score.engine.request import ModelFacts, admit
+from vllm.score.engine.request import AdmittedRequest, ModelFacts, admit
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
 from vllm.score.tokens import read_token_ids
@@ -137,8 +137,8 @@ class _Live(Generic[T]):
     """
 
     steps: Coroutine[Batch, Any, T]
+    requests: BatchRequests = field(init=False)  # of its last batch
     deadline: float | None = None
-    requests: BatchRequests | None = None
     unfinished: dict[int, str] = field(default_factory=dict)
 
 
@@ -196,7 +196,6 @@ class _Run(Generic[T]):
                 continue
             index, position = owner
             requests, unfinished = self.live[index].requests, self.live[index].unfinished
-            assert requests is not None
             del unfinished[position]
             try:
                 requests.take(position, output)
@@ -363,27 +362,11 @@ def _facts(engine: Any, lora_request: LoRARequest | None) -> ModelFacts:
     return ModelFacts.of(engine.input_processor)
 
 
-def _too_late(unfinished: dict[int, str], requests: BatchRequests | None) -> DeadlineExceeded:
-    count = len(requests.requests) if requests is not None else 0
+def _too_late(unfinished: dict[int, str], requests: BatchRequests) -> DeadlineExceeded:
     return DeadlineExceeded(
-        f"deadline passed with {len(unfinished)} of {count} requests unfinished; give a later one, "
-        "or less work."
+        f"deadline passed with {len(unfinished)} of {len(requests.requests)} requests unfinished; "
+        "give a later one, or less work."
     )
-
-
-@dataclass(frozen=True)
-class EngineRequest:
-    """What `add_request` of an engine takes.
-
-    Attributes:
-        ids: int64 [n], the prompt.
-        prompt: rendered token prompt, with the plan of a score request.
-        params: shared with other requests.
-    """
-
-    ids: np.ndarray
-    prompt: dict[str, Any]
-    params: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -395,7 +378,7 @@ class _Piece:
         result: of what the outputs of `requests` say, in their order.
     """
 
-    requests: list[EngineRequest]
+    requests: list[AdmittedRequest]
     read: Callable[[Any], Any]
     result: Callable[[list[Any]], Any]
 
@@ -468,16 +451,14 @@ def _sample(work: Sample, facts: ModelFacts) -> _Piece:
         include_stop_str_in_output=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    prompt = {"type": "token", "prompt_token_ids": ids.tolist()}
 
     def read(output: Any) -> list[Continuation]:
         return [_continuation(each) for each in output.outputs]
 
-    def result(values: list[Any]) -> list[Continuation]:
-        (drawn,) = values
-        return list(drawn) if len(drawn) == count else list(drawn) * count
+    def result(values: list[list[Continuation]]) -> list[Continuation]:
+        return values[0] * (count // len(values[0]))
 
-    return _Piece([EngineRequest(ids, prompt, params)], read, result)
+    return _Piece([AdmittedRequest(ids, params)], read, result)
 
 
 def _continuation(output: Any) -> Continuation:
@@ -512,10 +493,8 @@ def _score(work: Score, facts: ModelFacts) -> _Piece:
     # A server allows its clients so many candidates at a position.
     width = math.inf if facts.max_logprobs is None else max(facts.max_logprobs, 1)
     merged = MergedContinuations(pairs, width=width)
-    requests = [
-        _score_request(each["prompt_token_ids"], each["target_token_ids"], 0, facts)
-        for each in merged.requests
-    ]
+    params = _score_params(0)
+    requests = [admit(**each, params=params, facts=facts) for each in merged.requests]
 
     def result(values: list[Any]) -> list[np.ndarray]:
         return [place.of(values[place.request]).copy() for place in merged.places]
@@ -536,7 +515,7 @@ def _next(work: Next, facts: ModelFacts) -> _Piece:
         order = np.lexsort((found, -logprobs))
         return found[order], logprobs[order]
 
-    request = _score_request([*ids, ids[-1]], [[ids[-1]]], top, facts)
+    request = admit([*ids, ids[-1]], [[ids[-1]]], _score_params(top), facts)
     return _Piece([request], read, lambda values: values[0])
 
 
@@ -587,11 +566,3 @@ def _score_params(top: int) -> SamplingParams:
     return SamplingParams(
         score_mode=True, prompt_logprobs=top, output_kind=RequestOutputKind.FINAL_ONLY
     )
-
-
-def _score_request(
-    prompt: list[int], rows: list[list[int]], top: int, facts: ModelFacts
-) -> EngineRequest:
-    params = _score_params(top)
-    request = admit(prompt, rows, params, facts)
-    return EngineRequest(request.ids, request.prompt, request.params)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from vllm.score.eig.rules import (
     StoppingRule,
     decided,
     failed,
-    no_step,
 )
 from vllm.score.eig.trace import (
     BUDGET,
@@ -149,7 +148,7 @@ def reason(
         options=options,
     )
     reasoner = LLMReasoner(llm, concurrency=concurrency, lora_request=lora_request)
-    with _logging_decisions(debug):
+    with _logging_decisions() if debug else nullcontext():
         traces = run(reasoner, problems, use_tqdm=use_tqdm)
     if note := unanswered_note(traces):
         logger.warning("%s.", note)
@@ -307,23 +306,17 @@ def _sources(
     return sources * len(names) if single else sources
 
 
-@contextmanager
-def _logging_decisions(debug: bool) -> Iterator[None]:
-    """Within it each decision is logged; on standard error where nobody has configured logging."""
-    if not debug:
-        yield
-        return
-    level = logger.level
-    handler = None if logger.hasHandlers() else logging.StreamHandler()
-    logger.setLevel(logging.DEBUG)
-    if handler is not None:
+def _logging_decisions() -> ExitStack:
+    """Each decision is logged until it is closed; on standard error where nobody has configured
+    logging."""
+    undo = ExitStack()
+    undo.callback(logger.setLevel, logger.level)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
         logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if handler is not None:
-            logger.removeHandler(handler)
+        undo.callback(logger.removeHandler, handler)
+    logger.setLevel(logging.DEBUG)
+    return undo
 
 
 async def _reason_about(
@@ -422,7 +415,7 @@ class _Reasoning:
             bridge=self.bridge,
             position=len(self.reasoning),
         )
-        decision = await decided(point, no_step if final else self.rule.decide)
+        decision = await decided(point, None if final else self.rule.decide)
         if final and decision.failure is None:
             decision = replace(decision, reason=ENDED if ignored else BUDGET)
         self.options.metrics.record(decision)

@@ -156,15 +156,18 @@ class DecisionPoint:
 
 
 async def decided(
-    point: DecisionPoint, verdict: Callable[[DecisionPoint], Awaitable[Decision]]
+    point: DecisionPoint, verdict: Callable[[DecisionPoint], Awaitable[Decision]] | None
 ) -> Decision:
     """A verdict with what it rests on and what it cost; if it fails or is late, one to stop.
 
     Where reasoning stops, its answer is asked for, whatever the rule has asked.
+
+    Args:
+        verdict: None where no step can follow.
     """
     meter = point.meter
     try:
-        decision = await verdict(point)
+        decision = Decision(False, BUDGET) if verdict is None else await verdict(point)
         if not decision.go_on and decision.posterior is None:
             await point.posterior()
     except Exception as error:
@@ -177,11 +180,6 @@ async def decided(
         tokens_sampled=meter.tokens_sampled,
         tokens_scored=meter.tokens_scored,
     )
-
-
-async def no_step(point: DecisionPoint) -> Decision:
-    """The verdict where no step can follow."""
-    return Decision(False, BUDGET)
 
 
 def failed(error: Exception, component: str) -> Decision:
@@ -382,7 +380,7 @@ class ExpectedInformationGainCalculator:
         point = DecisionPoint(meter, self.forecaster, state, known)
         samples, cost, estimator = self.forecaster.mc_samples, self.lambda_cost, self.estimator
         return await decided(
-            point, no_step if final else lambda at: _weigh(at, samples, cost, estimator)
+            point, None if final else lambda at: _weigh(at, samples, cost, estimator)
         )
 
 
