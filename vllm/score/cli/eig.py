@@ -18,9 +18,9 @@ from vllm.score.checks import Count, check
 from vllm.score.cli.common import check_output, option
 from vllm.score.cli.inputs import Questions, read_questions
 from vllm.score.cli.model import Model
+from vllm.score.eig.answers import normalise
 from vllm.score.eig.candidates import candidate_source
 from vllm.score.eig.engines import LLMReasoner
-from vllm.score.eig.extract import normalise
 from vllm.score.eig.options import Options, Parameter, parameters_of
 from vllm.score.eig.plots import FORMATS, plot_traces
 from vllm.score.eig.reasoning import (

@@ -11,8 +11,15 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 from pydantic import Field
 
 from vllm.score.checks import Count, Fraction, Number, check, did_you_mean
-from vllm.score.eig.answers import AnswerFormat, check_answers
-from vllm.score.eig.extract import Found, find_boxed, find_numbers, find_pattern, normalise
+from vllm.score.eig.answers import (
+    AnswerFormat,
+    Found,
+    check_answers,
+    find_boxed,
+    find_numbers,
+    find_pattern,
+    normalise,
+)
 from vllm.score.eig.reasoner import MAX_TOP, Batch, Continuation, Next, Reasoner, Sample
 from vllm.score.errors import ScoreModeError
 
@@ -53,14 +60,10 @@ class CandidateSource(Protocol):
 
 
 class _Hypothesis(NamedTuple):
-    """Tokens behind the cue and the sum of their log-probabilities, in nats."""
+    """Tokens behind the cue and the sum of their losses, in nats; the likelier sorts first."""
 
+    loss: float
     tokens: tuple[int, ...]
-    logprob: float
-
-    @property
-    def rank(self) -> tuple[float, tuple[int, ...]]:
-        return -self.logprob, self.tokens
 
 
 @dataclass(frozen=True)
@@ -100,32 +103,31 @@ class BeamCandidates:
         context = [*state.token_ids, *form.cue_tokens(tokenizer)]
         top = min(2 * count, MAX_TOP, len(tokenizer))
         special = _special_tokens(tokenizer)
-        live = [_Hypothesis((), 0.0)]
+        live = [_Hypothesis(0.0, ())]
         found: dict[str, _Hypothesis] = {}
         for length in range(1, self.max_tokens + 1):
             work = [Next([*context, *hypothesis.tokens], top) for hypothesis in live]
             results = await reasoner.run(Batch(work))
             extended = [
-                _Hypothesis((*before.tokens, int(token)), before.logprob + float(logprob))
+                _Hypothesis(before.loss - float(logprob), (*before.tokens, int(token)))
                 for before, (tokens, logprobs) in zip(live, results, strict=True)
                 for token, logprob in zip(tokens, logprobs, strict=True)
                 if logprob > -float("inf")
             ]
             live = []
             last = form.end == "" and length == self.max_tokens
-            for hypothesis in sorted(extended, key=lambda each: each.rank)[: 2 * count]:
+            for hypothesis in sorted(extended)[: 2 * count]:
                 ended = hypothesis.tokens[-1] in special
                 tokens = hypothesis.tokens[:-1] if ended else hypothesis.tokens
                 text = tokenizer.decode(list(tokens), skip_special_tokens=False) if tokens else ""
                 if ended or last or (form.end and form.end in text):
                     answer = _answer_of(text, form, tokenizer)
                     if answer is not None:
-                        known = found.get(answer, hypothesis)
-                        found[answer] = min(known, hypothesis, key=lambda each: each.rank)
+                        found[answer] = min(found.get(answer, hypothesis), hypothesis)
                 elif len(live) < count:
                     live.append(hypothesis)
-            best = sorted(found, key=lambda answer: found[answer].rank)[:count]
-            if not live or (len(best) == count and found[best[-1]].logprob >= live[0].logprob):
+            best = sorted(found, key=found.__getitem__)[:count]
+            if not live or (len(best) == count and found[best[-1]].loss <= live[0].loss):
                 break
         if not found:
             raise _unfinished("BeamCandidates", form, self.max_tokens)
@@ -357,9 +359,7 @@ def _answer_of(text: str, form: AnswerFormat, tokenizer: Any) -> str | None:
     need not be what its tokenizer would make of that text.
     """
     answer = (text.split(form.end, 1)[0] if form.end else text).strip()
-    if "\ufffd" in answer or not form.encodes(tokenizer, answer):
-        return None
-    return answer
+    return answer if "\ufffd" not in answer and form.encodes(tokenizer, answer) else None
 
 
 def _unfinished(source: str, form: AnswerFormat, max_tokens: int) -> NoCandidates:
