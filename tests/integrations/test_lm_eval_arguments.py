@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.engine import SEED, engine_options, lora_request
+from vllm.score.integrations.lm_eval.engine import (
+    SEED,
+    engine_options,
+    length_asked_for,
+    lora_request,
+)
 from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
 from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs
 
@@ -25,6 +30,12 @@ def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
     request = lora_request("adapter")
     assert request is not None and request.lora_path == "adapter"
     assert lora_request(None) is None
+
+
+def test_digits_in_a_text_are_a_number() -> None:
+    assert length_asked_for("512", None) == length_asked_for(None, 512) == 512
+    with pytest.raises(ScoreModeError, match="max_length must be a whole number of at least 1"):
+        length_asked_for(None, "many")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +63,7 @@ def test_an_engine_that_runs_takes_its_options_no_more(llm: Any) -> None:
     from vllm.score.integrations.lm_eval import VLLMScoreLM
 
     options = {"batch_size": "auto:4", "max_batch_size": 8, "chat_template_args": '{"end": "!"}'}
-    model = VLLMScoreLM.from_llm(llm, max_gen_toks=7, enable_thinking=False, **options)
+    model = VLLMScoreLM.from_llm(llm, max_gen_toks="7", enable_thinking=False, **options)
     assert (model.max_gen_toks, model.batch_size) == (7, "auto:4")
     model.tokenizer.chat_template = "{{ messages[0].content }}{{ end }}{{ enable_thinking }}"
     assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi!False"

@@ -87,8 +87,16 @@ def length_asked_for(max_model_len: int | None, max_length: int | None) -> int |
     name, length = "max_model_len", max_model_len
     if max_model_len is None:
         name, length = "max_length", max_length
-    found: int | None = check(name, length, Count | None)
+    found: int | None = whole_number(name, length, Count | None)
     return found
+
+
+def whole_number(name: str, value: Any, kind: Any) -> Any:
+    """`value`, checked to be of this kind; digits in a text are the number, as lm-eval's command
+    line and its files of options may give it."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    return check(name, value, kind)
 
 
 def start_engine(options: dict[str, Any]) -> LLM:

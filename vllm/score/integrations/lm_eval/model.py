@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 
 from vllm.score.api import score
 from vllm.score.armed import require_score_mode
-from vllm.score.checks import Count, Whole, check, check_name
+from vllm.score.checks import Count, Whole, check_name
 from vllm.score.continuations import MergedContinuations
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
@@ -22,6 +22,7 @@ from vllm.score.integrations.lm_eval.engine import (
     longest_input,
     lora_request,
     start_engine,
+    whole_number,
 )
 from vllm.score.integrations.lm_eval.generation import Generation, read_generation_kwargs
 from vllm.score.integrations.lm_eval.requests import SIDES, Encoder, fit_context, fit_pairs
@@ -105,8 +106,8 @@ class VLLMScoreLM(TemplateLM):
         if llm is not None:
             check_llm(llm)
         self.batch_size = batch_size
-        self.max_gen_toks: int = check("max_gen_toks", max_gen_toks, Count)
-        check("prefix_token_id", prefix_token_id, Whole | None)
+        self.max_gen_toks: int = whole_number("max_gen_toks", max_gen_toks, Count)
+        prefix_token_id = whole_number("prefix_token_id", prefix_token_id, Whole | None)
         check_name("truncation_side", truncation_side, SIDES)
         self._truncation_side, self._think_end = truncation_side, think_end_token
         self._template = _template_arguments(chat_template_args, enable_thinking, think_end_token)
