@@ -59,7 +59,7 @@ def open_engine(folder: str, length: int, options: argparse.Namespace, **more: A
     """
     import random_weights
 
-    from vllm import LLM
+    from vllm.score.launch.engine import start_llm
 
     settings: dict[str, Any] = {
         "load_format": random_weights.LOAD_FORMAT,
@@ -79,7 +79,7 @@ def open_engine(folder: str, length: int, options: argparse.Namespace, **more: A
         settings.update(enforce_eager=True, kv_cache_memory_bytes=512 << 20)
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and not more:
             settings["distributed_executor_backend"] = "uni"
-    return LLM(folder, **{**settings, **more})
+    return start_llm({"model": folder, **settings, **more}, progress=False)
 
 
 def describe(llm: Any) -> dict[str, Any]:

@@ -75,7 +75,11 @@ def run(
     if command in DECLARED and {"-h", "--help"} & set(arguments):
         name = f"{program} {command}" if program == "vllm-score" else program
         show_help(DECLARED[command], name, defaults)
-    _vllm_score_cli().run(command, arguments, program, defaults)
+    try:
+        _vllm_score_cli().run(command, arguments, program, defaults)
+    except KeyboardInterrupt:  # also while vLLM is imported
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def show_help(declare: Callable[[ArgumentParser], None], program: str, defaults: Any) -> None:

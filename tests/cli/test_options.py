@@ -64,8 +64,20 @@ def test_completion_knows_our_options_and_vllms() -> None:
     script = completion("bash")
     for word in ("perplexity", "--convention", "--kv-cache-dtype", "--scaler", "--quick"):
         assert word in script
-    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    for words, completed in (
+        ("perp", "perplexity"),
+        ("sequence --kv-cache-dtype-s", "--kv-cache-dtype-skip-layers"),
+        ("eig --lambda-c", "--lambda-cost"),
+    ):
+        last, before = words.split()[-1], ["vllm-score", *words.split()[:-1]][-1]
+        press_tab = (
+            f"COMP_WORDS=(vllm-score {words}); COMP_CWORD={len(words.split())}\n"
+            f"_shtab_vllm_score vllm-score {last} {before}; echo ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(
+            ["bash"], input=f"{script}\n{press_tab}\n", text=True, capture_output=True
+        )
+        assert done.stdout.split() == [completed], (done.stdout, done.stderr)
 
 
 # Before any engine starts: what score mode does not serve, and what does not fit.

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,21 @@ def test_an_engine_that_fails_while_it_starts(
     log = log_of(line)
     assert causes[0] in log.read_text() and "INFO" in log.read_text()
     log.unlink()
+
+
+def test_an_interruption_while_vllm_is_imported_is_one_line() -> None:
+    program = "from vllm_score_command import main; print(flush=True); main()"
+    command = [sys.executable, "-c", program, "sequence", *PAIR]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "vllm-score: interrupted")
+    assert "Traceback" not in errors
 
 
 @pytest.fixture

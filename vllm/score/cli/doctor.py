@@ -14,7 +14,6 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from vllm import SamplingParams  # noqa: F401 - the first import of every user
 from vllm.score.api import score
@@ -23,6 +22,7 @@ from vllm.score.launch.engine import open_llm
 from vllm.score.patches.engines import ask_engine
 from vllm.score.patches.register import REGISTER
 from vllm.score.patches.status import first_problem, process_status
+from vllm.score.report.table import plain_table
 from vllm.score.tiny.random_models import make_random_model
 
 
@@ -110,7 +110,8 @@ def _print(
     console = Console(file=results, highlight=False)
     versions = statuses[0]["versions"]
     console.print("  ".join(f"{name} {number}" for name, number in versions.items()))
-    table = Table("process", "pid", "patched module", "state", box=None, pad_edge=False)
+    folded = ("patched module", "state")
+    table = plain_table("process", "pid", *folded, fold=folded)
     for status in statuses:
         first = (status["role"], str(status.get("pid", "")))
         for patch in status.get("patches", []):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,7 @@ def read_questions(options: Namespace) -> Questions | None:
         found = Questions(list(options.question), names, [None] * len(names))
     if not options.chat:
         return found
-    given = [_as_messages(question) for question in found.given]
-    return Questions(given, found.names, found.gold, found.choices, found.notes)
+    return replace(found, given=[_as_messages(question) for question in found.given])
 
 
 def _questions_of_files(options: Namespace) -> Questions:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.checks import Count, Fraction, check
 from vllm.score.cli.common import option
-from vllm.score.data.tables import hub_reachable
+from vllm.score.data.tables import offline_if_unreachable
 from vllm.score.errors import ScoreModeError
 from vllm.score.launch.engine import open_llm, read_model
 from vllm.score.launch.reasons import one_line
@@ -180,19 +179,6 @@ class Model:
             raise ScoreModeError(
                 f"model {model!r} does not exist; name a folder, or a model of the hub"
             )
-        else:
-            _go_offline_if_unreachable()
-
-
-def _go_offline_if_unreachable() -> None:
-    """Let the Hugging Face libraries use what is on this machine where the hub does not answer.
-
-    They would otherwise retry for minutes before they look.
-    """
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if is_offline or hub_reachable(endpoint):
-        return
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for processes yet to come
-    if "huggingface_hub" in sys.modules:  # has read the environment already
-        sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+        else:  # as long as this object lives: the engine looks again
+            self._offline = ExitStack()
+            self._offline.enter_context(offline_if_unreachable(model))

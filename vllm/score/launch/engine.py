@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -122,17 +122,16 @@ def start_llm(
         return LLM(**prepare(settings))
 
 
-def read_model(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> Any:
+def read_model(settings: Mapping[str, Any]) -> Any:
     """vLLM's `ModelConfig` of an engine that is not started yet.
 
     Args:
         settings: arguments of `vllm.LLM`; `model` among them.
-        spell: as in `start_llm`.
 
     Raises:
         ScoreModeError: what vLLM refuses in these settings or in the model's configuration.
     """
-    with _one_sentence(f"vLLM does not start {str(settings['model'])!r}", spell):
+    with _one_sentence(f"vLLM does not start {str(settings['model'])!r}", flag):
         return model_config({"runner": "generate", **settings})
 
 
@@ -158,7 +157,7 @@ def for_cpu(
     defaults: dict[str, Any] = {"enforce_eager": True}
     if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         config = model_config(settings)
-        wanted = windows * config.max_model_len * _bytes_per_token(config.hf_text_config)
+        wanted = windows * config.max_model_len * _bytes_per_token(config)
         low, high = CPU_CACHE_BYTES
         within = min(wanted, high, psutil.virtual_memory().available // 4)
         defaults["kv_cache_memory_bytes"] = max(low, within)
@@ -193,7 +192,7 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def later_failure(error: Exception, spell: Callable[[str], str] = flag) -> str:
+def later_failure(error: Exception) -> str:
     """One sentence for what nobody has foreseen, e.g. an engine that ends while it runs.
 
     Its traceback is added to the engine's log.
@@ -203,7 +202,7 @@ def later_failure(error: Exception, spell: Callable[[str], str] = flag) -> str:
     log.add(error)
     log.keep()
     reason = root_cause(error, text)
-    return _sentence("an unforeseen error", reason, spell, log) + " (--debug shows it)"
+    return _sentence("an unforeseen error", reason, flag, log) + " (--debug shows it)"
 
 
 def _check_supported(settings: Mapping[str, Any]) -> None:
@@ -225,11 +224,8 @@ def _workers(settings: Mapping[str, Any]) -> int:
 
 def _bytes_per_token(config: Any) -> int:
     """Upper estimate of the KV cache of a token: all layers, no sharing between them, float32."""
-    layers = getattr(config, "num_hidden_layers", 32)
-    heads = getattr(config, "num_attention_heads", 32)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * layers * kv_heads * head_dim * 4)
+    width = config.get_total_num_kv_heads() * config.get_head_size()
+    return int(2 * config.get_total_num_hidden_layers() * width * 4)
 
 
 @contextmanager
@@ -240,11 +236,8 @@ def _one_sentence(failed: str, spell: Callable[[str], str]) -> Iterator[None]:
         return
     log = None if _logs_are_wanted() else LogFile()
     try:
-        if log is None:
+        with nullcontext() if log is None else log.receiving():
             yield
-        else:
-            with log.receiving():
-                yield
     except ScoreModeError:
         raise
     except Exception as error:
@@ -254,10 +247,6 @@ def _one_sentence(failed: str, spell: Callable[[str], str]) -> Iterator[None]:
             text = log.text()
             log.keep()
         raise ScoreModeError(_sentence(failed, root_cause(error, text), spell, log)) from None
-    except BaseException:
-        if log is not None:
-            log.delete()
-        raise
     if log is not None:
         _log = log  # its processes go on writing there
 

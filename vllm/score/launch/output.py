@@ -50,14 +50,10 @@ class LogFile:
         descriptor, name = tempfile.mkstemp(prefix="vllm-score-", suffix=".log")
         os.close(descriptor)
         self.path = Path(name)
-        atexit.register(self.delete)
-
-    def delete(self) -> None:
-        atexit.unregister(self.delete)
-        self.path.unlink(missing_ok=True)
+        atexit.register(self.path.unlink, missing_ok=True)
 
     def keep(self) -> None:
-        atexit.unregister(self.delete)
+        atexit.unregister(self.path.unlink)
 
     def text(self) -> str:
         return self.path.read_text(encoding="utf-8", errors="replace")

@@ -22,8 +22,12 @@ _ECHOES = re.compile(
 _PREFIX = re.compile(
     r"^(\([^()]*pid=\d+\) ?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ \S+ \[[^\]]*\] ?)?"
 )
-_EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*)(?:: (.*))?$")
-_TRACEBACK = "Traceback (most recent call last):"
+# Its lines of code, the exception, the further lines of its message; and the next three lines.
+_TRACEBACK = re.compile(
+    r"^ *Traceback \(most recent call last\):\n((?:(?: .*)?\n)*)"
+    r"(?:[A-Za-z_]\w*\.)*([A-Z]\w*)(?:: (.*))?$((?:\n .*)*)(?=((?:\n.*){0,3}))",
+    re.MULTILINE,
+)
 _CHAINED = (
     "The above exception was the direct cause of the following exception:",
     "During handling of the above exception, another exception occurred:",
@@ -162,18 +166,14 @@ def unguarded_script_note(error: BaseException) -> str | None:
     A process that is spawned (e.g. on a CPU, or once CUDA is initialised) runs the script again to
     find its functions, and one that starts an engine at once would start another one, and so on.
     """
-    if "initialization failed" not in str(error):
-        return None
-    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn":
-        return None
     script = getattr(sys.modules.get("__main__"), "__file__", None)
-    if script is None:
+    spawned = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn"
+    if script is None or not spawned or "initialization failed" not in str(error):
         return None
     try:
-        guarded = "__main__" in Path(script).read_text(encoding="utf-8", errors="replace")
+        if "__main__" in Path(script).read_text(encoding="utf-8", errors="replace"):
+            return None
     except OSError:
-        return None
-    if guarded:
         return None
     return (
         f"vllm-score: vLLM's engine process imports {script} again, which starts another engine; "
@@ -216,29 +216,11 @@ def _logged(log: str) -> Iterator[str]:
 
 def _tracebacks(log: str) -> Iterator[tuple[str, str, str, bool]]:
     """(exception, message, last line of code, whether another follows from it) of each."""
-    lines = [_PREFIX.sub("", line) for line in log.splitlines()]
-    at = 0
-    while at < len(lines):
-        if lines[at].strip() != _TRACEBACK:
-            at += 1
-            continue
-        code = ""
-        at += 1
-        while at < len(lines) and (lines[at].startswith(" ") or not lines[at]):
-            if lines[at].strip(" ^~"):
-                code = lines[at].strip()
-            at += 1
-        match = _EXCEPTION.match(lines[at]) if at < len(lines) else None
-        if match is None:
-            continue
-        message = [match[2] or ""]
-        at += 1
-        while at < len(lines) and lines[at].startswith(" "):
-            message.append(lines[at].strip())
-            at += 1
-        following = [line.strip() for line in lines[at : at + 3]]
-        goes_on = any(line in _CHAINED for line in following)
-        yield match[1], " ".join(message).strip(), code, goes_on
+    lines = "\n".join(_PREFIX.sub("", line) for line in log.splitlines())
+    for code, name, message, more, following in _TRACEBACK.findall(lines):
+        last = [line.strip() for line in code.splitlines() if line.strip(" ^~")][-1:]
+        goes_on = any(sentence in following for sentence in _CHAINED)
+        yield name, " ".join(f"{message}{more}".split()), "".join(last), goes_on
 
 
 def _shortened(reason: str) -> str:
