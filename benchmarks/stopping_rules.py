@@ -72,8 +72,7 @@ def main() -> None:
     options = arguments()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     engines.prepare(options)
-    from vllm.score.tiny.additions import random_problems
-    from vllm.score.tiny.additions_model import additions_model
+    from vllm.score.tiny.additions import additions_model, random_problems
 
     model = additions_model()
     llm = open_llm(str(model.directory))

@@ -106,7 +106,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def additions(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The default model that has learned additions; made once for all processes."""
-    from vllm.score.tiny.additions_model import additions_model
+    from vllm.score.tiny.additions import additions_model
 
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

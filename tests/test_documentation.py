@@ -8,10 +8,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_amended_modules_are_those_of_the_register():
-    from vllm.score.patches.table import markdown
+    from tests.support.patch_table import markdown
 
     text = (ROOT / "SCORE_MODE_IMPLEMENTATION.md").read_text()
-    assert markdown() in text, "run `python -m vllm.score.patches.table` and paste its output"
+    assert markdown() in text, "run `python -m tests.support.patch_table` and paste its output"
     assert text.count("\n### `vllm.") == markdown().count("### `vllm.")
 
 

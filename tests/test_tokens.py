@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vllm.score.tiny.tokenizer as tiny
+import vllm.score.tiny.corpus as tiny
 from tests.perplexity.texts import ODD, PROSE, byte_level, byte_level_with_bos
 from tests.sequence.tokenizers import WithoutOffsets
 from vllm.score.cli.inputs import Questions

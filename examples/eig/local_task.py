@@ -14,8 +14,7 @@ from pathlib import Path
 
 from vllm.score.cli.common import one_line_errors
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.additions import random_problems, write_questions
-from vllm.score.tiny.additions_model import additions_model
+from vllm.score.tiny.additions import additions_model, random_problems, write_questions
 
 NAME = "additions"
 # The answer is the last number, after the cue or at the end of the sums.

@@ -288,13 +288,13 @@ def test_without_a_model_it_adds_up(
 ) -> None:
     """On a model that has been trained for a moment only: its answers are poor, and all is real."""
     from vllm.score.cli import model
-    from vllm.score.tiny import additions_model
-    from vllm.score.tiny.additions_model import AdditionsRecipe
+    from vllm.score.tiny import additions
+    from vllm.score.tiny.additions import AdditionsRecipe
 
     brief = partial(
-        additions_model.additions_model, tmp_path, recipe=AdditionsRecipe(steps=20, sequences=16)
+        additions.additions_model, tmp_path, recipe=AdditionsRecipe(steps=20, sequences=16)
     )
-    monkeypatch.setattr(additions_model, "additions_model", brief)
+    monkeypatch.setattr(additions, "additions_model", brief)
     start = model.open_llm
 
     def keep(*arguments: Any, **options: Any) -> Any:

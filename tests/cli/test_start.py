@@ -209,7 +209,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> None:
         (model, "open_llm"),
         (perplexity, "embedded_model"),
         (sequence, "embedded_model"),
-        (eig.additions_model, "additions_model"),
+        (eig.additions, "additions_model"),
     ):
         monkeypatch.setattr(module, name, begun)
 

@@ -90,7 +90,7 @@ def test_the_end_of_sequence_token(answers):
 
 
 def test_the_blank_of_the_cue_belongs_to_the_answer_where_the_tokenizer_merges_it():
-    from vllm.score.tiny.tokenizer import train_tokenizer
+    from vllm.score.tiny.corpus import train_tokenizer
 
     tokenizer = train_tokenizer(["The answer is: yes\nThe answer is: no\n" * 5], 400)
     cue_ids, targets = AnswerFormat("The answer is: ").encode(tokenizer, ["yes", "no"])

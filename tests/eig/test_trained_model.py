@@ -27,8 +27,7 @@ from vllm.score.eig import (
     MonteCarloForecaster,
     State,
 )
-from vllm.score.tiny.additions import random_problems
-from vllm.score.tiny.additions_model import AdditionsRecipe, additions_model
+from vllm.score.tiny.additions import AdditionsRecipe, additions_model, random_problems
 
 pytestmark = pytest.mark.engine
 

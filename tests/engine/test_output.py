@@ -35,7 +35,7 @@ def sentencepiece() -> Any:
 
 @cache
 def byte_level() -> Any:
-    from vllm.score.tiny.tokenizer import train_tokenizer
+    from vllm.score.tiny.corpus import train_tokenizer
 
     return train_tokenizer([WORDS], 300)
 

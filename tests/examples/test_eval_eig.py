@@ -70,13 +70,13 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> obj
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Path:
     """The folder that local_task.py writes, with a model trained for a moment only."""
-    from vllm.score.tiny import additions_model
-    from vllm.score.tiny.additions_model import AdditionsRecipe
+    from vllm.score.tiny import additions
+    from vllm.score.tiny.additions import AdditionsRecipe
 
     brief = partial(
-        additions_model.additions_model, tmp_path, recipe=AdditionsRecipe(steps=5, sequences=8)
+        additions.additions_model, tmp_path, recipe=AdditionsRecipe(steps=5, sequences=8)
     )
-    monkeypatch.setattr(additions_model, "additions_model", brief)
+    monkeypatch.setattr(additions, "additions_model", brief)
     folder = tmp_path / "tasks"
     assert run("local_task.py", monkeypatch, folder, "--problems", "0") == 1
     assert "--problems is 0; it must be at least 1" in capsys.readouterr().err

@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from vllm.score.patches.imports import is_complete, settle, when_imported
+from vllm.score.patches.patch import is_complete, settle, when_imported
 
 HALF_EXECUTED = """
-from vllm.score.patches.imports import when_imported
+from vllm.score.patches.patch import when_imported
 from {hooks} import hook
 when_imported(__name__, hook)
 early = "stock"

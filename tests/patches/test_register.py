@@ -10,10 +10,10 @@ import pytest
 import wrapt
 
 import vllm.score.patches as patches
+from tests.support.patch_table import notes
 from vllm.score import armed
 from vllm.score.patches import register
 from vllm.score.patches.patch import Patch, _place
-from vllm.score.patches.table import notes
 
 REGISTER = register.REGISTER
 ROLES = {"front end", "engine core", "worker"}

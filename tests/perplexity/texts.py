@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-import vllm.score.tiny.tokenizer as tiny
+import vllm.score.tiny.corpus as tiny
 
 UNKNOWN = "<unk>"
 ODD = "é漢字😀 the \u0301 aaaa ==== 1234567 \r\n\t e\u0301 ﬁ"

@@ -24,7 +24,7 @@ def composing() -> Any:
     """Byte-level BPE behind NFC, as Qwen's."""
     from tokenizers import normalizers
 
-    from vllm.score.tiny.tokenizer import train_tokenizer
+    from vllm.score.tiny.corpus import train_tokenizer
 
     tokenizer = train_tokenizer([PROSE[:40_000], ODD * 20], 700)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()

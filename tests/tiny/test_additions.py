@@ -24,17 +24,15 @@ from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.additions import (
     CUE,
     END,
-    Problem,
-    random_problems,
-    tokenizer,
-    write_questions,
-)
-from vllm.score.tiny.additions_model import (
     AdditionsModel,
     AdditionsRecipe,
+    Problem,
     additions_model,
     batches,
+    random_problems,
+    tokenizer,
     train,
+    write_questions,
 )
 
 SMALL = AdditionsRecipe(hidden_size=32, intermediate_size=32, steps=12, sequences=16)

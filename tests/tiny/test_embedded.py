@@ -221,11 +221,11 @@ def test_large_counts_do_not_overflow() -> None:
     ("token_ids", "message"),
     [
         ([], "token_ids is empty"),
-        ([0, 7], "token_ids holds 7, outside the vocabulary of 7"),
-        ([-1], "token_ids holds -1, outside"),
-        ([0.5], "must be a vector of integers"),
-        ([[1, 2]], "must be a vector of integers"),
-        ([True], "must be a vector of integers"),
+        ([0, 7], r"token_ids\[1\] is 7, outside the vocabulary 0\.\.6"),
+        ([-1], r"token_ids\[0\] is -1, outside"),
+        ([0.5], r"token_ids must be integers, got 0\.5 at \[0\]"),
+        ([[1, 2]], r"token_ids must be integers, got \[1, 2\] at \[0\]"),
+        ([True], r"token_ids must be integers, got True at \[0\]"),
     ],
 )
 def test_tokens_that_cannot_be_scored_are_refused(token_ids: list, message: str) -> None:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny import make_random_model
+from vllm.score.tiny.corpus import train_tokenizer
 from vllm.score.tiny.random_models import ARCHITECTURES
-from vllm.score.tiny.tokenizer import train_tokenizer
 
 V = 512
 CASES = [

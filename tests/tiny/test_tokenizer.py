@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.tokenizer import BOS_TOKEN, EOS_TOKEN, MINIMUM_VOCABULARY, train_tokenizer
+from vllm.score.tiny.corpus import BOS_TOKEN, EOS_TOKEN, MINIMUM_VOCABULARY, train_tokenizer
 
 TEXTS = ["Return the value of the key.\n", "Raise an error; the message says why.\n"] * 3
 

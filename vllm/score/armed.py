@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Literal
 
 from vllm.score.errors import HOW_TO_INSTALL_VLLM, ScoreModeUnavailable
@@ -91,15 +91,11 @@ def why_not_armed() -> str:
             f"VLLM_PLUGINS is {allowed!r}, which leaves out {NAME!r}; unset it, or set it to "
             f"{listed!r}"
         )
-    return _why_not_loaded(ours[0])
-
-
-def _why_not_loaded(point: EntryPoint) -> str:
     try:
-        point.load()
+        ours[0].load()
     except Exception as error:
         return (
-            f"the plugin {point.value!r} cannot be loaded ({type(error).__name__}: {error}); "
+            f"the plugin {ours[0].value!r} cannot be loaded ({type(error).__name__}: {error}); "
             "install vllm-score again, with its dependencies"
         )
     return (

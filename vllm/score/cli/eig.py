@@ -43,7 +43,7 @@ from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.escapes import unescape
 from vllm.score.launch.output import long_step, say, shows_bars
-from vllm.score.tiny import additions, additions_model
+from vllm.score.tiny import additions
 from vllm_score_command import options as shared
 
 EMBEDDED_QUESTIONS = 32
@@ -177,7 +177,7 @@ def eig(options: Namespace, results: TextIO) -> None:
     metrics = EIGMetrics()
     rule = make_rule(given, questions.choices)
     asked = make_options({**given, "seed": seed, "metrics": metrics}, questions.choices)
-    model.read(lambda: additions_model.additions_model(progress=progress).directory)
+    model.read(lambda: additions.additions_model(progress=progress).directory)
     prompts = questions.token_ids(model.tokenizer)
     most = rule.budget(asked.max_tokens_thinking)
     needed = MAX_TOKENS_THINKING if most is None else most

@@ -59,13 +59,13 @@ def split_columns(rows: np.ndarray, spec: ScoreSpec) -> TokenScores:
         for i, name in enumerate(layout.statistics)
     }
     if layout.top < 0:
-        return TokenScores(None, layout.vocabulary_of(rows), statistics, start, notes=notes)
-    logprobs, ids = layout.targets_of(rows), spec.targets.astype(np.int64)
+        return TokenScores(None, rows[:, layout.top_start :], statistics, start, notes=notes)
+    logprobs, ids = rows[:, : layout.num_targets], spec.targets.astype(np.int64)
     if spec.flat:
         logprobs, ids = logprobs[:, 0], ids[:, 0]
     top_ids = top_logprobs = None
     if layout.top:
-        top_ids, top_logprobs = layout.top_of(rows)
+        top_ids, top_logprobs = np.hsplit(rows[:, layout.top_start :], 2)
         top_ids, top_logprobs = top_ids.astype(np.int64), top_logprobs.copy()
     return TokenScores(ids, logprobs.copy(), statistics, start, top_ids, top_logprobs, notes)
 

@@ -8,10 +8,6 @@ exact below 2**24; admission refuses larger vocabularies.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
 
 FULL_VOCABULARY = -1
 MAX_EXACT_ID = 2**24
@@ -52,16 +48,3 @@ class RowLayout:
     @property
     def top_start(self) -> int:
         return self.num_targets + len(self.statistics)
-
-    def targets_of(self, rows: np.ndarray) -> np.ndarray:
-        """Columns of the targets' log-probabilities, [m, k]."""
-        return rows[:, : self.num_targets]
-
-    def top_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and log-probabilities of the most likely tokens, [m, top] each."""
-        first, second = self.top_start, self.top_start + self.top
-        return rows[:, first:second], rows[:, second : second + self.top]
-
-    def vocabulary_of(self, rows: np.ndarray) -> np.ndarray:
-        """Columns of the whole vocabulary's log-probabilities, [m, V]."""
-        return rows[:, self.top_start :]

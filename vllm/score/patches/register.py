@@ -18,8 +18,7 @@ from vllm.score.patches import (
     sampling_params,
     worker,
 )
-from vllm.score.patches.imports import when_imported
-from vllm.score.patches.patch import Application, Patch
+from vllm.score.patches.patch import Application, Patch, when_imported
 
 MODULES = (sampling_params, front_end, engines, engine_core, worker, endpoints)
 REGISTER: tuple[Patch, ...] = tuple(

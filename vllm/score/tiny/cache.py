@@ -8,8 +8,8 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,22 +103,17 @@ def make_once(
         ) from error
 
 
-@contextmanager
-def _locked(target: Path, name: str, progress: bool) -> Iterator[None]:
+def _locked(target: Path, name: str, progress: bool) -> AbstractContextManager[Any]:
     """The right to make this folder; the system takes it back from a process that dies."""
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(target.parent / f"{target.name}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         say(f"Another process is making {name}; waiting for it", progress)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _make(target: Path, recipe: LlamaRecipe, build: Callable[[Path], Made]) -> None:
@@ -130,8 +125,10 @@ def _make(target: Path, recipe: LlamaRecipe, build: Callable[[Path], Made]) -> N
     prefix = f".{target.name}."
     for left in target.parent.glob(f"{prefix}*"):  # of runs that were killed: nobody has the lock
         shutil.rmtree(left, ignore_errors=True)
-    building = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
+    ) as folder:
+        building = Path(folder)
         model, tokenizer, facts = build(building)
         save_model(model, tokenizer, building / MODEL)
         facts = {
@@ -148,8 +145,6 @@ def _make(target: Path, recipe: LlamaRecipe, build: Callable[[Path], Made]) -> N
             (building / file).write_text(json.dumps(content, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

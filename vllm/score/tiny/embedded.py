@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from tqdm import tqdm
 
 from vllm.score.checks import Count, Number, Whole, settings
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.cache import MODEL, Made, make_once
-from vllm.score.tiny.corpus import standard_library_corpus
-from vllm.score.tiny.tokenizer import MINIMUM_VOCABULARY, train_tokenizer
-from vllm.score.tiny.training import LlamaRecipe, Replicas, new_llama, one_openmp_thread, optimise
+from vllm.score.tiny.corpus import MINIMUM_VOCABULARY, standard_library_corpus, train_tokenizer
+from vllm.score.tiny.training import (
+    LlamaRecipe,
+    Replicas,
+    new_llama,
+    one_openmp_thread,
+    optimise,
+    parameter_groups,
+    training_bar,
+)
+from vllm.score.tokens import read_token_ids
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -247,31 +254,18 @@ def train(
         bos_token_id=bos,
         eos_token_id=eos,
     )
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    matrices: dict[str, Any] = {"params": [], "lr": rate, "weight_decay": decay}
-    ends = matrices | {"params": [], "lr": rate * recipe.embedding_rate_factor}
-    vectors = matrices | {"params": [], "weight_decay": 0.0}
     for name, weight in model.named_parameters():
         # What the layers add to the residual stream starts small, as in GPT-2.
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.mul_(1 / math.sqrt(2 * recipe.num_layers))
-        at_an_end = name in ("model.embed_tokens.weight", "lm_head.weight")
-        group = vectors if weight.dim() == 1 else ends if at_an_end else matrices
-        group["params"].append(weight)
-    # Where standard error is no terminal, tqdm's None leaves the bar out.
-    bar = tqdm(
-        desc="training the embedded model (once)",
-        total=recipe.tokens,
-        unit="tok",
-        unit_scale=True,
-        disable=None if progress else True,
-    )
+    groups = parameter_groups(model, recipe, recipe.embedding_rate_factor)
+    bar = training_bar("the embedded model", recipe.tokens, progress, unit="tok", unit_scale=True)
     with closing(Replicas(model)) as replicas:
         steps = (
             (batch[:, 1:].numel(), partial(replicas.backward, batch))
             for batch in _batches(token_ids, recipe)
         )
-        return model, optimise(model, (matrices, ends, vectors), steps, recipe, bar)
+        return model, optimise(model, groups, steps, recipe, bar)
 
 
 def _batches(token_ids: np.ndarray, recipe: Recipe) -> Iterator[torch.Tensor]:
@@ -344,18 +338,8 @@ def unigram_perplexity(token_ids: Sequence[int] | np.ndarray, counts: np.ndarray
             f"counts has shape {counts.shape} and dtype {counts.dtype}; it must be a vector of "
             "whole numbers of 0 or more, one for each entry of the vocabulary"
         )
-    ids = np.asarray(token_ids)
-    if ids.size == 0:
+    ids = read_token_ids(token_ids, len(counts), "token_ids")
+    if len(ids) == 0:
         raise ScoreModeError("token_ids is empty; a perplexity needs at least one token")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ScoreModeError(
-            f"token_ids has shape {ids.shape} and dtype {ids.dtype}; it must be a vector of "
-            "integers"
-        )
-    outside = ids[(ids < 0) | (ids >= len(counts))]
-    if outside.size:
-        raise ScoreModeError(
-            f"token_ids holds {outside[0]}, outside the vocabulary of {len(counts)}"
-        )
     log_probabilities = np.log(counts + 1.0) - math.log(float(counts.sum()) + len(counts))
     return math.exp(-float(np.mean(log_probabilities[ids])))

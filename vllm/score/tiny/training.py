@@ -86,6 +86,31 @@ def new_llama(recipe: LlamaRecipe, num_heads: int, **fields: Any) -> LlamaForCau
         return LlamaForCausalLM(config)
 
 
+def parameter_groups(
+    model: LlamaForCausalLM, recipe: LlamaRecipe, embedding_rate_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """The parameters and options as AdamW takes them; vectors, as norms are, do not decay.
+
+    Args:
+        embedding_rate_factor: how much faster the embedding and the head learn.
+    """
+    rate = recipe.learning_rate
+    matrices: dict[str, Any] = {"params": [], "lr": rate, "weight_decay": recipe.weight_decay}
+    ends = matrices | {"params": [], "lr": rate * embedding_rate_factor}
+    vectors = matrices | {"params": [], "weight_decay": 0.0}
+    for name, weight in model.named_parameters():
+        at_an_end = name in ("model.embed_tokens.weight", "lm_head.weight")
+        group = vectors if weight.dim() == 1 else ends if at_an_end else matrices
+        group["params"].append(weight)
+    return [matrices, ends, vectors]
+
+
+def training_bar(name: str, total: int, progress: bool, **options: Any) -> tqdm:
+    """The bar of a training; not shown where standard error is no terminal (tqdm's None)."""
+    shown = None if progress else True
+    return tqdm(desc=f"training {name} (once)", total=total, disable=shown, **options)
+
+
 def optimise(
     model: LlamaForCausalLM,
     groups: Iterable[dict[str, Any]],
