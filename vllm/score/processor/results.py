@@ -219,17 +219,16 @@ def logprob_results(
     def of(make: Callable[[StepValues], Made]) -> list[list[Made]]:
         return _grid(responses, values, make)
 
-    def entropy(v: StepValues) -> np.ndarray:
-        found = v.rb_entropy if compute_rb else None
-        return to_numpy(v.logprob[:0] if found is None else found)
+    def entropy(v: StepValues) -> Tensor:
+        return v.computed()["rb_entropy"]
 
     return LogprobResults(
         logprobs=of(lambda v: v.logprob),
         entropies=of(lambda v: -to_numpy(v.logprob)),
         sequence_logprobs=of(lambda v: _sum(to_numpy(v.logprob))),
-        rb_entropies=of(entropy),
+        rb_entropies=of(lambda v: to_numpy(entropy(v) if compute_rb else v.logprob[:0])),
         rewards=of(lambda v: 0.0),
-        rb_entropies_torch=of(_rb_entropy) if compute_rb and rb_requires_grad else None,
+        rb_entropies_torch=of(entropy) if compute_rb and rb_requires_grad else None,
         baseline_feats_torch=of(baseline_features) if features else None,
         token_logqs=of(lambda v: v.logq),
         sequence_logqs=of(lambda v: _sum(to_numpy(v.logq))),
@@ -261,23 +260,19 @@ def diagnostics_pack(values: StepValues) -> DiagnosticsPack:
     eos = None if values.eos_prob is None else to_numpy(values.eos_prob)
     step = TokenStepDiagnostics(**{k: to_numpy(v) for k, v in made.items()}, eos_prob=eos)
     entropy, logprob = step.rb_entropy, to_numpy(values.logprob)
+    means = ("rb_entropy", "margin", "top1_prob", "collision", "renyi2", "eff_support")
     sequence = SequenceDiagnostics(
         T=len(logprob),
         rb_entropy_sum=_sum(entropy),
-        rb_entropy_mean=_mean(entropy),
         rb_entropy_max=float(entropy.max()) if len(entropy) else math.nan,
         rb_entropy_min=float(entropy.min()) if len(entropy) else math.nan,
         early_rb_entropy_mean=_mean(entropy[:EARLY_STEPS]),
         late_rb_entropy_mean=_mean(entropy[EARLY_STEPS:]),
         naive_surprisal_sum=-_sum(logprob),
         naive_surprisal_mean=-_mean(logprob),
-        margin_mean=_mean(step.margin),
         margin_sum=_sum(step.margin),
-        top1_prob_mean=_mean(step.top1_prob),
-        collision_mean=_mean(step.collision),
-        renyi2_mean=_mean(step.renyi2),
-        eff_support_mean=_mean(step.eff_support),
         eos_prob_mean=None if eos is None else _mean(eos),
+        **{f"{name}_mean": _mean(getattr(step, name)) for name in means},
     )
     return DiagnosticsPack(step=step, seq=sequence)
 
@@ -308,11 +303,6 @@ def _diagnosed(values: StepValues) -> dict[str, Tensor]:
     if missing:
         raise ScoreModeError(f"no diagnostics without {', '.join(missing)}; compute them too.")
     return {name: found[name].detach() for name in _NEEDED}
-
-
-def _rb_entropy(values: StepValues) -> Tensor:
-    assert values.rb_entropy is not None
-    return values.rb_entropy
 
 
 def _two_point_entropy(s: Tensor) -> Tensor:
