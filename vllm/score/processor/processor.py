@@ -23,7 +23,8 @@ from vllm.score.processor.policy import StepValues, Wanted, step_values
 from vllm.score.processor.results import (
     DiagnosticsResults,
     LogprobResults,
-    diagnostics_results,
+    diagnostics_pack,
+    grid,
     logprob_results,
 )
 from vllm.score.processor.rewards import AnswerJudge, rewards
@@ -302,7 +303,7 @@ class SequenceProcessor:
     ) -> tuple[LogprobResults, DiagnosticsResults]:
         """`teacher_force_logprobs` with its arguments, and the diagnostics of every response."""
         scores, responses, values = self._teacher_force(True, sequences, *args, **options)
-        return scores, diagnostics_results(responses, values)
+        return scores, DiagnosticsResults(grid(responses, values, diagnostics_pack))
 
     def _teacher_force(
         self,

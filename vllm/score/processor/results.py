@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -217,7 +217,7 @@ def logprob_results(
     """
 
     def of(make: Callable[[StepValues], Made]) -> list[list[Made]]:
-        return _grid(responses, values, make)
+        return grid(responses, values, make)
 
     def entropy(v: StepValues) -> Tensor:
         return v.computed()["rb_entropy"]
@@ -233,13 +233,6 @@ def logprob_results(
         token_logqs=of(lambda v: v.logq),
         sequence_logqs=of(lambda v: _sum(to_numpy(v.logq))),
     )
-
-
-def diagnostics_results(
-    responses: Sequence[Response], values: Sequence[StepValues]
-) -> DiagnosticsResults:
-    """A pack per response, [B][G]."""
-    return DiagnosticsResults(_grid(responses, values, diagnostics_pack))
 
 
 def diagnostics_pack(values: StepValues) -> DiagnosticsPack:
@@ -317,11 +310,11 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean(dtype=np.float64)) if len(values) else math.nan
 
 
-def _grid(
-    responses: Sequence[Response], values: Sequence[Any], make: Callable[[Any], Made]
+def grid(
+    responses: Sequence[Response], values: Sequence[StepValues], make: Callable[[StepValues], Made]
 ) -> list[list[Made]]:
     """[B][G] of what `make` makes of each response's values."""
-    grid: list[list[Made]] = [[] for _ in range(responses[-1].prompt + 1)]
+    found: list[list[Made]] = [[] for _ in range(responses[-1].prompt + 1)]
     for response, value in zip(responses, values, strict=True):
-        grid[response.prompt].append(make(value))
-    return grid
+        found[response.prompt].append(make(value))
+    return found

@@ -124,6 +124,11 @@ class RowBatch:
         )
 
     @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions, as `model_logits` takes them."""
+        return self.input_ids, self.attention_mask, self.position_ids
+
+    @property
     def lengths(self) -> list[int]:
         """[b] rows of each response."""
         return [r.length for r in self.responses]
@@ -235,10 +240,16 @@ def responses_of(batch: BatchedSequences) -> list[Response]:
     _check_tensors(batch)
     begin, gen_lens = _checked_lengths(batch)
     sequences, masks = batch.sequences.cpu(), batch.attention_masks.cpu().bool()
+    columns = sequences.shape[2]
     found = []
     for b, lengths in enumerate(gen_lens):
         for g, length in enumerate(lengths):
             mask, end = masks[b, g], begin + length
+            if not begin <= end <= columns:
+                raise ScoreModeError(
+                    f"gen_lens[{b}][{g}] is {length}: {columns} columns less a prompt of {begin} "
+                    f"hold 0 to {columns - begin} tokens."
+                )
             first = begin - int(mask[:begin].sum())
             if first == begin:
                 raise ScoreModeError(
@@ -288,7 +299,7 @@ _Grid = Annotated[list[_Lengths], BeforeValidator(_plain)]
 
 def _checked_lengths(batch: BatchedSequences) -> tuple[int, list[list[int]]]:
     """The prompts' padded length, and the responses' lengths [B][G]."""
-    prompts, responses, columns = batch.sequences.shape
+    prompts, responses, _ = batch.sequences.shape
     per_prompt = check("prompt_lens", batch.prompt_lens, _PromptLengths)
     gen_lens: list[list[int]] = check("gen_lens", batch.gen_lens, _Grid)
     if len(per_prompt) != prompts or len(set(per_prompt)) != 1:
@@ -301,14 +312,6 @@ def _checked_lengths(batch: BatchedSequences) -> tuple[int, list[list[int]]]:
             f"gen_lens must be {responses} lengths for each of the {prompts} prompts, got "
             f"{[len(lengths) for lengths in gen_lens]}."
         )
-    room = columns - per_prompt[0]
-    for b, lengths in enumerate(gen_lens):
-        for g, length in enumerate(lengths):
-            if not 0 <= length <= room:
-                raise ScoreModeError(
-                    f"gen_lens[{b}][{g}] is {length}: {columns} columns less a prompt of "
-                    f"{per_prompt[0]} hold 0 to {room} tokens."
-                )
     return per_prompt[0], gen_lens
 
 
