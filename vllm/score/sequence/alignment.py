@@ -85,10 +85,8 @@ def _by_bytes(
         return Cut(index, cut - left)
     if normalize is None or not tokens.offsets:
         return None
-    changed, begin = normalize(text), cut
-    if not changed.startswith(normalize(text[:cut])):  # composed over the cut
-        begin = _character_start(text, cut)
-    context = normalize(text[:begin])
+    begin = _composed_from(text, cut, normalize)
+    changed, context = normalize(text), normalize(text[:begin])
     if not changed.startswith(context):
         return None
     found = _walk(token_bytes, Tokens(tokens.ids, tokens.whole), changed, len(context))
@@ -104,11 +102,7 @@ def _by_offsets(
     cut: int,
     normalize: Callable[[str], str] | None,
 ) -> Cut | None:
-    begin, near = cut, max(0, cut - _WINDOW)
-    if normalize and not (
-        normalize(text[near : cut + _WINDOW]).startswith(normalize(text[near:cut]))
-    ):
-        begin = _character_start(text, cut)
+    begin = _composed_from(text, cut, normalize) if normalize else cut
     index = len(offsets)
     while index and offsets[index - 1][1] > begin:
         index -= 1
@@ -118,8 +112,12 @@ def _by_offsets(
     return Cut(index, start if begin == cut else min(start, begin))
 
 
-def _character_start(text: str, cut: int) -> int:
-    """Where the last character of text[:cut] starts, with the marks that combine with it."""
+def _composed_from(text: str, cut: int, normalize: Callable[[str], str]) -> int:
+    """Where the character starts, with its marks, that is composed from both sides of the cut; the
+    cut itself if none is."""
+    near = max(0, cut - _WINDOW)
+    if normalize(text[near : cut + _WINDOW]).startswith(normalize(text[near:cut])):
+        return cut
     begin = max(0, cut - 1)
     while begin and unicodedata.combining(text[begin]):
         begin -= 1
