@@ -15,10 +15,10 @@ from pydantic import Field
 from tests.integrations.test_lm_eval_texts import requests
 from vllm.score.checks import Whole, settings
 from vllm.score.eig import RULES, DecisionPoint, StoppingRule, register_scaler
+from vllm.score.eig.options import unescape
 from vllm.score.eig.reasoner import Continuation
 from vllm.score.eig.trace import COST, GAIN, Decision, Forecast
 from vllm.score.errors import ScoreModeError
-from vllm.score.escapes import unescape
 from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
 from vllm.score.integrations.lm_eval.scaled import (
     OPTIONS,

@@ -122,7 +122,7 @@ def test_the_tag_ends_a_response_in_the_engine(llm, monkeypatch):
     whole = sp.generate_batched(PROMPTS[:1], 1)
     text = whole.responses_text[0][0]
     tag = text[4:7]
-    for module in ("stopping", "engine"):
+    for module in ("sequences", "engine"):
         monkeypatch.setattr(f"vllm.score.processor.{module}.TAG", tag)
     cut = sp.generate_batched(PROMPTS[:1], 1)
     assert 0 < cut.gen_lens[0][0] < whole.gen_lens[0][0]

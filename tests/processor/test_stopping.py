@@ -15,7 +15,7 @@ from tests.perplexity.texts import byte_level, other_tokenizers
 from tests.processor.character_models import EOS, bigram_model, chain_logits, character_tokenizer
 from tests.processor.teacher_forced import generate
 from vllm.score.processor.config import GenerationConfig
-from vllm.score.processor.stopping import (
+from vllm.score.processor.sequences import (
     TAG,
     TAIL,
     StopAfterAnswer,

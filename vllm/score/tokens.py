@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -60,12 +60,8 @@ def begins_with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> bool:
 
 def own_prefix_length(ids: Sequence[int], prefix: Sequence[int]) -> int:
     """How many of a text's own first tokens are those of the prefix."""
-    length = 0
-    for own, expected in zip(ids, prefix, strict=False):
-        if own != expected:
-            break
-        length += 1
-    return length
+    same = (own == expected for own, expected in zip(ids, prefix, strict=False))
+    return sum(takewhile(bool, same))
 
 
 def encode_inputs(
@@ -90,28 +86,29 @@ def encode_inputs(
             vocabulary, or a chat template that does not take the messages.
     """
     names = [f"texts[{i}]" for i in range(len(inputs))] if names is None else names
-    found: list[TextTokens | None] = [None] * len(inputs)
+    found: dict[int, TextTokens] = {}
+    texts: dict[int, str] = {}
     for i, (given, name) in enumerate(zip(inputs, names, strict=True)):
         if isinstance(given, str):
             check_encodable(given, name)
+            texts[i] = given
         elif vocab_size is not None and is_token_ids(given):
             found[i] = TextTokens(read_token_ids(given, vocab_size, name).tolist(), False)
         else:
             text = render_messages(given, tokenizer, name)
             found[i] = TextTokens(list(tokenizer.encode(text, add_special_tokens=False)), False)
-    if texts := [text for text, tokens in zip(inputs, found, strict=True) if tokens is None]:
+    if texts:
         prefix = automatic_prefix(tokenizer)
-        encoded = (_once(ids, prefix) for ids in tokenizer(texts)["input_ids"])
-        return [next(encoded) if tokens is None else tokens for tokens in found]
-    return [tokens for tokens in found if tokens is not None]
+        encoded = tokenizer(list(texts.values()))["input_ids"]
+        found.update((i, _once(ids, prefix)) for i, ids in zip(texts, encoded, strict=True))
+    return [found[i] for i in range(len(inputs))]
 
 
 def is_token_ids(given: Any) -> bool:
     """Whether something is meant as token ids: a list, array or tensor, and not of messages."""
-    if hasattr(given, "tolist"):
-        return True
-    listed = isinstance(given, Sequence) and not isinstance(given, (str, bytes, bytearray))
-    return listed and len(given) > 0 and not isinstance(given[0], Mapping)
+    return hasattr(given, "tolist") or (
+        _is_sequence(given) and len(given) > 0 and not isinstance(given[0], Mapping)
+    )
 
 
 def render_messages(given: Any, tokenizer: Any, name: str) -> str:

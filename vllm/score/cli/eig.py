@@ -21,7 +21,7 @@ from vllm.score.cli.model import Model
 from vllm.score.eig.answers import normalise
 from vllm.score.eig.candidates import candidate_source
 from vllm.score.eig.engines import LLMReasoner
-from vllm.score.eig.options import Options, Parameter, parameters_of
+from vllm.score.eig.options import Options, Parameter, parameters_of, unescape
 from vllm.score.eig.plots import FORMATS, plot_traces
 from vllm.score.eig.reasoning import (
     ANSWER_ROOM,
@@ -41,7 +41,6 @@ from vllm.score.eig.report import (
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.escapes import unescape
 from vllm.score.launch.output import long_step, say, shows_bars
 from vllm.score.tiny import additions
 from vllm_score_command import options as shared

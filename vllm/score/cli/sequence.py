@@ -16,6 +16,7 @@ from vllm.score.cli.common import check_output
 from vllm.score.cli.inputs import read_pairs
 from vllm.score.cli.model import Model
 from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.report.numbers import json_safe
 from vllm.score.sequence import table
 from vllm.score.sequence.boundary import RULES
 from vllm.score.sequence.scorer import prepare_pairs, score_prepared
@@ -52,7 +53,7 @@ def _print(
     rows: Sequence[Mapping[str, Any]], notes: Sequence[str], stream: TextIO, *, as_json: bool
 ) -> None:
     if as_json:
-        text = json.dumps(table.as_json(rows), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(json_safe(rows), indent=2, ensure_ascii=False, allow_nan=False)
         print(text, file=stream, flush=True)
         for line in notes:
             print(line, file=sys.stderr)

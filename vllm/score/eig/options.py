@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -17,6 +18,7 @@ from vllm.score.eig.report import METRICS, EIGMetrics
 from vllm.score.errors import ScoreModeError
 
 _Zero = Annotated[Whole, Field(ge=0)]
+_ESCAPES = {r"\n": "\n", "\\\\": "\\"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,14 @@ def _texts(given: Any) -> tuple[str, ...]:
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise ScoreModeError(f"think_end is {given!r}; give a text or a list of texts.")
     return tuple(texts)
+
+
+def unescape(text: str) -> str:
+    r"""A text of a command line, with each `\n` as a line break and each `\\` as a backslash.
+
+    Whatever else follows a backslash stays as it is: `\boxed{` needs no doubling.
+    """
+    return re.sub(r"\\[n\\]", lambda found: _ESCAPES[found[0]], text)
 
 
 @settings

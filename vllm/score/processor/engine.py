@@ -12,8 +12,7 @@ from vllm.score.api import score as score_with_engine
 from vllm.score.armed import require_score_mode
 from vllm.score.processor.config import GenerationConfig
 from vllm.score.processor.policy import StepValues, Wanted
-from vllm.score.processor.sequences import Response, check_fit
-from vllm.score.processor.stopping import TAG, eos_token_ids, response_length
+from vllm.score.processor.sequences import TAG, Response, check_fit, eos_token_ids, response_length
 
 if TYPE_CHECKING:
     from vllm import LLM

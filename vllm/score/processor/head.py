@@ -83,8 +83,7 @@ def map_logits(
 def _logits_of_response(target: nn.Module, batch: RowBatch, i: int) -> Tensor:
     """Logits [T, V] that score response i of a batch, by a forward pass of it alone."""
     end = len(batch.responses[i].ids) - 1
-    part = (slice(i, i + 1), slice(end))
-    given = batch.input_ids[part], batch.attention_mask[part], batch.position_ids[part]
+    given = (each[i : i + 1, :end] for each in batch.inputs)
     logits = model_logits(target, *given)[0]
     if len(logits) != end:
         raise ScoreModeError(
@@ -125,7 +124,7 @@ class Head:
             return type(output)(**{**output, "last_hidden_state": first})
 
         with self._answering(run):
-            model_logits(self._target, batch.input_ids, batch.attention_mask, batch.position_ids)
+            model_logits(self._target, *batch.inputs)
         (hidden,) = found
         if hidden.shape[:2] != batch.input_ids.shape:
             raise ValueError("the model inserts tokens")
@@ -163,9 +162,8 @@ def head_of(target: nn.Module) -> tuple[Head, int] | None:
     if target not in _checked:
         probe = _probe(next(target.parameters()).device)
         some = probe.rows[[6, 1, 3]]  # in another order than the sequences'
-        given = probe.input_ids, probe.attention_mask, probe.position_ids
         with torch.no_grad(), evaluating(target):
-            expected = model_logits(target, *given).flatten(0, 1)[some]
+            expected = model_logits(target, *probe.inputs).flatten(0, 1)[some]
             if expected.isnan().any():
                 return None  # shows nothing, and the caller will refuse the logits
             try:

@@ -30,8 +30,16 @@ from vllm.score.processor.head import (
 )
 from vllm.score.processor.overrides import ZeroMapping, call_with, checked_mapping
 from vllm.score.processor.policy import StepValues, Wanted, step_values
-from vllm.score.processor.sequences import Response, RowBatch, check_fit, padded, row_batches
-from vllm.score.processor.stopping import StopAfterAnswer, eos_token_ids, response_length
+from vllm.score.processor.sequences import (
+    Response,
+    RowBatch,
+    StopAfterAnswer,
+    check_fit,
+    eos_token_ids,
+    padded,
+    response_length,
+    row_batches,
+)
 
 
 class HuggingFaceBackend:
@@ -228,13 +236,12 @@ def _by_response(pieces: Sequence[StepValues], batch: RowBatch) -> list[StepValu
     whole = [torch.cat([getattr(piece, name) for piece in pieces]) for name in names]
     parts = zip(*(tensor.split(batch.lengths) for tensor in whole), strict=True)
     found = [StepValues(**dict(zip(names, tensors, strict=True))) for tensors in parts]
-    if whole[names.index("logprob")].isnan().any():
-        bad = [value.logprob.isnan().nonzero() for value in found]
-        i = next(i for i, steps in enumerate(bad) if len(steps))
-        raise ScoreModeError(
-            f"the logits of {batch.responses[i]} at step {int(bad[i][0])} have NaN or +inf: check "
-            "the parameters (and eta), or compute in a wider dtype."
-        )
+    for response, value in zip(batch.responses, found, strict=True):
+        if len(bad := value.logprob.isnan().nonzero()):
+            raise ScoreModeError(
+                f"the logits of {response} at step {int(bad[0])} have NaN or +inf: check the "
+                "parameters (and eta), or compute in a wider dtype."
+            )
     return found
 
 

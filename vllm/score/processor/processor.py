@@ -19,15 +19,22 @@ from vllm.score.processor.datasets import Example, sample
 from vllm.score.processor.engine import EngineBackend
 from vllm.score.processor.huggingface import HuggingFaceBackend
 from vllm.score.processor.overrides import build_state_override, forward_logits
-from vllm.score.processor.policy import Wanted, step_values
+from vllm.score.processor.policy import StepValues, Wanted, step_values
 from vllm.score.processor.results import (
     DiagnosticsResults,
     LogprobResults,
-    diagnostics_results,
+    diagnostics_pack,
+    grid,
     logprob_results,
 )
 from vllm.score.processor.rewards import AnswerJudge, rewards
-from vllm.score.processor.sequences import BatchedSequences, pad_batch, prompt_ids, responses_of
+from vllm.score.processor.sequences import (
+    BatchedSequences,
+    Response,
+    pad_batch,
+    prompt_ids,
+    responses_of,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -195,7 +202,7 @@ class SequenceProcessor:
         if prompts is None:
             if dataset_name is None:
                 raise ScoreModeError("prompts and dataset_name are both missing: give one of them.")
-            options = check("dataset_options", dataset_options, dict[str, Any] | None) or {}
+            options = _checked_dict("dataset_options", dataset_options)
             prompts, examples = self.sample_prompts(
                 dataset_name, split, num_prompts, seed, **options
             )
@@ -230,7 +237,7 @@ class SequenceProcessor:
         total_sequences = check("total_sequences", total_sequences, Count)
         if kwargs.pop("G", 1) != 1:
             self.logger.warning("G is 1 here: responses to one drawn prompt are not independent.")
-        options = check("dataset_options", dataset_options, dict[str, Any] | None) or {}
+        options = _checked_dict("dataset_options", dataset_options)
         _, pool = self.sample_prompts(dataset_name, split, **options)
         if max_prompts_pool is not None:
             pool = pool[: check("max_prompts_pool", max_prompts_pool, Count)]
@@ -281,17 +288,26 @@ class SequenceProcessor:
                 exclude each other, or a score is NaN.
         """
         return self._teacher_force(
+            False,
             sequences,
             with_grad,
             tf_batch_size,
             compute_rb,
             return_baseline_features,
-            _merged(params_override, buffers_override),
-            diagnostics=False,
+            params_override,
+            buffers_override,
         )[0]
 
     def teacher_force_logprobs_with_diagnostics(
+        self, sequences: BatchedSequences, *args: Any, **options: Any
+    ) -> tuple[LogprobResults, DiagnosticsResults]:
+        """`teacher_force_logprobs` with its arguments, and the diagnostics of every response."""
+        scores, responses, values = self._teacher_force(True, sequences, *args, **options)
+        return scores, DiagnosticsResults(grid(responses, values, diagnostics_pack))
+
+    def _teacher_force(
         self,
+        diagnostics: bool,
         sequences: BatchedSequences,
         with_grad: bool = False,
         tf_batch_size: int | None = None,
@@ -299,41 +315,18 @@ class SequenceProcessor:
         return_baseline_features: bool = False,
         params_override: Mapping[str, Tensor] | None = None,
         buffers_override: Mapping[str, Tensor] | None = None,
-    ) -> tuple[LogprobResults, DiagnosticsResults]:
-        """`teacher_force_logprobs`, and the diagnostics of every response."""
-        scores, diagnostics = self._teacher_force(
-            sequences,
-            with_grad,
-            tf_batch_size,
-            compute_rb,
-            return_baseline_features,
-            _merged(params_override, buffers_override),
-            diagnostics=True,
-        )
-        assert diagnostics is not None
-        return scores, diagnostics
-
-    def _teacher_force(
-        self,
-        sequences: BatchedSequences,
-        with_grad: bool,
-        tf_batch_size: int | None,
-        compute_rb: bool,
-        features: bool,
-        override: dict[str, Tensor] | None,
-        *,
-        diagnostics: bool,
-    ) -> tuple[LogprobResults, DiagnosticsResults | None]:
+    ) -> tuple[LogprobResults, list[Response], list[StepValues]]:
         responses = responses_of(sequences)
         config = self._config_of_call(tf_batch_size=tf_batch_size)
+        override = _merged(params_override, buffers_override)
         if with_grad and override is not None:
             raise ScoreModeError(
                 "params_override and buffers_override need with_grad=False: gradients are those of "
                 "the live model's own parameters."
             )
-        if features and not with_grad:
+        if return_baseline_features and not with_grad:
             raise ScoreModeError("return_baseline_features=True needs with_grad=True.")
-        described = diagnostics or features
+        described = diagnostics or return_baseline_features
         wanted = Wanted(config, compute_rb or described, described)
         if self.backend == "vllm" and not with_grad and override is None:
             assert self._engine is not None
@@ -347,9 +340,9 @@ class SequenceProcessor:
             values,
             compute_rb=compute_rb,
             rb_requires_grad=with_grad and config.rb_requires_grad,
-            features=features,
+            features=return_baseline_features,
         )
-        return scores, diagnostics_results(responses, values) if diagnostics else None
+        return scores, responses, values
 
     # Given parameters, and given logits
 
@@ -456,6 +449,9 @@ def _checked_backend(
 def _merged(
     params: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor] | None:
-    given = {"params_override": params, "buffers_override": buffers}
-    checked = [check(name, value, dict[str, Any] | None) for name, value in given.items()]
-    return None if checked == [None, None] else {**(checked[0] or {}), **(checked[1] or {})}
+    merged = _checked_dict("params_override", params) | _checked_dict("buffers_override", buffers)
+    return None if params is None and buffers is None else merged
+
+
+def _checked_dict(field: str, value: Any) -> dict[str, Any]:
+    return check(field, value, dict[str, Any] | None) or {}

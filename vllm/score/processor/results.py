@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -217,30 +217,22 @@ def logprob_results(
     """
 
     def of(make: Callable[[StepValues], Made]) -> list[list[Made]]:
-        return _grid(responses, values, make)
+        return grid(responses, values, make)
 
-    def entropy(v: StepValues) -> np.ndarray:
-        found = v.rb_entropy if compute_rb else None
-        return to_numpy(v.logprob[:0] if found is None else found)
+    def entropy(v: StepValues) -> Tensor:
+        return v.computed()["rb_entropy"]
 
     return LogprobResults(
         logprobs=of(lambda v: v.logprob),
         entropies=of(lambda v: -to_numpy(v.logprob)),
         sequence_logprobs=of(lambda v: _sum(to_numpy(v.logprob))),
-        rb_entropies=of(entropy),
+        rb_entropies=of(lambda v: to_numpy(entropy(v) if compute_rb else v.logprob[:0])),
         rewards=of(lambda v: 0.0),
-        rb_entropies_torch=of(_rb_entropy) if compute_rb and rb_requires_grad else None,
+        rb_entropies_torch=of(entropy) if compute_rb and rb_requires_grad else None,
         baseline_feats_torch=of(baseline_features) if features else None,
         token_logqs=of(lambda v: v.logq),
         sequence_logqs=of(lambda v: _sum(to_numpy(v.logq))),
     )
-
-
-def diagnostics_results(
-    responses: Sequence[Response], values: Sequence[StepValues]
-) -> DiagnosticsResults:
-    """A pack per response, [B][G]."""
-    return DiagnosticsResults(_grid(responses, values, diagnostics_pack))
 
 
 def diagnostics_pack(values: StepValues) -> DiagnosticsPack:
@@ -261,23 +253,19 @@ def diagnostics_pack(values: StepValues) -> DiagnosticsPack:
     eos = None if values.eos_prob is None else to_numpy(values.eos_prob)
     step = TokenStepDiagnostics(**{k: to_numpy(v) for k, v in made.items()}, eos_prob=eos)
     entropy, logprob = step.rb_entropy, to_numpy(values.logprob)
+    means = ("rb_entropy", "margin", "top1_prob", "collision", "renyi2", "eff_support")
     sequence = SequenceDiagnostics(
         T=len(logprob),
         rb_entropy_sum=_sum(entropy),
-        rb_entropy_mean=_mean(entropy),
         rb_entropy_max=float(entropy.max()) if len(entropy) else math.nan,
         rb_entropy_min=float(entropy.min()) if len(entropy) else math.nan,
         early_rb_entropy_mean=_mean(entropy[:EARLY_STEPS]),
         late_rb_entropy_mean=_mean(entropy[EARLY_STEPS:]),
         naive_surprisal_sum=-_sum(logprob),
         naive_surprisal_mean=-_mean(logprob),
-        margin_mean=_mean(step.margin),
         margin_sum=_sum(step.margin),
-        top1_prob_mean=_mean(step.top1_prob),
-        collision_mean=_mean(step.collision),
-        renyi2_mean=_mean(step.renyi2),
-        eff_support_mean=_mean(step.eff_support),
         eos_prob_mean=None if eos is None else _mean(eos),
+        **{f"{name}_mean": _mean(getattr(step, name)) for name in means},
     )
     return DiagnosticsPack(step=step, seq=sequence)
 
@@ -310,11 +298,6 @@ def _diagnosed(values: StepValues) -> dict[str, Tensor]:
     return {name: found[name].detach() for name in _NEEDED}
 
 
-def _rb_entropy(values: StepValues) -> Tensor:
-    assert values.rb_entropy is not None
-    return values.rb_entropy
-
-
 def _two_point_entropy(s: Tensor) -> Tensor:
     return torch.special.entr(s) + torch.special.entr(1 - s)
 
@@ -327,11 +310,11 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean(dtype=np.float64)) if len(values) else math.nan
 
 
-def _grid(
-    responses: Sequence[Response], values: Sequence[Any], make: Callable[[Any], Made]
+def grid(
+    responses: Sequence[Response], values: Sequence[StepValues], make: Callable[[StepValues], Made]
 ) -> list[list[Made]]:
     """[B][G] of what `make` makes of each response's values."""
-    grid: list[list[Made]] = [[] for _ in range(responses[-1].prompt + 1)]
+    found: list[list[Made]] = [[] for _ in range(responses[-1].prompt + 1)]
     for response, value in zip(responses, values, strict=True):
-        grid[response.prompt].append(make(value))
-    return grid
+        found[response.prompt].append(make(value))
+    return found

@@ -1,4 +1,6 @@
-"""Prompts with their responses as token ids: padded, one by one, and in batches of rows.
+"""Prompts with their responses as token ids: where a response ends, padding, batches of rows.
+
+A response ends at the answer's closing tag, or at an end-of-sequence token.
 
 B prompts, G responses per prompt, L tokens of the longest padded sequence, T generated tokens of
 one response.
@@ -6,9 +8,11 @@ one response.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +23,11 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm.score.checks import Count, Whole, check
 from vllm.score.errors import ScoreModeError
 from vllm.score.tokens import encode_inputs
+
+TAG = "</answer>"
+# Tokens of the tail that is looked through at every step: more than the tag's nine characters can
+# take, with room for tokens without text among them.
+TAIL = 32
 
 
 @dataclass
@@ -113,6 +122,11 @@ class RowBatch:
             ),
             tokens=torch.cat([r.generated for r in responses]).to(device),
         )
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions, as `model_logits` takes them."""
+        return self.input_ids, self.attention_mask, self.position_ids
 
     @property
     def lengths(self) -> list[int]:
@@ -226,10 +240,16 @@ def responses_of(batch: BatchedSequences) -> list[Response]:
     _check_tensors(batch)
     begin, gen_lens = _checked_lengths(batch)
     sequences, masks = batch.sequences.cpu(), batch.attention_masks.cpu().bool()
+    columns = sequences.shape[2]
     found = []
     for b, lengths in enumerate(gen_lens):
         for g, length in enumerate(lengths):
             mask, end = masks[b, g], begin + length
+            if not begin <= end <= columns:
+                raise ScoreModeError(
+                    f"gen_lens[{b}][{g}] is {length}: {columns} columns less a prompt of {begin} "
+                    f"hold 0 to {columns - begin} tokens."
+                )
             first = begin - int(mask[:begin].sum())
             if first == begin:
                 raise ScoreModeError(
@@ -279,7 +299,7 @@ _Grid = Annotated[list[_Lengths], BeforeValidator(_plain)]
 
 def _checked_lengths(batch: BatchedSequences) -> tuple[int, list[list[int]]]:
     """The prompts' padded length, and the responses' lengths [B][G]."""
-    prompts, responses, columns = batch.sequences.shape
+    prompts, responses, _ = batch.sequences.shape
     per_prompt = check("prompt_lens", batch.prompt_lens, _PromptLengths)
     gen_lens: list[list[int]] = check("gen_lens", batch.gen_lens, _Grid)
     if len(per_prompt) != prompts or len(set(per_prompt)) != 1:
@@ -292,12 +312,69 @@ def _checked_lengths(batch: BatchedSequences) -> tuple[int, list[list[int]]]:
             f"gen_lens must be {responses} lengths for each of the {prompts} prompts, got "
             f"{[len(lengths) for lengths in gen_lens]}."
         )
-    room = columns - per_prompt[0]
-    for b, lengths in enumerate(gen_lens):
-        for g, length in enumerate(lengths):
-            if not 0 <= length <= room:
-                raise ScoreModeError(
-                    f"gen_lens[{b}][{g}] is {length}: {columns} columns less a prompt of "
-                    f"{per_prompt[0]} hold 0 to {room} tokens."
-                )
     return per_prompt[0], gen_lens
+
+
+def eos_token_ids(tokenizer: Any, of_model: Any) -> list[int]:
+    """All ids that end a sequence, the tokenizer's (if it names one) first.
+
+    Args:
+        of_model: `eos_token_id` of the model's generation_config: None, one or several.
+    """
+    more = [of_model] if isinstance(of_model, Integral) else of_model or []
+    listed = [tokenizer.eos_token_id, *more]
+    return list(dict.fromkeys(int(token) for token in listed if token is not None))
+
+
+class StopAfterAnswer:
+    """Leaves nothing but the end-of-sequence token to a row whose response contains the tag.
+
+    A logits processor of transformers. The text decides, not the tokens: how a tag is split depends
+    on what stands around it. A tag in the prompt, or one begun there, does not count.
+
+    Args:
+        prompt_length: columns of the padded prompts.
+        tokenizer: decodes the ids.
+        eos_token_id: what is left.
+    """
+
+    def __init__(self, prompt_length: int, tokenizer: Any, eos_token_id: int) -> None:
+        self.prompt_length = prompt_length
+        self.tokenizer = tokenizer
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids int64 [R, L], scores [R, V]; returns [R, V]."""
+        rows = input_ids[:, self.prompt_length :].tolist()
+        ended = [
+            has_tag(row[-TAIL:], self.tokenizer) and has_tag(row, self.tokenizer) for row in rows
+        ]
+        if not any(ended):
+            return scores
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.eos_token_id] = 0.0
+        return torch.where(torch.tensor(ended, device=scores.device)[:, None], only, scores)
+
+
+def response_length(ids: Sequence[int], tokenizer: Any, eos_token_ids: Collection[int]) -> int:
+    """How many of the generated tokens are the response.
+
+    Up to the token that completes the first tag, or the first end-of-sequence token, itself
+    included, whichever comes first; otherwise all. The end-of-sequence token that `StopAfterAnswer`
+    forces behind a tag is no part of it: the policy did not draw it.
+
+    Args:
+        ids: generated tokens of one row, with whatever follows the response.
+        tokenizer: decodes the ids.
+        eos_token_ids: all end-of-sequence tokens.
+    """
+    end = next((n for n, token in enumerate(ids, start=1) if token in eos_token_ids), len(ids))
+    given = list(ids[:end])
+    if not has_tag(given, tokenizer):
+        return end
+    return bisect_left(range(end), True, key=lambda n: has_tag(given[:n], tokenizer))
+
+
+def has_tag(ids: list[int], tokenizer: Any) -> bool:
+    """Whether the text of the ids, special tokens left out, contains the tag."""
+    return TAG in tokenizer.decode(ids, skip_special_tokens=True)

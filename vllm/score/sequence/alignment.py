@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
 
     ids: Sequence[int]
     whole: bool = True
-    offsets: Sequence[tuple[int, int]] | None = None
+    offsets: Sequence[tuple[int, int]] = ()
 
 
 class Cut(NamedTuple):
@@ -48,36 +48,45 @@ class Cut(NamedTuple):
     start: int
 
 
-def find_cut_by_bytes(
+def find_cut(
     token_bytes: TokenBytes,
     tokens: Tokens,
     text: str,
     cut: int,
     normalize: Callable[[str], str] | None = None,
 ) -> Cut | None:
-    """The first token that holds anything of text[cut:].
+    """The first token that holds anything of text[cut:], by bytes where they tell, else by offsets.
 
     A space that the tokenizer adds counts to what follows it.
 
     Args:
+        text: context and continuation.
+        cut: length of the context.
         normalize: what the tokenizer does to a text beforehand. A character that it composes from
             both sides of the cut is the continuation's, with all its marks. Only with offsets.
 
     Returns:
-        None if the tokens' bytes do not tell.
+        None if no token holds anything of it, or neither tells.
     """
-    if not token_bytes.known:
-        return None
+    found = _by_bytes(token_bytes, tokens, text, cut, normalize) if token_bytes.known else None
+    return found or _by_offsets(tokens.offsets, text, cut, normalize)
+
+
+def _by_bytes(
+    token_bytes: TokenBytes,
+    tokens: Tokens,
+    text: str,
+    cut: int,
+    normalize: Callable[[str], str] | None,
+) -> Cut | None:
     found = _walk(token_bytes, tokens, text, cut)
     if found is not None:
         index, left = found
         return Cut(index, cut - left)
-    if normalize is None or tokens.offsets is None:
+    if normalize is None or not tokens.offsets:
         return None
-    changed, begin = normalize(text), cut
-    if not changed.startswith(normalize(text[:cut])):  # composed over the cut
-        begin = _character_start(text, cut)
-    context = normalize(text[:begin])
+    begin = _composed_from(text, cut, normalize)
+    changed, context = normalize(text), normalize(text[:begin])
     if not changed.startswith(context):
         return None
     found = _walk(token_bytes, Tokens(tokens.ids, tokens.whole), changed, len(context))
@@ -87,28 +96,13 @@ def find_cut_by_bytes(
     return Cut(index, min(tokens.offsets[index][0], begin - 1) if left else begin)
 
 
-def find_cut_by_offsets(
+def _by_offsets(
     offsets: Sequence[tuple[int, int]],
     text: str,
     cut: int,
-    normalize: Callable[[str], str] | None = None,
+    normalize: Callable[[str], str] | None,
 ) -> Cut | None:
-    """The first token that holds anything of text[cut:].
-
-    Args:
-        offsets: [n], (start, end) of each token in `text`.
-        text: context and continuation.
-        cut: length of the context.
-        normalize: what the tokenizer does to a text beforehand.
-
-    Returns:
-        None if no token holds anything of it.
-    """
-    begin = cut
-    if normalize is not None:
-        near = max(0, cut - _WINDOW)
-        if not normalize(text[near : cut + _WINDOW]).startswith(normalize(text[near:cut])):
-            begin = _character_start(text, cut)
+    begin = _composed_from(text, cut, normalize) if normalize else cut
     index = len(offsets)
     while index and offsets[index - 1][1] > begin:
         index -= 1
@@ -118,8 +112,12 @@ def find_cut_by_offsets(
     return Cut(index, start if begin == cut else min(start, begin))
 
 
-def _character_start(text: str, cut: int) -> int:
-    """Where the last character of text[:cut] starts, with the marks that combine with it."""
+def _composed_from(text: str, cut: int, normalize: Callable[[str], str]) -> int:
+    """Where the character starts, with its marks, that is composed from both sides of the cut; the
+    cut itself if none is."""
+    near = max(0, cut - _WINDOW)
+    if normalize(text[near : cut + _WINDOW]).startswith(normalize(text[near:cut])):
+        return cut
     begin = max(0, cut - 1)
     while begin and unicodedata.combining(text[begin]):
         begin -= 1
@@ -146,7 +144,7 @@ def _backwards(
     token_bytes: TokenBytes, tokens: Tokens, text: str, written: bytes
 ) -> Iterator[tuple[int, int]]:
     """(index, where its bytes start in `written`) from the last token on, as far as they agree."""
-    ids, offsets, position = tokens.ids, tokens.offsets or (), len(written)
+    ids, offsets, position = tokens.ids, tokens.offsets, len(written)
 
     def place(character: int) -> int:
         return len(token_bytes.of_text(text[:character]))

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from vllm.score.checks import check_name
 from vllm.score.data.token_bytes import TokenBytes
 from vllm.score.errors import ScoreModeError
-from vllm.score.sequence.alignment import Tokens, find_cut_by_bytes, find_cut_by_offsets
+from vllm.score.sequence.alignment import Tokens, find_cut
 from vllm.score.sequence.joint import Joint, JointEncoder
 from vllm.score.tokens import (
     automatic_prefix,
@@ -92,16 +92,13 @@ class BoundaryTokenizer:
     def __init__(self, tokenizer: Any, rule: str = "spanning") -> None:
         check_name("boundary", rule, RULES)
         self._tokenizer, self._rule = tokenizer, rule
-        self._encode = partial(_encode, tokenizer)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        fast = bool(getattr(tokenizer, "is_fast", False)) and backend is not None
+        self._encode_context = lru_cache(maxsize=1)(partial(_encode, tokenizer))
         self._bytes = TokenBytes(tokenizer)
-        self._joint = JointEncoder(tokenizer) if fast and rule != "separate" else None
+        self._joint = JointEncoder(tokenizer)
         self._apart = ApartEncoder(tokenizer, self._bytes) if rule == "separate" else None
-        normalizer = getattr(backend, "normalizer", None)
-        self._normalize = None if normalizer is None else normalizer.normalize_str
+        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        self._normalize = getattr(normalizer, "normalize_str", None)
         self._prefix = automatic_prefix(tokenizer)
-        self._last_context: tuple[str, list[int]] = ("", [])
 
     def split(self, pairs: Iterable[Pair]) -> Iterator[SplitTokens]:
         """One `SplitTokens` per pair, in order.
@@ -128,18 +125,13 @@ class BoundaryTokenizer:
                 check_encodable(pair.continuation, f"{pair.name}: the continuation")
             if self._apart is not None:
                 yield from (self._encode_apart(pair, self._apart) for pair in batch)
-            elif self._joint is not None:
+            else:
                 texts = [(pair.context, pair.continuation) for pair in batch]
                 yield from map(self._cut, batch, self._joint.encode(texts))
-            else:
-                yield from (
-                    self._cut(pair, Joint(self._encode(pair.context + pair.continuation)))
-                    for pair in batch
-                )
 
     def _encode_apart(self, pair: Pair, encoder: ApartEncoder) -> SplitTokens:
         context = self._encode_context(pair.context)
-        own = encoder.encode(pair.continuation, pair.context, context, pair.name)
+        own = encoder.encode(pair, context)
         if not own:
             raise _vanished(pair)
         return self._finish(pair, context + own, len(context), None)
@@ -148,13 +140,11 @@ class BoundaryTokenizer:
         text = pair.context[joint.begin :] + pair.continuation
         length = len(pair.context) - joint.begin
         own = Tokens(joint.ids[joint.first :], joint.first == 0, joint.offsets)
-        found = find_cut_by_bytes(self._bytes, own, text, length, self._normalize)
-        if found is None and joint.offsets is None:
-            return self._finish(pair, joint.ids, *self._by_comparison(pair, joint.ids))
-        if found is None and joint.offsets is not None:
-            found = find_cut_by_offsets(joint.offsets, text, length, self._normalize)
+        found = find_cut(self._bytes, own, text, length, self._normalize)
         if found is None:
-            raise _vanished(pair)
+            if joint.offsets:
+                raise _vanished(pair)
+            return self._finish(pair, joint.ids, *self._by_comparison(pair, joint.ids))
         # Before the first character of all, only a space of the tokenizer's own can be left.
         index = joint.first + found.token if pair.context else 0
         start = joint.begin + found.start
@@ -230,11 +220,6 @@ class BoundaryTokenizer:
             return self._bytes(token).decode(errors="replace")
         return self._decode([token])
 
-    def _encode_context(self, context: str) -> list[int]:
-        if context != self._last_context[0]:
-            self._last_context = (context, self._encode(context))
-        return self._last_context[1]
-
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
 
@@ -257,28 +242,27 @@ class ApartEncoder:
             if not any(token_bytes(token).startswith(b" ") for token in first):
                 self._bare = bare
 
-    def encode(self, text: str, context: str, context_ids: list[int], name: str) -> list[int]:
-        """Token ids of `text`.
+    def encode(self, pair: Pair, context_ids: list[int]) -> list[int]:
+        """Token ids of the continuation.
+
+        Without a context it begins with the tokenizer's space; behind a special token it may, as
+        the tokenizer has it.
 
         Args:
-            context: what it follows. If that is nothing, the text begins with the tokenizer's
-                space; behind a special token it may, as the tokenizer has it.
             context_ids: tokens of the context.
-            name: for errors.
 
         Raises:
             ScoreModeError: the tokenizer's space cannot be kept away.
         """
+        text = pair.continuation
         if not self._bytes.dummy or not context_ids:
             return self._encode(text)
         special = self._bytes.added.get(context_ids[-1])
-        if special is not None and context.rstrip().endswith(special.content):
+        if special is not None and pair.context.rstrip().endswith(special.content):
             behind = self._encode(special.content + text)
             if behind[:1] == context_ids[-1:]:
                 return behind[1:]
-        if self._bare is not None:
-            return self._bare_ids(text)
-        return self._behind_anchor(text, name)
+        return self._behind_anchor(pair) if self._bare is None else self._bare_ids(text)
 
     def _bare_ids(self, text: str) -> list[int]:
         """Behind a special token inside of the text, the tokenizer's own reading stands."""
@@ -289,17 +273,17 @@ class ApartEncoder:
                 return [*found.ids[:index], *self._encode(text[start:])]
         return list(found.ids)
 
-    def _behind_anchor(self, text: str, name: str) -> list[int]:
+    def _behind_anchor(self, pair: Pair) -> list[int]:
         """A text that merges with the anchor shows: the anchor's own tokens are gone."""
         unknown = getattr(self._tokenizer, "unk_token_id", None)
         for anchor in _ANCHORS:
-            alone, both = self._encode(anchor), self._encode(anchor + text)
+            alone, both = self._encode(anchor), self._encode(anchor + pair.continuation)
             if alone and alone[-1] != unknown and both[: len(alone)] == alone:
                 return both[len(alone) :]
         raise ScoreModeError(
-            f"{name}: boundary='separate' does not work with this tokenizer "
+            f"{pair.name}: boundary='separate' does not work with this tokenizer "
             f"({type(self._tokenizer).__name__}), which puts a space that cannot be kept away "
-            f"before the continuation {text[:40]!r}; use boundary='spanning'."
+            f"before the continuation {pair.continuation[:40]!r}; use boundary='spanning'."
         )
 
 

@@ -30,26 +30,25 @@ class Joint:
         ids: [n], all of them.
         first: the first token with offsets.
         begin: the character that its offsets count from.
-        offsets: [n - first], (start, end) of each; None where the tokenizer has none.
+        offsets: [n - first], (start, end) of each; empty where the tokenizer has none.
     """
 
     ids: list[int]
     first: int = 0
     begin: int = 0
-    offsets: Sequence[tuple[int, int]] | None = None
+    offsets: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
 class _Shared:
     """A context's tokens, and its end from `begin` on.
 
-    Tokens up to `kept` stay; what is tokenised from `begin` takes over at the character `over`, if
-    its tokens between `low` and `high` are `agreed`. Positions count from `begin`.
+    The tokens `ids` stay; what is tokenised from `begin` takes over at the character `over`, if its
+    tokens between `low` and `high` are `agreed`. Positions count from `begin`.
     """
 
     begin: int
     ids: list[int]
-    kept: int
     over: int
     low: int
     high: int
@@ -57,45 +56,45 @@ class _Shared:
 
 
 class JointEncoder:
-    """Tokenises pairs with a fast tokenizer, no special tokens added.
+    """Tokenises pairs, no special tokens added.
 
     A unigram model adds up float64 scores from the beginning of a word, which for some is the
-    whole text; its texts are always tokenised whole.
+    whole text; its texts are always tokenised whole, as are those of a tokenizer that is not fast.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._local = type(tokenizer.backend_tokenizer.model).__name__ in ("BPE", "WordPiece")
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._fast = bool(getattr(tokenizer, "is_fast", False)) and backend is not None
+        self._local = self._fast and type(backend.model).__name__ in ("BPE", "WordPiece")
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Joint]:
         """(context, continuation) pairs, in order."""
         shared = self._shared_contexts(pairs)
-        ends = [shared.get(context) for context, _ in pairs]
-        encoded = self._tokenize(
-            [
-                context[0 if end is None else end.begin :] + continuation
-                for (context, continuation), end in zip(pairs, ends, strict=True)
-            ]
-        )
-        joints = [_join(end, *row) for end, row in zip(ends, encoded, strict=True)]
-        whole = [i for i, joint in enumerate(joints) if joint is None]
-        again = self._tokenize(["".join(pairs[i]) for i in whole])
-        for i, (ids, offsets) in zip(whole, again, strict=True):
-            joints[i] = Joint(ids, 0, 0, offsets)
-        return [joint for joint in joints if joint is not None]
+        begins = [shared[context].begin if context in shared else 0 for context, _ in pairs]
+        ends = self._tokenize([c[begin:] + t for (c, t), begin in zip(pairs, begins, strict=True)])
+        joints = [
+            _join(shared[context], end) if context in shared else end
+            for (context, _), end in zip(pairs, ends, strict=True)
+        ]
+        whole = [c + t for (c, t), joint in zip(pairs, joints, strict=True) if joint is None]
+        again = iter(self._tokenize(whole))
+        return [next(again) if joint is None else joint for joint in joints]
 
     def _shared_contexts(self, pairs: Sequence[tuple[str, str]]) -> dict[str, _Shared]:
         if not self._local:
             return {}
         uses = Counter(context for context, _ in pairs)
         long = [text for text, count in uses.items() if count > 1 and len(text) >= _LONG]
-        found = zip(long, self._tokenize(long), strict=True)
-        shared = ((text, _share(text, ids, offsets)) for text, (ids, offsets) in found)
+        shared = zip(long, map(_share, long, self._tokenize(long)), strict=True)
         return {text: end for text, end in shared if end is not None}
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    def _tokenize(self, texts: list[str]) -> list[Joint]:
         if not texts:
             return []
+        if not self._fast:
+            encode = self._tokenizer.encode
+            return [Joint(list(encode(t, add_special_tokens=False)) if t else []) for t in texts]
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -103,30 +102,29 @@ class JointEncoder:
             return_attention_mask=False,
             verbose=False,  # no warning that a text is longer than the model
         )
-        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [Joint(ids, offsets=offsets) for ids, offsets in rows]
 
 
-def _share(text: str, ids: list[int], offsets: list[tuple[int, int]]) -> _Shared | None:
+def _share(text: str, whole: Joint) -> _Shared | None:
     """The place in the context's end where to go over; None if no word ends there."""
-    if not ids:
+    if not whole.ids:
         return None
-    starts = [start for start, _ in offsets]
+    starts = [start for start, _ in whole.offsets]
     begin = starts[max(0, bisect_left(starts, len(text) - END + 1) - 1)]
     low, high = begin + END // 4, len(text) - END // 4
-    agreed = tokens_within(ids, offsets, low, high)
+    agreed = tokens_within(whole.ids, whole.offsets, low, high)
     over = place_to_go_over(agreed, text, (low + high) / 2)
     if over is None:
         return None
     relative = [(token, start - begin, end - begin) for token, start, end in agreed]
-    kept = bisect_left(starts, over)
-    return _Shared(begin, ids[:kept], kept, over - begin, low - begin, high - begin, relative)
+    kept = whole.ids[: bisect_left(starts, over)]
+    return _Shared(begin, kept, over - begin, low - begin, high - begin, relative)
 
 
-def _join(shared: _Shared | None, ids: list[int], offsets: list[tuple[int, int]]) -> Joint | None:
+def _join(shared: _Shared, end: Joint) -> Joint | None:
     """None if the end's tokens do not agree with the context's."""
-    if shared is None:
-        return Joint(ids, 0, 0, offsets)
-    if tokens_within(ids, offsets, shared.low, shared.high) != shared.agreed:
+    if tokens_within(end.ids, end.offsets, shared.low, shared.high) != shared.agreed:
         return None
-    over = bisect_left(offsets, (shared.over, 0))
-    return Joint(shared.ids + ids[over:], shared.kept, shared.begin, offsets[over:])
+    over = bisect_left(end.offsets, (shared.over, 0))
+    return Joint(shared.ids + end.ids[over:], len(shared.ids), shared.begin, end.offsets[over:])

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-# Takes the place of tokens that are made together with those of other texts.
-_OF_TEXTS = SplitTokens([], 0)
 # Of a request's first candidate, so that candidates cannot share a request.
 _STATISTICS_OF_A_TARGET = {"rank", "model_logprob"}
 
@@ -268,18 +266,20 @@ def _prepare(
 ) -> Prepared:
     """The tokens of all pairs; without `vocab_size` token ids are no context."""
     check_name("boundary", boundary, RULES)
-    prepared = Prepared([], [], [])
-    texts: list[Pair] = []
+    names: list[str] = []
+    pairs: list[tuple[Any, Any]] = []
+    splits: dict[int, SplitTokens] = {}
+    texts: dict[int, Pair] = {}
     messages, rendered = None, ""
-    for name, context, context_name, sequence, sequence_name in rows:
-        prepared.names.append(name)
-        prepared.pairs.append((context, sequence))
+    for i, (name, context, context_name, sequence, sequence_name) in enumerate(rows):
+        names.append(name)
+        pairs.append((context, sequence))
         if vocab_size is not None and is_token_ids(context):
             ids = read_token_ids(context, vocab_size, context_name).tolist()
             more = read_token_ids(sequence, vocab_size, sequence_name).tolist()
             if not more:
                 raise ScoreModeError(f"{sequence_name} has no tokens; give at least one.")
-            prepared.splits.append(SplitTokens(ids + more, len(ids)))
+            splits[i] = SplitTokens(ids + more, len(ids))
             continue
         templated = not isinstance(context, str)
         if templated:
@@ -288,12 +288,11 @@ def _prepare(
             context = rendered
         if not isinstance(sequence, str):
             raise ScoreModeError(f"{sequence_name} is {type(sequence).__name__}; give a text.")
-        prepared.splits.append(_OF_TEXTS)
-        texts.append(Pair(context, sequence, templated, name))
+        texts[i] = Pair(context, sequence, templated, name)
     if texts:
-        split = BoundaryTokenizer(tokenizer(), boundary).split(texts)
-        prepared.splits[:] = [next(split) if s is _OF_TEXTS else s for s in prepared.splits]
-    return prepared
+        found = BoundaryTokenizer(tokenizer(), boundary).split(texts.values())
+        splits.update(zip(texts, found, strict=True))
+    return Prepared(names, pairs, [splits[i] for i in range(len(names))])
 
 
 def score_prepared(llm: LLM, prepared: Prepared, **options: Any) -> list[SequenceProbability]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vllm.score.report.numbers import count, significant
+from vllm.score.data.streams import atomic_write
+from vllm.score.report.characters import head, tail
+from vllm.score.report.numbers import count, json_safe, significant
+from vllm.score.report.table import plain_table
 
 WRITABLE = (".csv", ".jsonl", ".parquet")
-_CHARACTERS = 19  # of a text, in an 80-column table
+_CHARACTERS = 18  # of a text, in an 80-column table
 
 
 def write_results(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -24,58 +27,42 @@ def write_results(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     What a column of text cannot hold (lists in CSV, messages also in Parquet) is written as JSON.
     JSON has no infinity: in JSON lines a perplexity beyond float64 is the string "Infinity".
     """
-    kind, partial = path.suffix.lower(), path.with_name(path.name + ".tmp")
-    if kind == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    with atomic_write(path) as file:
+        if path.suffix.lower() == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        rows = [{**row, "context": _cell(row["context"])} for row in results]
-        with partial.open("wb") as binary:  # of a name pyarrow makes an address where it can
-            pq.write_table(pa.Table.from_pylist(rows), binary)
-    else:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            if kind == ".csv":
-                writer = csv.DictWriter(file, list(results[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows({k: _cell(value) for k, value in row.items()} for row in results)
-            else:
-                lines = (
-                    json.dumps(as_json(r), ensure_ascii=False, allow_nan=False) for r in results
-                )
-                file.writelines(f"{line}\n" for line in lines)
-    partial.replace(path)
-
-
-def as_json(value: Any) -> Any:
-    """`value` with each infinity as the string "Infinity"."""
-    if isinstance(value, Mapping):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    return "Infinity" if isinstance(value, float) and math.isinf(value) else value
+            rows = [{**row, "context": _cell(row["context"])} for row in results]
+            pq.write_table(pa.Table.from_pylist(rows), file)
+            return
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        if path.suffix.lower() == ".csv":
+            writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: _cell(value) for k, value in row.items()} for row in results)
+        else:
+            for row in map(json_safe, results):
+                text.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        text.detach()
 
 
 def results_table(results: Sequence[Mapping[str, Any]], limit: int = 50) -> Table:
     """One row per result, the first `limit` of them; a context is written once.
 
-    `nats` is the log-probability, `a token` the same by the number of tokens.
+    `nats` is the log-probability, `per token` the same by the number of tokens.
     """
-    table = Table(box=None, pad_edge=False)
-    for name in ("context", "sequence"):
-        table.add_column(name, no_wrap=True)
-    for name in ("nats", "prob", "tokens", "per token"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("nats", "prob", "tokens", "per token")
+    table = plain_table("context", "sequence", *numbers, right=numbers)
     previous: Any = None
     for row in results[:limit]:
         context, shown = row["context"], ""
         if context != previous:
             text = context if isinstance(context, str) else str(context[-1].get("content", ""))
-            shown = repr(text)
-            shown = shown if len(shown) <= _CHARACTERS else "…" + shown[-_CHARACTERS + 1 :]
-        previous, sequence = context, repr(row["sequence"])
+            shown = tail(repr(text), _CHARACTERS)
+        previous = context
         table.add_row(
             Text(shown),
-            Text(sequence if len(sequence) <= _CHARACTERS else sequence[: _CHARACTERS - 1] + "…"),
+            Text(head(repr(row["sequence"]), _CHARACTERS)),
             significant(row["log_prob"]),
             significant(row["prob"], 4),
             count(row["num_tokens"]),

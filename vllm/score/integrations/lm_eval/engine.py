@@ -84,11 +84,8 @@ def length_asked_for(max_model_len: int | None, max_length: int | None) -> int |
             f"max_model_len={max_model_len} and max_length={max_length} are the same thing: give "
             "one of them."
         )
-    name, length = "max_model_len", max_model_len
-    if max_model_len is None:
-        name, length = "max_length", max_length
-    found: int | None = whole_number(name, length, Count | None)
-    return found
+    found: int | None = whole_number("max_length", max_length, Count | None)
+    return found or whole_number("max_model_len", max_model_len, Count | None)
 
 
 def whole_number(name: str, value: Any, kind: Any) -> Any:

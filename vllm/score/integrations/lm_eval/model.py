@@ -278,12 +278,7 @@ class VLLMScoreLM(TemplateLM):
                 ordinary[index] = self._fitting(contexts[index], generation), generation
             else:
                 scaled[index] = ScaledRequest(contexts[index], call, generation)
-        texts = dict(
-            zip(ordinary, self._generate(list(ordinary.values()), disable_tqdm), strict=True)
-        )
-        texts.update(
-            zip(scaled, self._generate_scaled(list(scaled.values()), disable_tqdm), strict=True)
-        )
+        texts = self._generate(ordinary, disable_tqdm) | self._generate_scaled(scaled, disable_tqdm)
         for index, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[index])
         return [texts[index] for index in range(len(requests))]
@@ -298,28 +293,29 @@ class VLLMScoreLM(TemplateLM):
         return fit_context(ids, room, self._truncation_side) or [self.prefix_token_id]
 
     def _generate(
-        self, requests: list[tuple[list[int], Generation]], disable_tqdm: bool
-    ) -> list[str]:
+        self, requests: dict[int, tuple[list[int], Generation]], disable_tqdm: bool
+    ) -> dict[int, str]:
         from lm_eval.models.utils import postprocess_generated_text
 
         if not requests:
-            return []
+            return {}
         outputs = self.model.generate(
-            [{"prompt_token_ids": ids} for ids, _ in requests],
-            [generation.params for _, generation in requests],
+            [{"prompt_token_ids": ids} for ids, _ in requests.values()],
+            [generation.params for _, generation in requests.values()],
             use_tqdm=not disable_tqdm,
             lora_request=self._lora_request,
         )
-        think_end = self._think_end
-        return [
-            postprocess_generated_text(output.outputs[0].text, generation.until, think_end)
-            for (_, generation), output in zip(requests, outputs, strict=True)
-        ]
+        return {
+            i: postprocess_generated_text(output.outputs[0].text, given.until, self._think_end)
+            for (i, (_, given)), output in zip(requests.items(), outputs, strict=True)
+        }
 
-    def _generate_scaled(self, requests: list[ScaledRequest], disable_tqdm: bool) -> list[str]:
+    def _generate_scaled(
+        self, requests: dict[int, ScaledRequest], disable_tqdm: bool
+    ) -> dict[int, str]:
         if not requests:
-            return []
-        return ScaledGeneration(
+            return {}
+        generation = ScaledGeneration(
             self.model,
             prefix_token_id=lambda: self.prefix_token_id,
             max_length=self.max_length,
@@ -327,7 +323,8 @@ class VLLMScoreLM(TemplateLM):
             truncation_side=self._truncation_side,
             lora_request=self._lora_request,
             use_tqdm=not disable_tqdm,
-        ).texts(requests)
+        )
+        return dict(zip(requests, generation.texts(list(requests.values())), strict=True))
 
     def _end_of_text(self) -> str | None:
         if self.tokenizer.eos_token_id is None:

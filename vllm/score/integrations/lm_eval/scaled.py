@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.eig.answers import AnswerFormat
-from vllm.score.eig.options import Options, parameters_of
+from vllm.score.eig.options import Options, parameters_of, unescape
 from vllm.score.eig.reasoning import ANSWER_ROOM, reason
 from vllm.score.eig.report import get_eig_metrics_summary, print_eig_metrics
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.escapes import unescape
 from vllm.score.integrations.lm_eval.generation import Generation
 from vllm.score.integrations.lm_eval.requests import fit_context
 
