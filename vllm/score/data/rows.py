@@ -283,7 +283,8 @@ def _no_utf8(path: Path, line: int, error: UnicodeDecodeError) -> ScoreModeError
 def _json(path: Path, columns: Columns, digest: Any, *, may_be_list: bool) -> Iterator[Row]:
     wanted = dict.fromkeys((*columns.required, *columns.optional))
     with open_bytes(path, digest) as stream:
-        is_list = may_be_list and _begins_with_bracket(stream)
+        head = stream.peek(1).removeprefix(BOM.encode()).lstrip()
+        is_list = may_be_list and head.startswith(b"[")
         for number, (line, row) in enumerate((_items if is_list else _lines)(path, stream), 1):
             if not isinstance(row, dict):
                 where = f"item {number}" if is_list else f"line {line}"
@@ -293,11 +294,6 @@ def _json(path: Path, columns: Columns, digest: Any, *, may_be_list: bool) -> It
                 )
             fields = {column: row[column] for column in wanted if column in row}
             yield Row(path, number, line, fields, list(row))
-
-
-def _begins_with_bracket(stream: io.BufferedReader) -> bool:
-    head = stream.peek(1).removeprefix(BOM.encode())
-    return head.lstrip()[:1] == b"["
 
 
 def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:

@@ -131,9 +131,8 @@ def offline_if_unreachable(name: str) -> Iterator[bool]:
         yield True
     finally:
         for (switches, _), value in zip(changed, before, strict=True):
-            if value is None:
-                del switches[_OFFLINE]
-            else:
+            switches.pop(_OFFLINE)
+            if value is not None:
                 switches[_OFFLINE] = value
 
 

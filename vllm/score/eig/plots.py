@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.characters import visible
+from vllm.score.report.numbers import visible
 from vllm.score.report.style import (
     BLUE,
     GREY,

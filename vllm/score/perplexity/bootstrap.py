@@ -66,17 +66,14 @@ class BlockBootstrap:
         self._used = 0
         self._rest = np.empty(0, dtype=np.float64)
         self._head: list[np.ndarray] = []
-        self._head_terms = 0
         self.terms = 0
 
     def add(self, values: np.ndarray) -> None:
         """The next terms of the series: float [m]."""
         values = np.asarray(values, dtype=np.float64)
+        if (wanted := _AUTOCOVARIANCE_TERMS - self.terms) > 0:
+            self._head.append(values[:wanted].copy())
         self.terms += values.size
-        if self._head_terms < _AUTOCOVARIANCE_TERMS:
-            head = values[: _AUTOCOVARIANCE_TERMS - self._head_terms].copy()
-            self._head.append(head)
-            self._head_terms += head.size
         pending = np.concatenate([self._rest, values])
         position = 0
         while pending.size - position >= self._cell_size:
@@ -190,7 +187,5 @@ def _resampled_means(means: np.ndarray, blocks: int, resamples: int, seed: int) 
     """
     random = np.random.default_rng(seed)
     drawn = min(blocks, _MOST_BLOCKS)
-    draws = np.empty(resamples)
-    for index in range(resamples):
-        draws[index] = means[random.integers(0, means.size, drawn)].mean()
-    return draws * math.sqrt(drawn / blocks)
+    draws = [means[random.integers(0, means.size, drawn)].mean() for _ in range(resamples)]
+    return np.array(draws) * math.sqrt(drawn / blocks)

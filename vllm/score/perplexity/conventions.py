@@ -241,9 +241,8 @@ def _lm_eval(name: str, context: PlanContext, *, targets: int, if_empty: bool) -
             f"have {targets} targets; ask for '{name}:3' or more"
         )
     tokenizer = context.tokenizer
-    prefix = getattr(tokenizer, "bos_token_id", None)
-    if prefix is None:
-        prefix = getattr(tokenizer, "eos_token_id", None)
+    found = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
+    prefix = next((token for token in found if token is not None), None)
     if prefix is None:
         raise ScoreModeError(
             f"convention {name!r} puts a BOS, or else an EOS, in front of each document, and the "
@@ -278,7 +277,7 @@ def resolve(
     Raises:
         ScoreModeError: for an unknown name or a bad window size.
     """
-    asked = [_parse(text) for text in convention_names(names)]
+    asked = list(_sizes(names, context_length))
     front, end = ([], []) if tokenizer is None or not asked else automatic_tokens(tokenizer)
     bos = front[0] if front else None
     if ids_given:
@@ -286,7 +285,6 @@ def resolve(
     requests: dict[tuple[str, int], ConventionRequest] = {}
     for convention, size in asked:
         usual = convention.context_length or context_length
-        size = size or usual
         context = PlanContext(tokenizer, bos, tuple(front), tuple(end), size, stride)
         request = ConventionRequest(convention, size, usual, convention.plan(context))
         requests[convention.name, size] = request
@@ -333,13 +331,11 @@ def _sizes(names: str | Iterable[str], context_length: int) -> Iterator[tuple[Co
 
 
 def _parse(text: str) -> tuple[Convention, int | None]:
-    name, colon, size = text.partition(":")
-    known = ALIASES.get(name, name)
-    if known not in CONVENTIONS:
-        check_name("convention", name, [*CONVENTIONS, *ALIASES], cutoff=0.4)
+    name, colon, size = canonical(text).partition(":")
+    check_name("convention", name, [*CONVENTIONS, *ALIASES], cutoff=0.4)
     if colon and (not size.isdecimal() or int(size) < 3):
         raise ScoreModeError(
             f"convention {text!r}: the window size {size!r} after the colon must be a number of "
             "tokens of at least 3"
         )
-    return CONVENTIONS[known], int(size) if colon else None
+    return CONVENTIONS[name], int(size) if colon else None

@@ -75,9 +75,6 @@ class Job:
     def fingerprint(self) -> dict[str, Any]:
         """What the prompts and their grouping depend on."""
         chosen = self.settings
-        text: dict[str, Any] = {"sha256": self.source.content_sha256() or UNKNOWN}
-        if self.source.skip_empty:
-            text["skip_empty"] = True
         return {
             "tokenizer": describe_tokenizer(self.tokenizer),
             "settings": {
@@ -86,7 +83,10 @@ class Job:
                 "max_tokens": "all" if chosen.max_tokens is None else chosen.max_tokens,
                 "group_tokens": chosen.group_tokens,
             },
-            "text": text,
+            "text": {
+                "sha256": self.source.content_sha256() or UNKNOWN,
+                **({"skip_empty": True} if self.source.skip_empty else {}),
+            },
         }
 
     def stream(self, plan: ScoringPlan) -> TextStream:
@@ -114,7 +114,14 @@ class Job:
                     "longer text, or leave the convention out"
                 )
             if not enough:
-                raise self._nothing_to_score(stream)
+                what = "has no token with a token of context" if stream.tokens else "is empty"
+                remedy = "give a longer text"
+                bos = getattr(self.tokenizer, "bos_token_id", None)
+                if bos is not None and not (plan.prefix or plan.every_window):
+                    remedy += ", or put a BOS in front of it (bos='start', --bos start)"
+                raise ScoreModeError(
+                    f"the text ({self.source.name}) {what}: nothing can be scored; {remedy}"
+                )
 
     def check_fits(self, max_model_len: int) -> None:
         """Raise ScoreModeError for a window longer than the model's."""
@@ -147,17 +154,6 @@ class Job:
         else:
             chunks = tokenize_documents(self.tokenizer, _joined(self.source.pieces(), separator))
         return limit_tokens(chunks, self.settings.max_tokens)
-
-    def _nothing_to_score(self, stream: TextStream) -> ScoreModeError:
-        """The error of a text without a token that has a token of context."""
-        what = "has no token with a token of context" if stream.tokens else "is empty"
-        remedy = "give a longer text"
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if bos is not None and not (self.plan.prefix or self.plan.every_window):
-            remedy += ", or put a BOS in front of it (bos='start', --bos start)"
-        return ScoreModeError(
-            f"the text ({self.source.name}) {what}: nothing can be scored; {remedy}"
-        )
 
 
 def prepare(

@@ -206,9 +206,7 @@ class TextCounter:
     """
 
     def __init__(self) -> None:
-        self.bytes = 0
-        self.documents = 0
-        self._runs_of_whitespace = 0
+        self.bytes = self.documents = self._runs_of_whitespace = 0
         self._ends_in_whitespace = False
 
     @property
@@ -242,8 +240,7 @@ class PlanTotals:
     """
 
     def __init__(self, plan: ScoringPlan) -> None:
-        self.tokens = 0
-        self.windows = 0
+        self.tokens = self.windows = 0
         self.text = TextCounter() if plan.windows.covers_everything else None
         self.losses = BlockBootstrap()
         self._overlapping = (
@@ -280,7 +277,13 @@ class PlanTotals:
             self._guide_loss += mean * weight
             self._guide_weight += weight
             self._sum_of_means += mean
-            self._count_text(window)
+            if self.text is None or window.texts is None:
+                self.text = None
+                continue
+            if window.document != self._document:
+                self.text.start_document()
+                self._document = window.document
+            self.text.feed("".join(window.texts))
 
     def finish(self, documents: int) -> None:
         """After the last group: the text had so many documents, empty ones included."""
@@ -320,17 +323,6 @@ class PlanTotals:
             GUIDE_CURRENT: self._guide_loss / self._guide_weight,
             GUIDE_UNTIL_2024: self._sum_of_means / self.windows,
         }
-
-    def _count_text(self, window: Window) -> None:
-        if self.text is None:
-            return
-        if window.texts is None:
-            self.text = None
-            return
-        if window.document != self._document:
-            self.text.start_document()
-            self._document = window.document
-        self.text.feed("".join(window.texts))
 
 
 def token_metrics(totals: PlanTotals, provenance: Provenance) -> list[Metric]:

@@ -296,9 +296,4 @@ def _notes(plan: ScoringPlan, totals: PlanTotals, stream: TextStream) -> list[st
 def _decoder(tokenizer: Any) -> Callable[[int], str] | None:
     if tokenizer is None:
         return None
-
-    @lru_cache(maxsize=1 << 16)
-    def decode(token: int) -> str:
-        return str(tokenizer.decode([token]))
-
-    return decode
+    return lru_cache(maxsize=1 << 16)(lambda token: str(tokenizer.decode([token])))

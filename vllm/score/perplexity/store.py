@@ -172,9 +172,8 @@ class Store:
 
     def close(self) -> None:
         """Let another process use the directory. What is stored can still be read."""
-        if self._durable and self._held is not None:
+        if self._durable:
             self._held.close()
-            self._held = None
 
     def _part(self, plan: str, group: int) -> Path:
         return self.directory / plan / f"{group:06d}.parquet"

@@ -288,12 +288,8 @@ class TextStream:
     """
 
     def __init__(self, chunks: Iterable[TokenChunk]) -> None:
-        self.documents = 0
-        self.tokens = 0
-        self.bytes = 0
-        self.own_prefixes = 0
-        self.own_prefix_tokens = 0
-        self.inner_prefixes = 0
+        self.documents = self.tokens = self.bytes = 0
+        self.own_prefixes = self.own_prefix_tokens = self.inner_prefixes = 0
         self._document_begin = 0  # tokens before the document that passes
         self._hash = hashlib.sha256()
         self._chunks = iter(chunks)
@@ -312,7 +308,7 @@ class TextStream:
             base, front = self._document_begin, prefix
             before, chunks = _with_added(group, plan.added)
             tokens = _DocumentTokens(chunks)
-            own = own_prefix_length(tokens.first(len(once)), once)
+            own = own_prefix_length(tokens.slice(0, tokens.ensure(len(once)))[0], once)
             removed = 0
             if own:
                 self.own_prefixes += 1
@@ -340,7 +336,8 @@ class TextStream:
                 )
                 index += 1
                 tokens.release(begin)
-            tokens.drain()
+            for _ in chunks:  # what the plan leaves out is counted and hashed, too
+                pass
 
     def _pass(self, once: list[int]) -> Iterator[TokenChunk]:
         previous = None
@@ -373,10 +370,6 @@ class _DocumentTokens:
         self._begin = 0
         self._chunks = chunks
 
-    def first(self, count: int) -> list[int]:
-        """The first tokens, nothing forgotten yet."""
-        return self._ids[: self.ensure(count)]
-
     def replace_first(self, count: int, front: list[int]) -> None:
         """Put tokens in the place of the first `count`."""
         self._ids[:count] = front
@@ -396,11 +389,6 @@ class _DocumentTokens:
         del self._ids[: begin - self._begin]
         del self._texts[: begin - self._begin]
         self._begin = begin
-
-    def drain(self) -> None:
-        self._ids, self._texts = [], []
-        for _ in self._chunks:
-            pass
 
     def _read(self) -> bool:
         chunk = next(self._chunks, None)

@@ -99,7 +99,7 @@ def summarize_batches(batches: Iterable[pa.RecordBatch], tokens: int) -> LossSum
     hardest = _Hardest()
     counts = np.zeros(round(_LONGEST / _STEP), dtype=np.int64)
     largest = 0.0
-    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    kept = [(np.zeros(0, dtype=np.int64), np.zeros(0))]
     for batch in batches:
         positions = batch.column("position").to_numpy()
         losses = -batch.column("logprob").to_numpy(zero_copy_only=False).astype(np.float64)
@@ -120,8 +120,8 @@ def summarize_batches(batches: Iterable[pa.RecordBatch], tokens: int) -> LossSum
         block_mean=mean,
         block_low=low,
         block_high=high,
-        positions=np.concatenate([p for p, _ in kept] or [np.zeros(0, dtype=np.int64)]),
-        losses=np.concatenate([values for _, values in kept] or [np.zeros(0)]),
+        positions=np.concatenate([positions for positions, _ in kept]),
+        losses=np.concatenate([losses for _, losses in kept]),
         counts=counts,
         hardest=hardest.tokens(),
     )
@@ -167,10 +167,8 @@ class _Hardest:
         self._next_position: int | None = None
 
     def add(self, batch: Any, losses: np.ndarray) -> None:
-        positions = batch.column("position").to_pylist()
-        ids = batch.column("token_id").to_pylist()
-        texts = batch.column("text").to_pylist()
-        for position, token, text, loss in zip(positions, ids, texts, losses.tolist(), strict=True):
+        columns = (batch.column(name).to_pylist() for name in ("position", "token_id", "text"))
+        for position, token, text, loss in zip(*columns, losses.tolist(), strict=True):
             if self._next_position not in (None, position):
                 self._context = ""  # tokens between were not scored
             if len(self._heap) < HARDEST or loss > self._heap[0][0]:

@@ -1,12 +1,13 @@
-"""Numbers as people and JSON read them."""
+"""Numbers and characters as people (and JSON) read them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-HASH_DIGITS = 12  # of a sha256, where people compare by eye
+PART = "⋯"
+_MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 def significant(value: float, digits: int = 6) -> str:
@@ -32,7 +33,7 @@ def count(number: int) -> str:
 
 def short_hash(digest: str) -> str:
     """The first digits of a hash; words such as "unknown" as they are."""
-    return digest[:HASH_DIGITS]
+    return digest[:12]
 
 
 def json_safe(value: Any) -> Any:
@@ -44,3 +45,37 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def visible(text: str, drawable: Callable[[str], bool] = str.isprintable) -> str:
+    """The text in one line; what cannot be shown as its escape sequence.
+
+    Args:
+        drawable: whether a character can be shown (by a font).
+    """
+
+    def mark(char: str) -> str:
+        shown = char if drawable(char) else char.encode("unicode_escape").decode("ascii")
+        return _MARKS.get(char, shown)
+
+    return "".join(map(mark, text))
+
+
+def visible_token(
+    text: str | None, token_id: int, drawable: Callable[[str], bool] = str.isprintable
+) -> str:
+    """The same of a token, with a mark for each space; `PART` for a later part of a character that
+    several tokens make up; the id where the characters are not known."""
+    if text is None:
+        return f"[{token_id}]"
+    return visible(text, drawable).replace(" ", "␣") or PART
+
+
+def head(text: str, width: int) -> str:
+    """The text, or its beginning and a mark in `width` characters."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def tail(text: str, width: int) -> str:
+    """The text, or a mark and its end in `width` characters."""
+    return text if len(text) <= width else "…" + text[1 - width :]

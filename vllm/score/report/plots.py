@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.characters import head, tail, visible, visible_token
 from vllm.score.report.losses import LossSummary, summarize
-from vllm.score.report.numbers import count, significant
+from vllm.score.report.numbers import count, head, significant, tail, visible, visible_token
 from vllm.score.report.style import (
     BLUE,
     GREY,
@@ -197,13 +196,13 @@ def render_page(result: PerplexityResult, summary: LossSummary, drawing: str) ->
 
 def _html_table(names: Sequence[str], classes: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     """Cells are HTML; each column has a class, or "" for none."""
-    lines = [zip(("th",) * len(names), classes, names, strict=True)]
-    lines += [zip(("td",) * len(names), classes, row, strict=True) for row in rows]
-    made = (
-        "".join(f'<{tag} class="{kind}">{cell}</{tag}>' for tag, kind, cell in line)
-        for line in lines
-    )
-    return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in made), "</table>"])
+
+    def line(tag: str, cells: Iterable[str]) -> str:
+        classed = zip(classes, cells, strict=True)
+        return "".join(f'<{tag} class="{kind}">{cell}</{tag}>' for kind, cell in classed)
+
+    lines = [line("th", names), *(line("td", row) for row in rows)]
+    return "\n".join(["<table>", *(f"<tr>{cells}</tr>" for cells in lines), "</table>"])
 
 
 def _title(result: PerplexityResult) -> str:

@@ -82,7 +82,12 @@ def print_result(
     console.print()
     console.print(figure_table(result.figures))
     console.print()
-    console.print(provenance_table(result))
+    provenance = Table.grid(padding=(0, 2, 0, 0))
+    provenance.add_column(style="cyan", no_wrap=True)
+    provenance.add_column(overflow="fold")
+    for key, value in provenance_rows(result):
+        provenance.add_row(key, Text(value))
+    console.print(provenance)
     for note in result.notes:
         console.print()
         console.print(Text(f"Note: {note}", style="yellow"))
@@ -125,16 +130,6 @@ def figure_cells(figure: Metric) -> tuple[str, str, str, str, str]:
     )
 
 
-def provenance_table(result: PerplexityResult) -> Table:
-    """As `provenance_rows`."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in provenance_rows(result):
-        table.add_row(key, Text(value))
-    return table
-
-
 def provenance_rows(result: PerplexityResult) -> list[tuple[str, str]]:
     """What the figures depend on, as (key, value): once what all share, then by convention."""
     of = result.provenance
@@ -152,15 +147,11 @@ def provenance_rows(result: PerplexityResult) -> list[tuple[str, str]]:
 
 def _procedure(of: Provenance) -> str:
     """How the figures of one convention were computed, in one sentence."""
-    scored = f"{count(of.scored_tokens)} of {count(of.text_tokens)} tokens scored"
-    documents = (
-        "1 document"
-        if of.num_documents == 1
-        else f"{count(of.num_documents)} documents, {of.documents}"
-    )
+    several = f"{count(of.num_documents)} documents, {of.documents}"
+    documents = "1 document" if of.num_documents == 1 else several
     parts = [
         f"{count(of.windows)} windows of {of.context_length}, stride {of.stride}",
-        scored,
+        f"{count(of.scored_tokens)} of {count(of.text_tokens)} tokens scored",
         f"BOS: {of.bos}",
         f"{documents}, hash {short_hash(of.text_sha256)}",
     ]

@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from vllm.score.data.token_bytes import TokenBytes
+from vllm.score.data.tokenize import TokenBytes
 
 # Characters on each side of the cut that a normaliser may look at.
 _WINDOW = 64

@@ -26,7 +26,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from vllm.score.checks import check_name
-from vllm.score.data.token_bytes import TokenBytes
+from vllm.score.data.tokenize import TokenBytes
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.alignment import Tokens, find_cut
 from vllm.score.sequence.joint import Joint, JointEncoder

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm.score.data.streams import atomic_write
-from vllm.score.report.characters import head, tail
-from vllm.score.report.numbers import count, json_safe, significant
+from vllm.score.report.numbers import count, head, json_safe, significant, tail
 from vllm.score.report.table import plain_table
 
 WRITABLE = (".csv", ".jsonl", ".parquet")
