@@ -13,8 +13,7 @@ from vllm.score.integrations.lm_eval.engine import (
     length_asked_for,
     lora_request,
 )
-from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
-from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs
+from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs, read_generation_kwargs
 
 
 def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
@@ -46,7 +45,7 @@ def test_digits_in_a_text_are_a_number() -> None:
         ({"max_model_len": 0}, "max_model_len must be a whole number of at least 1.*, got 0"),
         ({"truncation_side": "top"}, "truncation_side 'top' is unknown.* left, right, middle"),
         ({"enable_thinking": True}, "without think_end_token"),
-        ({"chat_template_args": "{"}, "chat_template_args is '{', no JSON"),
+        ({"chat_template_args": "{"}, "chat_template_args must be a dict or None, got '{'; give"),
         ({"chat_template_args": "[1]"}, "give a dict"),
     ],
     ids=str,

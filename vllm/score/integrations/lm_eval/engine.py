@@ -100,7 +100,7 @@ def start_engine(options: dict[str, Any]) -> LLM:
     """A running `vllm.LLM` that reads as many tokens as `max_model_len` says.
 
     Args:
-        options: of `vllm.LLM`; None means vLLM's default. `max_model_len` has the meaning of
+        options: of `vllm.LLM`. `max_model_len` has the meaning of
             `max_length` of lm-eval's `hf` model, which predicts a token after as many: the engine
             is started with one more, where the model allows it.
 
@@ -109,17 +109,16 @@ def start_engine(options: dict[str, Any]) -> LLM:
     """
     from vllm.platforms import current_platform
 
-    settings = {name: value for name, value in options.items() if value is not None}
-    if int(settings.get("data_parallel_size", 1)) > 1:
+    if int(options.get("data_parallel_size", 1)) > 1:
         raise ScoreModeError(
-            f"data_parallel_size is {settings['data_parallel_size']}: one LLM drives one replica. "
+            f"data_parallel_size is {options['data_parallel_size']}: one LLM drives one replica. "
             "Start `vllm serve MODEL --data-parallel-size N` and evaluate it with "
             "--model local-completions, or use tensor_parallel_size."
         )
     if current_platform.is_cpu():
-        settings.setdefault("block_size", CPU_BLOCK_SIZE)
+        options = {"block_size": CPU_BLOCK_SIZE, **options}
     return start_llm(
-        settings, prepare=lambda given: with_room_for_one_more({**for_cpu(given), **given})
+        options, prepare=lambda given: with_room_for_one_more({**for_cpu(given), **given})
     )
 
 
