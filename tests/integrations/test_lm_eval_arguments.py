@@ -18,14 +18,10 @@ from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs, rea
 
 def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
     given = {"dtype": "float32", "device": "cuda:0", "swap_space": 4, "revision": None}
-    assert engine_options("M", given) == {"model": "M", "seed": SEED, "dtype": "float32"}
-    assert engine_options("M", {"seed": 5}, max_length=512, max_batch_size=8, lora=True) == {
-        "model": "M",
-        "seed": 5,
-        "max_model_len": 512,
-        "max_num_seqs": 8,
-        "enable_lora": True,
-    }
+    ours = {"model": "M", "max_model_len": None}
+    assert engine_options(ours, given) == {"model": "M", "seed": SEED, "dtype": "float32"}
+    ours = {"model": "M", "max_model_len": 512, "max_num_seqs": 8, "enable_lora": True}
+    assert engine_options(ours, {"seed": 5}) == {**ours, "seed": 5}
     request = lora_request("adapter")
     assert request is not None and request.lora_path == "adapter"
     assert lora_request(None) is None

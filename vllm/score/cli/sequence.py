@@ -87,16 +87,16 @@ def write_results(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
             rows = [{**row, "context": _cell(row["context"])} for row in results]
             pq.write_table(pa.Table.from_pylist(rows), file)
-            return
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        if path.suffix.lower() == ".csv":
+        elif path.suffix.lower() == ".csv":
+            text = io.StringIO(newline="")
             writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: _cell(value) for k, value in row.items()} for row in results)
+            file.write(text.getvalue().encode())
         else:
             for row in map(json_safe, results):
-                text.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        text.detach()
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+                file.write(line.encode())
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:

@@ -159,7 +159,9 @@ class BoundaryTokenizer:
 
     def _finish(self, pair: Pair, ids: list[int], start: int, spanned: str | None) -> SplitTokens:
         if spanned is not None and self._rule == "strict":
-            token = self._text_of(ids[start])
+            token = self._decode(ids[start : start + 1])
+            if self._bytes.known:
+                token = self._bytes(ids[start]).decode(errors="replace")
             raise ScoreModeError(
                 f"{pair.name}: the token {token!r} holds both the end of the context, "
                 f"{spanned!r}, and the beginning of the continuation "
@@ -176,21 +178,13 @@ class BoundaryTokenizer:
                 )
             prefix = [first]
         own = own_prefix_length(ids, prefix)
-        written = own > 0 and self._writes(pair, prefix[:1])
+        text = (pair.context or pair.continuation).lstrip()
+        # As it is written, and not only by its id.
+        written = own > 0 and text.startswith(self._decode(prefix[:1]).strip())
         if written and (start >= own or (not pair.context and len(ids) > own)):
             prefix, start = [], max(start, own)
         start += len(prefix)
         return SplitTokens([*prefix, *ids], start, spanned is not None, spanned or "")
-
-    def _writes(self, pair: Pair, first: list[int]) -> bool:
-        """Whether the text begins with the token as it is written, and not only with its id."""
-        text = (pair.context or pair.continuation).lstrip()
-        return text.startswith(self._decode(first).strip())
-
-    def _text_of(self, token: int) -> str:
-        if self._bytes.known:
-            return self._bytes(token).decode(errors="replace")
-        return self._decode([token])
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""

@@ -33,22 +33,14 @@ CPU_BLOCK_SIZE = 32
 
 
 def engine_options(
-    pretrained: str | None,
-    options: Mapping[str, Any],
-    *,
-    max_length: int | None = None,
-    max_batch_size: int | None = None,
-    lora: bool = False,
-    runs: bool = False,
+    ours: Mapping[str, Any], options: Mapping[str, Any], *, runs: bool = False
 ) -> dict[str, Any]:
     """The arguments of `vllm.LLM` that the model's options name; none where the engine runs.
 
     Args:
-        pretrained: name or folder of the model.
-        options: of `vllm.LLM`; None means its default.
-        max_length: tokens that the model is to read at most.
-        max_batch_size: vLLM's `max_num_seqs`.
-        lora: an adapter is to be used.
+        ours: `model`, and the arguments that come from options of the model by another name; None
+            means vLLM's default.
+        options: the other arguments, by their own names; None means vLLM's default.
         runs: there is an engine already, which takes no options any more.
 
     Raises:
@@ -58,23 +50,17 @@ def engine_options(
     for name, reason in IGNORED.items():
         if given.pop(name, None) is not None:
             logger.warning("%s is ignored: %s.", name, reason)
+    model = ours["model"]
     if runs:
-        if named := [*([] if pretrained is None else ["pretrained"]), *given]:
+        if named := [*([] if model is None else ["pretrained"]), *given]:
             raise ScoreModeError(
                 f"{', '.join(named)}: these are options of the engine, which runs already; give "
                 "them to LLM(...)."
             )
         return {}
-    if pretrained is None:
+    if model is None:
         raise ScoreModeError("no model is named: --model_args pretrained=NAME_OR_FOLDER.")
-    ours = {
-        "model": str(pretrained),
-        "seed": SEED,
-        "max_model_len": max_length,
-        "max_num_seqs": max_batch_size,
-        "enable_lora": lora or None,
-    }
-    return {**{name: value for name, value in ours.items() if value is not None}, **given}
+    return {"seed": SEED, **{n: v for n, v in ours.items() if v is not None}, **given}
 
 
 def length_asked_for(max_model_len: int | None, max_length: int | None) -> int | None:

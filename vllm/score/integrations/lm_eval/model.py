@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,14 +120,13 @@ class VLLMScoreLM(TemplateLM):
         self._truncation_side, self._think_end = truncation_side, think_end_token
         self._template = _template_arguments(chat_template_args, enable_thinking, think_end_token)
         asked = length_asked_for(max_model_len, max_length)
-        settings = engine_options(
-            pretrained,
-            options,
-            max_length=asked,
-            max_batch_size=max_batch_size,
-            lora=lora_local_path is not None,
-            runs=llm is not None,
-        )
+        ours = {
+            "model": None if pretrained is None else str(pretrained),
+            "max_model_len": asked,
+            "max_num_seqs": max_batch_size,
+            "enable_lora": None if lora_local_path is None else True,
+        }
+        settings = engine_options(ours, options, runs=llm is not None)
         require_score_mode()
         self.model = start_engine(settings) if llm is None else llm
         self.max_length = longest_input(self.model, asked, given=llm is not None)
@@ -167,15 +167,13 @@ class VLLMScoreLM(TemplateLM):
         """A conversation as text; without its system message where the template takes none."""
         from jinja2 import TemplateError
 
-        def render(messages: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-                **self._template,
-            )
-
+        render: Callable[[list[dict[str, str]]], str] = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **self._template,
+        )
         try:
             return render(chat_history)
         except TemplateError:
@@ -265,7 +263,8 @@ class VLLMScoreLM(TemplateLM):
         contexts = self._encoder.encode([args[0] for args in _arguments_of(requests)])
         ordinary: dict[int, tuple[list[int], Generation]] = {}
         scaled: dict[int, ScaledRequest] = {}
-        eos = self._end_of_text()
+        end = self.tokenizer.eos_token_id
+        eos = None if end is None else self.tokenizer.decode([end]) or self.tokenizer.eos_token
         settings = split_settings([request.args[1] for request in requests])
         for index, (call, rest) in enumerate(settings):
             generation = read_generation_kwargs(
@@ -326,11 +325,6 @@ class VLLMScoreLM(TemplateLM):
             use_tqdm=not disable_tqdm,
         )
         return dict(zip(requests, generation.texts(list(requests.values())), strict=True))
-
-    def _end_of_text(self) -> str | None:
-        if self.tokenizer.eos_token_id is None:
-            return None
-        return self.tokenizer.decode([self.tokenizer.eos_token_id]) or self.tokenizer.eos_token
 
 
 def _arguments_of(requests: Sequence[Instance]) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vllm.score.checks import did_you_mean
+from vllm.score.checks import check, did_you_mean
 from vllm.score.errors import ScoreModeError
 from vllm.score.sequence.boundary import BoundaryTokenizer
 from vllm.score.sequence.encoding import Pair
@@ -260,9 +260,8 @@ def read_generation_kwargs(
 
 def _texts(name: str, given: Any) -> list[str]:
     listed = [given] if isinstance(given, str) else given
-    if not isinstance(listed, Sequence) or not all(isinstance(text, str) for text in listed):
-        raise ScoreModeError(f"{name} is {given!r:.60}; give a text or a list of texts.")
-    return list(listed)
+    texts: list[str] = check(name, listed, list[str], "give a text or a list of texts")
+    return texts
 
 
 def _refuse_unknown(options: Mapping[str, Any], task: str | None) -> None:
