@@ -109,6 +109,7 @@ def test_a_character_composed_over_the_cut_is_scored(context, continuation):
 @MANY
 @rare
 @given(context=CONTEXTS, continuation=CONTINUATIONS)
+@example(context="a ", continuation="0")
 def test_a_cut_between_tokens_leaves_the_context_its_own_tokens(name, context, continuation):
     tokenizer = tokenizers.with_start(name)
     joint = tokenizer.encode(context + continuation, add_special_tokens=False)

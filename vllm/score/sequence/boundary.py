@@ -138,7 +138,9 @@ class BoundaryTokenizer:
         differing = (i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b)
         start = min(next(differing, len(alone)), len(ids) - 1)
         if self._decode(ids) == pair.context + pair.continuation:
-            return self._by_decoding(pair.context, ids, start)
+            start, spanned = self._by_decoding(pair.context, ids, start)
+            # A space that ends a context may leave no token, and be written before the next one.
+            return start, None if ids[:start] == alone else spanned
         unknown = getattr(self._tokenizer, "unk_token_id", None)
         swallows = start and ids[start - 1] == unknown and not pair.continuation[0].isspace()
         if start == len(alone) and swallows:
