@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from tests.helpers_policy import policy_row
+from vllm.score.processor import SequenceProcessor
+from vllm.score.processor.backends import HuggingFaceBackend
 from vllm.score.processor.config import GenerationConfig, Precision, dtype_name
-from vllm.score.processor.huggingface import HuggingFaceBackend
 from vllm.score.processor.overrides import build_state_override
-from vllm.score.processor.policy import StepValues, Wanted
-from vllm.score.processor.sequences import Response, prompt_ids
+from vllm.score.processor.results import StepValues, Wanted
+from vllm.score.processor.sequences import Response, responses_of
 
 VOCAB = 320
 SMALL = {"vocab_size": VOCAB, "hidden_size": 64}  # of `model_dir`
@@ -75,7 +76,7 @@ def assert_values(
 ) -> None:
     """Every value within `tolerance`, relative to its size where that is above 1."""
     for name in names or expected:
-        got = getattr(values, name)
+        got = values[name]
         got = got.detach().numpy() if isinstance(got, torch.Tensor) else got
         assert got.shape == expected[name].shape, name
         np.testing.assert_allclose(got, expected[name], tolerance, tolerance, err_msg=name)
@@ -134,9 +135,10 @@ def generate(
     seed: int | None = None,
 ) -> list[list[list[int]]]:
     """Responses [B][G] to texts or ids, by Hugging Face."""
-    backend = HuggingFaceBackend(model, tokenizer, Precision())
-    config = replace(config, num_return_sequences=G, gen_batch_size=batch_size)
-    return backend.generate(prompt_ids(prompts, tokenizer, backend.vocab_size), config, seed)
+    processor = SequenceProcessor(model, tokenizer, config=config)
+    batch = processor.generate_batched(prompts, G, batch_size, seed=seed)
+    found = [r.generated.tolist() for r in responses_of(batch)]
+    return [found[first : first + G] for first in range(0, len(found), G)]
 
 
 def score_no_grad(

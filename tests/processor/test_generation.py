@@ -21,10 +21,9 @@ from tests.processor.character_models import EOS, bigram_model, character_tokeni
 from tests.processor.teacher_forced import generate
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor import SequenceProcessor
+from vllm.score.processor.backends import HuggingFaceBackend
 from vllm.score.processor.config import GenerationConfig, Precision
-from vllm.score.processor.head import unwrap_ddp
-from vllm.score.processor.huggingface import HuggingFaceBackend
-from vllm.score.processor.policy import Wanted, step_values
+from vllm.score.processor.results import Wanted, step_values
 from vllm.score.processor.sequences import prompt_ids
 
 LETTERS = "abcdefg"
@@ -162,9 +161,9 @@ def test_whole_sequences_weighted_by_p_over_q() -> None:
         wanted = Wanted(GenerationConfig(TEMPERATURE, TOP_P), diagnostics=False)
         values = step_values(logits, torch.tensor(ids), wanted)
         p, q = possible[ids]
-        assert values.logprob.sum().item() == pytest.approx(math.log(p), abs=1e-4)
-        assert values.logq.sum().item() == pytest.approx(math.log(q), abs=1e-4)
-        weights += [math.exp((values.logprob - values.logq).sum().item())] * count
+        assert values["logprob"].sum().item() == pytest.approx(math.log(p), abs=1e-4)
+        assert values["logq"].sum().item() == pytest.approx(math.log(q), abs=1e-4)
+        weights += [math.exp((values["logprob"] - values["logq"]).sum().item())] * count
     error = np.std(weights) / math.sqrt(len(weights))
     assert abs(np.mean(weights) - supported) < 4 * error
 
@@ -292,7 +291,8 @@ def test_ddp_is_unwrapped() -> None:
     try:
         model = attending()
         wrapped = DistributedDataParallel(model)
-        assert unwrap_ddp(wrapped) is model and unwrap_ddp(model) is model
+        for given in (wrapped, model):
+            assert HuggingFaceBackend(given, letters(), Precision()).target is model
         settings = config(do_sample=False)
         assert generate(wrapped, letters(), ["a"], 1, settings, batch_size=1) == generate(
             model, letters(), ["a"], 1, settings, batch_size=1

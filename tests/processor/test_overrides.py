@@ -44,7 +44,7 @@ def logprobs(model: Any, mapping: dict[str, Tensor]) -> Tensor:
     """Of all tokens of the responses, one after the other."""
     options = {"batch_size": 3, "diagnostics": False, "entropy": False}
     scores = score_no_grad(model, mapping, random_responses(), **options)
-    return torch.cat([s.logprob for s in scores])
+    return torch.cat([s["logprob"] for s in scores])
 
 
 def moved_model(model: Any, direction: dict[str, Tensor], eta: float) -> Any:
@@ -183,7 +183,7 @@ WEIGHT = "transformer.ln_f.weight"
         ({WEIGHT: torch.full((64,), math.nan)}, f"{WEIGHT}'. has entries that are NaN"),
         ({WEIGHT: torch.ones(64), f"module.{WEIGHT}": torch.ones(64)}, "twice"),
         ({"lm_head.weight": torch.ones(VOCAB, 64)}, "tied to 'transformer.wte.weight'"),
-        ([1.0], "v_named must map names to tensors, got list"),
+        ([1.0], r"v_named must be a dict, got \[1.0\]"),
     ],
 )
 def test_directions_that_do_not_fit(gpt2: Any, direction: Any, message: str) -> None:

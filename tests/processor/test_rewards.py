@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
+from tests.processor.character_models import bigram_model, character_tokenizer
 from vllm.score.errors import ScoreModeError
-from vllm.score.processor.rewards import AnswerJudge, rewards, tag_pref
+from vllm.score.processor import Example, SequenceProcessor
+from vllm.score.processor.rewards import AnswerJudge, tag_pref
+from vllm.score.processor.sequences import pad_batch
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +61,32 @@ def test_in_a_thread(judge):
     assert found == [1.0]
 
 
-def test_batches(judge):
-    responses = [["<answer>1</answer>", "1"], ["<answer>2</answer>", "<answer>3</answer>"]]
-    assert rewards(responses, ["1", "2"], judge) == [[1.0, 0.0], [1.0, 0.5]]
-    assert rewards(responses, [None, "2"], judge) == [[0.0, 0.0], [1.0, 0.5]]
-    with pytest.raises(ScoreModeError, match="golds has 1 entries for 2 prompts"):
-        rewards(responses, ["1"], judge)
+def test_batches():
+    tokenizer = character_tokenizer("ab")
+    sp = SequenceProcessor(bigram_model(torch.zeros(3, 3)), tokenizer)
+    texts = [["<answer>1</answer>", "1"], ["<answer>2</answer>", "<answer>3</answer>"]]
+    batch = pad_batch([[0], [1]], [[[0], [1]], [[0], [1]]], 0, lambda ids: "")
+    batch.responses_text = texts
+    examples = [Example("a", "1"), Example("b", "2")]
+    assert sp.compute_rewards(["a", "b"], batch, examples) == [[1.0, 0.0], [1.0, 0.5]]
+    examples[0] = Example("a")
+    assert sp.compute_rewards(["a", "b"], batch, examples) == [[0.0, 0.0], [1.0, 0.5]]
+    assert sp.compute_rewards(["a", "b"], batch) == [[0.0, 0.0], [0.0, 0.0]]
+    for prompts, known in ((["a", "b"], examples[:1]), (["a"], examples[:1]), (["a"], examples)):
+        wrong = rf"examples has {len(known)} entries for {len(prompts)} prompts"
+        with pytest.raises(ScoreModeError, match=wrong):
+            sp.compute_rewards(prompts, batch, known)
+
+
+def test_a_fork_gets_a_process_of_its_own(judge: AnswerJudge) -> None:
+    """And leaves alone that of the process that it was forked from."""
+    assert reward(judge, "5", "5") == 1.0
+    child = os.fork()
+    if not child:
+        mine = reward(judge, "7", "7.0") == 1.0
+        os._exit(0 if mine else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert process_of(judge).poll() is None and reward(judge, "6", "6.0") == 1.0
 
 
 def reward(judge: AnswerJudge, gold: str, content: str) -> float:
@@ -113,8 +138,7 @@ def test_without_a_result_in_time(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def process_of(judge: AnswerJudge) -> Any:
-    assert judge._child is not None
-    return judge._child.process
+    return judge._process
 
 
 def test_a_process_that_died_is_started_again() -> None:

@@ -64,22 +64,29 @@ def mask(*places):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"sequences": torch.zeros(2, 4, dtype=torch.int64)}, r"sequences must be \[B, G, L\]"),
-        ({"attention_masks": torch.ones(2, 2, 3)}, "attention_masks must be .* of the shape"),
+        ({"sequences": torch.zeros(2, 4, dtype=torch.int64)}, r"sequences must be .* \[B, G, L\]"),
+        (
+            {"attention_masks": torch.ones(2, 2, 3)},
+            r"attention_masks .* the same shape.* \(2, 2, 3\)",
+        ),
         ({"prompt_lens": [2]}, r"prompt_lens must be 2 times the one length .* got \[2\]"),
         ({"prompt_lens": [2, 1]}, r"prompt_lens must be 2 times .* got \[2, 1\]"),
         ({"prompt_lens": [2, 0]}, "prompt_lens must be a list, each entry a whole number of at"),
-        ({"gen_lens": [[2, 0], [1]]}, r"gen_lens must be 2 lengths .* got \[2, 1\]"),
-        ({"gen_lens": [[2, 0]]}, r"gen_lens must be 2 lengths .* got \[2\]"),
+        ({"gen_lens": [[2, 0], [1]]}, r"gen_lens 2 lengths .* and \[2, 1\] lengths"),
+        ({"gen_lens": [[2, 0]]}, r"gen_lens 2 lengths .* and \[2\] lengths"),
         (
             {"gen_lens": [[2, 0], 1]},
             "gen_lens must be a list, each entry a list, each",
         ),
         ({"gen_lens": [[3, 0], [1, 2]]}, r"gen_lens\[0\]\[0\] is 3"),
         ({"gen_lens": [[-1, 0], [1, 2]]}, r"gen_lens\[0\]\[0\] is -1"),
+        ({"prompt_lens": [9, 9]}, r"attention_masks\[0, 0\] does not fit"),
         ({"gen_lens": [[1, 0], [1, 2]]}, r"attention_masks\[0, 0\] does not fit"),
         ({"attention_masks": mask((0, 0, 1))}, r"attention_masks\[0, 0\] does not fit"),
-        ({"attention_masks": mask((1, 1, 1))}, r"the prompt of attention_masks\[1, 1\] is empty"),
+        (
+            {"attention_masks": mask((1, 1, 1))},
+            r"attention_masks\[1, 1\] does not fit: a prompt of at least one",
+        ),
     ],
 )
 def test_a_batch_that_contradicts_itself_is_refused(changes, message):
@@ -112,7 +119,7 @@ def test_ids_that_the_model_does_not_have() -> None:
     for wrong in (VOCAB, -1):
         responses = random_responses()
         responses[3].ids[-1] = wrong
-        with pytest.raises(ScoreModeError, match=rf"response \[3\]\[0\] has the token {wrong}; "):
+        with pytest.raises(ScoreModeError, match=rf"response \[3\]\[0\]\[3\] is {wrong}, outside "):
             check_fit(responses, VOCAB, 18, "cut it")
     with pytest.raises(ScoreModeError, match=r"\[4\]\[0\] has 18 tokens .* takes 17: cut it"):
         check_fit(random_responses(), VOCAB, 17, "cut it")

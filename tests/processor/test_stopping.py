@@ -18,7 +18,7 @@ from vllm.score.processor.config import GenerationConfig
 from vllm.score.processor.sequences import (
     TAG,
     TAIL,
-    StopAfterAnswer,
+    after_answer,
     eos_token_ids,
     response_length,
 )
@@ -49,7 +49,7 @@ def brute_force_length(ids: list[int], tokenizer: Any, eos: set[int]) -> int:
         ("x" + EOS, 2),
         ("x" + EOS + "yz", 2),
         (EOS, 1),
-        ("x</answer>" + EOS, 10),  # the forced end is not of the response
+        ("x</answer>" + EOS, 10),  # what follows the tag is not of the response
         ("x</ans" + EOS + "wer>", 7),  # the end comes first
         ("</answer</answer>", 17),
         ("<answer>x", 9),
@@ -100,30 +100,22 @@ def test_the_tag_is_split_differently_in_context() -> None:
     assert len(splits) > 1
 
 
-def test_processor_leaves_only_the_end_after_a_tag() -> None:
+def test_rows_end_after_a_tag() -> None:
     tokenizer = byte_level()
-    prompt = f"say {TAG} or </ans"
+    prompt = tokenizer.encode(f"say {TAG} or </ans")
     texts = ["wer> no", f"it is {TAG}", f"{TAG} " + "and on " * TAIL, "</answer", f"3{TAG}>\n"]
-    prompt_ids = tokenizer.encode(prompt)
-    eos = tokenizer.eos_token_id
-    rows = [prompt_ids + tokenizer.encode(text) for text in texts]
+    rows = [prompt + tokenizer.encode(text) for text in texts]
+
+    def ended(ids: list[list[int]]) -> list[bool]:
+        given = torch.tensor(ids)
+        return after_answer(given, None, prompt_length=len(prompt), tokenizer=tokenizer).tolist()
+
     for row, text in zip(rows, texts, strict=True):
-        scores = torch.randn(1, len(tokenizer))
-        found = StopAfterAnswer(len(prompt_ids), tokenizer, eos)(torch.tensor([row]), scores)
         # A tag further back than the tail ended its response long ago.
-        if TAG in text and len(row) - len(prompt_ids) <= TAIL:
-            assert found.softmax(1)[0, eos] == 1 and found.softmax(1).sum() == 1
-        else:
-            assert torch.equal(found, scores), text
+        assert ended([row]) == [TAG in text and len(row) - len(prompt) <= TAIL]
     width = min(map(len, rows))
-    together = torch.tensor([row[:width] for row in rows])
-    scores = torch.randn(len(rows), len(tokenizer))
-    before = scores.clone()
-    found = StopAfterAnswer(len(prompt_ids), tokenizer, eos)(together, scores)
-    assert torch.equal(scores, before)
-    for row, kept, old in zip(together.tolist(), found, scores, strict=True):
-        ended = TAG in tokenizer.decode(row[len(prompt_ids) :])
-        assert torch.equal(kept, old) != ended
+    together = [row[:width] for row in rows]
+    assert ended(together) == [TAG in tokenizer.decode(row[len(prompt) :]) for row in together]
 
 
 def run(chains: list[str], prompts: list[str], new: int = 30) -> list[str]:

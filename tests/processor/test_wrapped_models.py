@@ -49,9 +49,9 @@ def test_override_of_an_adapter(targets: list[str], model_dir: Callable[..., Pat
     merged = model.merge_and_unload()
     for values, old, response in zip(scores, before, responses, strict=True):
         expected = token_logprobs(merged.eval(), response).numpy()
-        np.testing.assert_allclose(values.logprob, expected, 0, 1e-5)
+        np.testing.assert_allclose(values["logprob"], expected, 0, 1e-5)
         if response.length:
-            assert (values.logprob - old.logprob).abs().max() > 1e-3
+            assert (values["logprob"] - old["logprob"]).abs().max() > 1e-3
 
 
 def test_gradients_of_an_adapter(model_dir: Callable[..., Path]) -> None:
@@ -67,7 +67,7 @@ def test_gradients_of_an_adapter(model_dir: Callable[..., Path]) -> None:
     assert all("lora_" in name for name in adapter)
     ours = torch.autograd.grad(
         weighted(
-            [s.logprob for s in score_with_grad(model, responses)],
+            [s["logprob"] for s in score_with_grad(model, responses)],
             factors,
         ),
         list(adapter.values()),
@@ -108,7 +108,7 @@ def test_the_module_of_distributed_data_parallel(model_dir: Callable[..., Path])
         assert all(name.startswith("module.") for name in direction)
         mapping = moved_parameters(parallel.module, direction, 0.5)
         weighted(
-            [s.logprob for s in score_with_grad(parallel.module, responses)],
+            [s["logprob"] for s in score_with_grad(parallel.module, responses)],
             factors,
         ).backward()
         for name, parameter in model.named_parameters():

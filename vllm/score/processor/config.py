@@ -8,7 +8,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from vllm.score.checks import Count, Flag, Fraction, Number, check, check_name, settings
 from vllm.score.errors import ScoreModeError
@@ -60,11 +60,6 @@ class GenerationConfig:
     tf_batch_size: Count = 8
     rb_requires_grad: Flag = False
 
-    @property
-    def samples_model(self) -> bool:
-        """Whether q is the model's own distribution."""
-        return self.temperature == 1 and self.top_p == 1
-
     def __setattr__(self, name: str, value: Any) -> None:
         kinds = _kinds(GenerationConfig)
         check_name("field of GenerationConfig", name, kinds)
@@ -86,17 +81,6 @@ class Profile:
     cast: bool
 
 
-def _checked_profile(section: str) -> BeforeValidator:
-    def complete(values: Any) -> dict[str, Any]:
-        read_profile(section, values)
-        return {**_PROFILES[section], **values}
-
-    return BeforeValidator(complete)
-
-
-_DEFAULTS = Field(default_factory=dict, validate_default=True)  # completed by the validator
-
-
 @settings
 class Precision:
     """Dtypes of the Hugging Face path.
@@ -115,12 +99,18 @@ class Precision:
         entropy_fp64: without gradients, softmax, log-probabilities and entropies in float64.
     """
 
-    func_override: Annotated[dict[str, Any], _checked_profile("func_override")] = _DEFAULTS
-    tf_nograd: Annotated[dict[str, Any], _checked_profile("tf_nograd")] = _DEFAULTS
-    tf_withgrad: Annotated[dict[str, Any], _checked_profile("tf_withgrad")] = _DEFAULTS
+    func_override: dict[str, Any] = Field(default_factory=dict)
+    tf_nograd: dict[str, Any] = Field(default_factory=dict)
+    tf_withgrad: dict[str, Any] = Field(default_factory=dict)
     allow_tf32: Flag = False
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     entropy_fp64: Flag = False
+
+    def __post_init__(self) -> None:
+        for name, defaults in _PROFILES.items():
+            values = getattr(self, name)
+            read_profile(name, values)
+            values.update(defaults | values)
 
     def apply_to_process(self) -> None:
         """Set how this process multiplies float32 matrices.
@@ -164,15 +154,11 @@ def read_profile(name: str, values: Mapping[str, Any]) -> Profile:
     switch = list(_PROFILES[name])[-1]
     autocast, cast = (check(f"{name}[{k!r}]", given[k], Flag) for k in ("autocast", switch))
     dtype = read_dtype(f"{name}['dtype']", given["dtype"])
-    if autocast and name != "tf_withgrad":
+    if autocast and (name != "tf_withgrad" or dtype not in HALVES):
         raise ScoreModeError(
-            f"{name}['autocast'] is True: without gradients the model always runs with autocast "
-            "off; set it to False, and 'dtype' to that of the parameters."
-        )
-    if autocast and dtype not in HALVES:
-        raise ScoreModeError(
-            f"{name} has autocast to {dtype_name(dtype)}, which does not exist: set 'dtype' to "
-            "bfloat16 or float16, or 'autocast' to False."
+            f"{name} has autocast to {dtype_name(dtype)}: set 'autocast' to False. With gradients "
+            "(tf_withgrad) it is to bfloat16 or float16, without them the model always runs with "
+            "autocast off, in the parameters' 'dtype'."
         )
     return Profile(dtype if autocast else None, dtype, cast)
 
@@ -200,10 +186,7 @@ def _kinds(cls: type) -> dict[str, Any]:
 
 
 def _section(where: str, values: Any, known: Iterable[str]) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ScoreModeError(
-            f"{where} must be a dict with some of {', '.join(known)}, got {values!r}."
-        )
-    for name in values:
+    fields: dict[str, Any] = check(where, values, dict[str, Any], f"fields: {', '.join(known)}")
+    for name in fields:
         check_name(f"{where}: field", name, known)
-    return dict(values)
+    return fields

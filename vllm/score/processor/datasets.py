@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from vllm.score.checks import did_you_mean
+from pydantic import Field
+
+from vllm.score.checks import Count, check, check_name
 from vllm.score.data.rows import Columns, read_rows
 from vllm.score.data.tables import check_folder, offline_if_unreachable
-from vllm.score.errors import ScoreModeError
+from vllm.score.errors import ScoreModeError, first_line
 
 R1_TEMPLATE = (
     "A user asks a question and an assistant answers it. The assistant first works the problem out "
@@ -88,8 +90,8 @@ class Gsm8kR1Template:
 
 def local_file(
     *,
+    path: str | Path,
     split: str = "train",
-    path: str | Path | None = None,
     question: str = "question",
     answer: str | None = "answer",
     template: str | None = None,
@@ -97,8 +99,8 @@ def local_file(
     """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, plain or compressed.
 
     Args:
-        split: "train" for all rows, or a slice in the syntax of `datasets`, e.g. "train[:100]".
         path: of the file.
+        split: "train" for all rows, or a slice in the syntax of `datasets`, e.g. "train[:100]".
         question: column of the questions.
         answer: column of the answers, None without; null and "" are no answer.
         template: has "{question}" where the question goes; None takes questions as they are.
@@ -108,37 +110,27 @@ def local_file(
     """
     from datasets import ReadInstruction
 
-    if path is None:
-        raise ScoreModeError("local_file needs path=, the file's.")
-    what, wanted = f"file {str(path)!r}", (question,) if answer is None else (question, answer)
-    rows = list(read_rows([Path(path)], Columns((), wanted), "questions"))
+    what, wanted = f"file {str(path)!r}", Columns((), tuple(filter(None, (question, answer))))
+    rows = list(read_rows([Path(path)], wanted, "questions"))
     with _loading(what, split, 'its rows are the split "train"'):
         parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
     chosen = [row for part in parts for row in rows[part.from_ : part.to]]
     # Rows of JSON lines need not have all columns.
     columns = dict.fromkeys(name for row in rows for name in row.columns)
     return [
-        Example(text if template is None else fill(template, text), known)
+        Example(fill(template or _PLACE, text), known)
         for _, text, known in _read(
             what, list(columns), ((row.where, row.fields) for row in chosen), question, answer
         )
     ]
 
 
-class Registry(dict[str, Entry]):
-    """Entries by name; an entry is called with `split=` and options and gives a list of examples.
-
-    An example is anything with a `question` and, perhaps, an `answer`.
-    """
-
-    def __missing__(self, name: Any) -> Entry:
-        raise ScoreModeError(
-            f"there is no data set {name!r}{did_you_mean(name, sorted(self))}, and "
-            "register_dataset adds your own."
-        )
-
-
-DATASET_REGISTRY = Registry(gsm8k_r1_template=Gsm8kR1Template(), local_file=local_file)
+# Entries by name; an entry is called with `split=` and options and gives a list of examples: things
+# with a `question` and, perhaps, an `answer`.
+DATASET_REGISTRY: dict[str, Entry] = {
+    "gsm8k_r1_template": Gsm8kR1Template(),
+    "local_file": local_file,
+}
 
 
 def register_dataset(name: str, entry: Entry, *, replace: bool = False) -> None:
@@ -175,6 +167,7 @@ def sample(
         ScoreModeError: an unknown name, options that the entry does not take, fewer than `num`
             examples, or whatever the entry says.
     """
+    check_name("data set (register_dataset adds your own)", name, DATASET_REGISTRY)
     entry = DATASET_REGISTRY[name]
     try:
         inspect.signature(entry).bind(split=split, **options)
@@ -186,14 +179,9 @@ def sample(
     examples = list(entry(split=split, **options))
     if not examples:
         raise ScoreModeError(f"the data set {name!r} has no example in split {split!r}.")
-    if num is None:
-        return examples
-    if not 1 <= num <= len(examples):
-        raise ScoreModeError(
-            f"{num} examples are asked of the data set {name!r}, split {split!r}, which has "
-            f"{len(examples)}; ask for 1 to {len(examples)}, or None for all."
-        )
-    return random.Random(seed).sample(examples, num)
+    most = Annotated[Count, Field(le=len(examples))]
+    num = check("num_prompts", num, most | None, f"None takes all of {name!r}, split {split!r}")
+    return examples if num is None else random.Random(seed).sample(examples, num)
 
 
 def fill(template: str, question: str) -> str:
@@ -208,9 +196,8 @@ def _loading(what: str, split: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # datasets', pyarrow's, pandas' and HTTP errors
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScoreModeError(
-            f"{what}, split {split!r}, cannot be loaded: {text} ({remedy})."
+            f"{what}, split {split!r}, cannot be loaded: {first_line(error)} ({remedy})."
         ) from error
 
 
@@ -222,14 +209,11 @@ def _read(
     answer: str | None = "answer",
 ) -> Iterator[tuple[str, str, str | None]]:
     """Where a row stands, its question, and its answer or None, of (where, fields) of each row."""
-    for field, column, more in (
-        ("question", question, ""),
-        ("answer", answer, ", or answer=None for none"),
-    ):
+    for field, column in (("question", question), ("answer", answer)):
         if column is not None and column not in columns:
             raise ScoreModeError(
                 f"{what} has no column {column!r}; its columns are {', '.join(columns)}: name one "
-                f"({field}=){more}."
+                f"by {field}= (answer=None for none)."
             )
     for where, row in rows:
         text, known = row.get(question), None if answer is None else row.get(answer)

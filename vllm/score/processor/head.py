@@ -59,10 +59,8 @@ def map_logits(
     """
     device = batch.input_ids.device
     with autocast_to(autocast, device):
-        found = head_of(target)
-        if found is not None:
-            head, columns = found
-            hidden = head.hidden_rows(batch)
+        head = head_of(target)
+        hidden = None if head is None else head.hidden_rows(batch)
     tokens = batch.tokens
 
     def score(logits_of: Callable[[Any], Tensor], rows: Any, tokens: Tensor) -> Result:
@@ -71,10 +69,10 @@ def map_logits(
         with autocast_to(None, device):
             return compute(logits, tokens.to(logits.device))
 
-    if found is None:
+    if head is None or hidden is None:
         whole = partial(_logits_of_response, target, batch)
         return [score(whole, i, part) for i, part in enumerate(tokens.split(batch.lengths))]
-    count = max(1, logits_bytes // (columns * itemsize))
+    count = max(1, logits_bytes // (head.columns * itemsize))
     parts = zip(hidden.split(count), tokens.to(hidden.device).split(count), strict=True)
     run = partial(checkpoint, score, use_reentrant=False) if checkpointed else score
     return [run(head.logits, *part) for part in parts]
@@ -83,8 +81,8 @@ def map_logits(
 def _logits_of_response(target: nn.Module, batch: RowBatch, i: int) -> Tensor:
     """Logits [T, V] that score response i of a batch, by a forward pass of it alone."""
     end = len(batch.responses[i].ids) - 1
-    given = (each[i : i + 1, :end] for each in batch.inputs)
-    logits = model_logits(target, *given)[0]
+    part = slice(i, i + 1), slice(end)
+    logits = model_logits(target, batch.input_ids[part], batch.attention_mask[part])[0]
     if len(logits) != end:
         raise ScoreModeError(
             f"the model gives logits of {len(logits)} positions for {end} tokens: models that "
@@ -94,10 +92,11 @@ def _logits_of_response(target: nn.Module, batch: RowBatch, i: int) -> Tensor:
 
 
 class Head:
-    """What a causal language model does after its decoder."""
+    """What a causal language model does after its decoder; its logits have `columns`."""
 
-    def __init__(self, target: nn.Module) -> None:
+    def __init__(self, target: nn.Module, columns: int) -> None:
         base = causal_model(target)
+        self.columns = columns
         self._target = target
         self._decoder: nn.Module = base.get_decoder()
         self._places = [
@@ -124,7 +123,7 @@ class Head:
             return type(output)(**{**output, "last_hidden_state": first})
 
         with self._answering(run):
-            model_logits(self._target, *batch.inputs)
+            model_logits(self._target, batch.input_ids, batch.attention_mask)
         (hidden,) = found
         if hidden.shape[:2] != batch.input_ids.shape:
             raise ValueError("the model inserts tokens")
@@ -140,7 +139,7 @@ class Head:
 
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         with self._answering(give):
-            return model_logits(self._target, ids, None, None)[0]
+            return model_logits(self._target, ids, None)[0]
 
     @contextmanager
     def _answering(self, answer: Callable[..., Any]) -> Iterator[None]:
@@ -154,20 +153,24 @@ class Head:
                 module._modules[name] = self._decoder
 
 
-def head_of(target: nn.Module) -> tuple[Head, int] | None:
-    """The head and the columns of its logits, or None if it does not work on single rows.
+def head_of(target: nn.Module) -> Head | None:
+    """The model's head, or None if it does not work on single rows.
 
     Tried once per model, against an ordinary call.
     """
     if target not in _checked:
-        probe = _probe(next(target.parameters()).device)
+        # Two sequences of four rows, all of them wanted.
+        ids = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 0, 1]])
+        probe_responses = [Response(0, i, row, 4) for i, row in enumerate(ids)]
+        probe = RowBatch.of(probe_responses, next(target.parameters()).device)
         some = probe.rows[[6, 1, 3]]  # in another order than the sequences'
         with torch.no_grad(), evaluating(target):
-            expected = model_logits(target, *probe.inputs).flatten(0, 1)[some]
+            expected = model_logits(target, probe.input_ids, probe.attention_mask)
+            expected = expected.flatten(0, 1)[some]
             if expected.isnan().any():
                 return None  # shows nothing, and the caller will refuse the logits
             try:
-                head = Head(target)
+                head = Head(target, expected.shape[1])
                 hidden = head.hidden_rows(probe)[some]
                 found = torch.cat([head.logits(hidden[:2]), head.logits(hidden[2:])])
                 why = "" if _equal(found, expected) else "on single rows it gives other logits"
@@ -182,23 +185,14 @@ def head_of(target: nn.Module) -> tuple[Head, int] | None:
             )
         _checked[target] = None if why else expected.shape[1]
     columns = _checked[target]
-    return None if columns is None else (Head(target), columns)
-
-
-def _probe(device: torch.device) -> RowBatch:
-    """Two sequences of four rows, all of them wanted."""
-    ids = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 0, 1]])
-    return RowBatch.of([Response(0, i, row, 4) for i, row in enumerate(ids)], device)
+    return None if columns is None else Head(target, columns)
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:
     """Up to the roundings of matrix products over other numbers of rows."""
-    if found.shape != expected.shape:
-        return False
     half = expected.dtype in HALVES or torch.is_autocast_enabled(expected.device.type)
-    scale = expected[expected.isfinite()].abs().amax()
-    close = (found - expected).abs() <= scale * (2**-6 if half else 1e-4)
-    return bool((close | (found == expected)).all())
+    limit = expected[expected.isfinite()].abs().amax().item() * (2**-6 if half else 1e-4)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=limit)
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
@@ -206,30 +200,12 @@ def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autoca
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def unwrap_ddp(model: Any) -> Any:
-    """The model within `DistributedDataParallel` or `DataParallel`; PEFT's wrappers stay."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return model
-
-
-def sizes(model: nn.Module) -> tuple[int, int]:
-    """A model's vocabulary size and its positions; without end where its config does not say."""
-    config: Any = getattr(causal_model(model), "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    names = ("vocab_size", "max_position_embeddings")
-    vocab_size, positions = (getattr(config, name, None) or 1 << 31 for name in names)
-    return vocab_size, positions
-
-
 @contextmanager
 def evaluating(target: nn.Module) -> Iterator[None]:
     """Without dropout, whatever mode the model is in; it is in that mode again afterwards."""
     training = [module for module in target.modules() if module.training]
     try:
-        for module in training:
-            module.training = False
+        target.eval()
         yield
     finally:
         for module in training:
@@ -242,17 +218,13 @@ def causal_model(target: nn.Module) -> nn.Module:
     return base
 
 
-def model_logits(
-    target: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None
-) -> Tensor:
-    """One call of the model: logits [B, L, V]."""
+def model_logits(target: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """One call of the model: logits [B, L, V]; positions count from the first token of a mask."""
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    parameters = inspect.signature(causal_model(target).forward).parameters
     # Some models count positions themselves (from the mask), or have none.
-    if (
-        positions is not None
-        and "position_ids" in inspect.signature(causal_model(target).forward).parameters
-    ):
-        given["position_ids"] = positions
+    if mask is not None and "position_ids" in parameters:
+        given["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
     output = target(**given)
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits

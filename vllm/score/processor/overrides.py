@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,8 @@ def checked_mapping(target: nn.Module, mapping: Mapping[str, Tensor]) -> dict[st
 def call_with(
     target: nn.Module, mapping: Mapping[str, Tensor], work: Callable[[], Result]
 ) -> Result:
-    """`work()` while the parameters of `target` are those of `mapping`."""
-    named = {f"target.{k}": v for k, v in checked_mapping(target, mapping).items()}
+    """`work()` while the parameters of `target` are those of a checked mapping."""
+    named = {f"target.{name}": value for name, value in mapping.items()}
     result: Result = torch.func.functional_call(_Around(target), named, (work,))
     return result
 
@@ -101,11 +101,9 @@ def forward_logits(
     Raises:
         ScoreModeError: a name or a shape does not fit the model.
     """
-    positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+    mapping = checked_mapping(target, mapping)
     with autocast_to(None, input_ids.device):
-        return call_with(
-            target, mapping, lambda: model_logits(target, input_ids, attention_mask, positions)
-        )
+        return call_with(target, mapping, lambda: model_logits(target, input_ids, attention_mask))
 
 
 class ZeroMapping:
@@ -125,20 +123,17 @@ class ZeroMapping:
 
     def get(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Name -> tensor, valid until the next call; parameters of that dtype are not copied."""
-        mapping = {}
+        own = {name: each.detach() for name, each in self._target.named_parameters()}
         copies = {}
-        for name, parameter in self._target.named_parameters():
-            own = parameter.detach()
-            if not own.is_floating_point() or own.dtype == dtype:
-                mapping[name] = own
-                continue
-            copy = self._copies.get(name)
-            wanted = (own.shape, dtype, own.device)
-            if copy is None or (copy.shape, copy.dtype, copy.device) != wanted:
-                copy = torch.empty_like(own, dtype=dtype)
-            mapping[name] = copies[name] = copy.copy_(own)
+        for name, parameter in own.items():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                kept = self._copies.get(name)
+                wanted = (parameter.shape, dtype, parameter.device)
+                if kept is None or (kept.shape, kept.dtype, kept.device) != wanted:
+                    kept = torch.empty_like(parameter, dtype=dtype)
+                copies[name] = kept.copy_(parameter)
         self._copies = copies
-        return mapping
+        return own | copies
 
 
 def _moved(base: Tensor, direction: Tensor | None, eta: float, dtype: torch.dtype | None) -> Tensor:
@@ -154,28 +149,20 @@ def _moved(base: Tensor, direction: Tensor | None, eta: float, dtype: torch.dtyp
 
 
 def _checked_names(
-    target: nn.Module, given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str
+    target: nn.Module, given: Any, own: Mapping[str, Tensor], what: str
 ) -> dict[str, Tensor]:
-    if not isinstance(given, Mapping):
-        raise ScoreModeError(f"{what} must map names to tensors, got {type(given).__name__}.")
     first_names = {id(tensor): name for name, tensor in own.items()}
     every = dict(target.named_parameters(remove_duplicate=False))
     every |= dict(target.named_buffers(remove_duplicate=False))
     found: dict[str, Tensor] = {}
-    for given_name, value in given.items():
-        name = given_name
-        if name not in every and name.startswith("module."):
-            name = name.removeprefix("module.")
-        if name not in own and id(every.get(name)) in first_names:
-            raise ScoreModeError(
-                f"{what} names {given_name!r}, which is tied to "
-                f"{first_names[id(every[name])]!r}: name that one alone."
-            )
+    for given_name, value in check(what, given, dict[str, Any]).items():
+        name = given_name if given_name in every else given_name.removeprefix("module.")
         if name not in own:
-            raise ScoreModeError(
-                f"{what} names {given_name!r}, which the model's named_parameters() do not have"
-                f"{did_you_mean(name, own)}."
-            )
+            tied = first_names.get(id(every.get(name)))
+            why = "which the model's named_parameters() do not have" + did_you_mean(name, own)
+            if tied is not None:
+                why = f"which is tied to {tied!r}: name that one alone"
+            raise ScoreModeError(f"{what} names {given_name!r}, {why}.")
         if name in found:
             raise ScoreModeError(f"{what} names {name!r} twice, with and without 'module.'.")
         if not isinstance(value, Tensor) or value.shape != own[name].shape:

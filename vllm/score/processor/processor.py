@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,31 +14,34 @@ from torch import Tensor
 from vllm.score.checks import Count, Seed, check, check_name
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
+from vllm.score.processor.backends import EngineBackend, HuggingFaceBackend
 from vllm.score.processor.config import GenerationConfig, Precision, read_config, read_profile
 from vllm.score.processor.datasets import Example, sample
-from vllm.score.processor.engine import EngineBackend
-from vllm.score.processor.huggingface import HuggingFaceBackend
 from vllm.score.processor.overrides import build_state_override, forward_logits
-from vllm.score.processor.policy import StepValues, Wanted, step_values
 from vllm.score.processor.results import (
     DiagnosticsResults,
     LogprobResults,
+    StepValues,
+    Wanted,
+    baseline_features,
     diagnostics_pack,
-    grid,
-    logprob_results,
+    step_values,
+    to_numpy,
 )
-from vllm.score.processor.rewards import AnswerJudge, rewards
+from vllm.score.processor.rewards import AnswerJudge, tag_pref
 from vllm.score.processor.sequences import (
     BatchedSequences,
-    Response,
     pad_batch,
     prompt_ids,
+    response_length,
     responses_of,
 )
 
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
+
+Made = TypeVar("Made")
 
 
 class SequenceProcessor:
@@ -72,16 +75,15 @@ class SequenceProcessor:
         llm: LLM | None = None,
         lora_request: LoRARequest | None = None,
     ) -> None:
-        self._config, precision = read_config(config)
+        self.config, precision = read_config(config)
         self.precision = precision
         self.backend = _checked_backend(backend, model, llm, precision, lora_request)
-        if tokenizer is None and llm is None:
-            raise ScoreModeError("tokenizer is missing: give the model's.")
-        if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
-            raise ScoreModeError(
-                f"tokenizer must be a Hugging Face tokenizer, got {type(tokenizer).__name__}."
-            )
         self.tokenizer = llm.get_tokenizer() if tokenizer is None and llm else tokenizer
+        if not hasattr(self.tokenizer, "eos_token_id"):
+            raise ScoreModeError(
+                "tokenizer must be the model's Hugging Face tokenizer, got "
+                f"{type(self.tokenizer).__name__}."
+            )
         self.logger = logger or logging.getLogger(__name__)
         self.model = model
         self.llm = llm
@@ -96,20 +98,14 @@ class SequenceProcessor:
         if model is not None:
             precision.apply_to_process()
 
-    @property
-    def config(self) -> GenerationConfig:
-        """The generation settings; their fields may be changed."""
-        return self._config
-
-    @config.setter
-    def config(self, value: GenerationConfig) -> None:
-        if not isinstance(value, GenerationConfig):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and not isinstance(value, GenerationConfig):
             raise ScoreModeError(
                 f"config must be a GenerationConfig, got {type(value).__name__}: set its fields "
                 "(processor.config.top_p = 0.9), update _fo_cfg and _tf_cfg for the precision, or "
                 "give a dict when the processor is made."
             )
-        self._config = value
+        super().__setattr__(name, value)
 
     # Prompts and responses
 
@@ -154,20 +150,25 @@ class SequenceProcessor:
         seed = check("seed", seed, Seed | None)
         backend = self._engine if self.backend == "vllm" else self._hf
         assert backend is not None
-        ids = prompt_ids(prompts, self.tokenizer, backend.vocab_size)
+        vocab_size, positions = backend.sizes
+        ids = prompt_ids(prompts, self.tokenizer, vocab_size)
         for i, prompt in enumerate(ids):
-            if len(prompt) + config.max_new_tokens > backend.longest:
+            if len(prompt) + config.max_new_tokens > positions:
                 raise ScoreModeError(
                     f"prompts[{i}] has {len(prompt)} tokens: with max_new_tokens="
-                    f"{config.max_new_tokens} that is more than the {backend.longest} positions of "
+                    f"{config.max_new_tokens} that is more than the {positions} positions of "
                     "the model (of an engine: its max_model_len); shorten the prompt or lower "
                     "max_new_tokens."
                 )
-        responses = backend.generate(ids, config, seed)
+        ends = backend.eos_token_ids
+        rows = [
+            row[: response_length(row, self.tokenizer, ends)]
+            for row in backend.generate(ids, config, seed)
+        ]
         special = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return pad_batch(
             ids,
-            responses,
+            _grouped(rows, config.num_return_sequences),
             pad_token_id=next(int(token) for token in special if token is not None),
             decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
             device="cpu" if self._hf is None else self._hf.device,
@@ -253,10 +254,15 @@ class SequenceProcessor:
     ) -> list[list[float]]:
         """The `tag_pref` reward [B][G]; 0 where an example or its answer is missing."""
         known = [None] * len(prompts) if examples is None else check("examples", examples, list)
-        if len(known) != len(prompts):
-            raise ScoreModeError(f"examples has {len(known)} entries for {len(prompts)} prompts.")
-        golds = [getattr(example, "answer", None) for example in known]
-        return rewards(sequences.responses_text, golds, self._judge)
+        if not len(known) == len(prompts) == len(sequences.responses_text):
+            raise ScoreModeError(
+                f"examples has {len(known)} entries for {len(prompts)} prompts; give one each, and "
+                "the sequences of these prompts."
+            )
+        return [
+            [tag_pref(text, getattr(example, "answer", None), self._judge) for text in group]
+            for group, example in zip(sequences.responses_text, known, strict=True)
+        ]
 
     # Teacher forcing
 
@@ -269,6 +275,8 @@ class SequenceProcessor:
         return_baseline_features: bool = False,
         params_override: Mapping[str, Tensor] | None = None,
         buffers_override: Mapping[str, Tensor] | None = None,
+        *,
+        diagnostics: bool = False,
     ) -> LogprobResults:
         """Log-probabilities of the generated tokens under the model and the sampling policy.
 
@@ -282,44 +290,17 @@ class SequenceProcessor:
             params_override: parameters to use in place of the model's, as `build_params_override`
                 makes them (without gradients only).
             buffers_override: the same for buffers.
+            diagnostics: with `diagnostics` of every response.
 
         Raises:
             ScoreModeError: the batch contradicts itself, names do not fit the model, options
                 exclude each other, or a score is NaN.
         """
-        return self._teacher_force(
-            False,
-            sequences,
-            with_grad,
-            tf_batch_size,
-            compute_rb,
-            return_baseline_features,
-            params_override,
-            buffers_override,
-        )[0]
-
-    def teacher_force_logprobs_with_diagnostics(
-        self, sequences: BatchedSequences, *args: Any, **options: Any
-    ) -> tuple[LogprobResults, DiagnosticsResults]:
-        """`teacher_force_logprobs` with its arguments, and the diagnostics of every response."""
-        scores, responses, values = self._teacher_force(True, sequences, *args, **options)
-        return scores, DiagnosticsResults(grid(responses, values, diagnostics_pack))
-
-    def _teacher_force(
-        self,
-        diagnostics: bool,
-        sequences: BatchedSequences,
-        with_grad: bool = False,
-        tf_batch_size: int | None = None,
-        compute_rb: bool = False,
-        return_baseline_features: bool = False,
-        params_override: Mapping[str, Tensor] | None = None,
-        buffers_override: Mapping[str, Tensor] | None = None,
-    ) -> tuple[LogprobResults, list[Response], list[StepValues]]:
         responses = responses_of(sequences)
         config = self._config_of_call(tf_batch_size=tf_batch_size)
-        override = _merged(params_override, buffers_override)
-        if with_grad and override is not None:
+        override = _checked_dict("params_override", params_override)
+        override |= _checked_dict("buffers_override", buffers_override)
+        if with_grad and override:
             raise ScoreModeError(
                 "params_override and buffers_override need with_grad=False: gradients are those of "
                 "the live model's own parameters."
@@ -328,21 +309,40 @@ class SequenceProcessor:
             raise ScoreModeError("return_baseline_features=True needs with_grad=True.")
         described = diagnostics or return_baseline_features
         wanted = Wanted(config, compute_rb or described, described)
-        if self.backend == "vllm" and not with_grad and override is None:
+        if self.backend == "vllm" and not with_grad and not override:
             assert self._engine is not None
             values = self._engine.score(responses, wanted)
         else:
             model = self._need_model("with_grad=True" if with_grad else "params_override")
             profile = self.precision.tf_withgrad if with_grad else self._tf_cfg
             values = model.score(responses, wanted, profile, graph=with_grad, override=override)
-        scores = logprob_results(
-            responses,
-            values,
-            compute_rb=compute_rb,
-            rb_requires_grad=with_grad and config.rb_requires_grad,
-            features=return_baseline_features,
+        carried = with_grad and config.rb_requires_grad
+
+        def of(make: Callable[[StepValues], Made]) -> list[list[Made]]:
+            return _grouped([make(value) for value in values], len(sequences.gen_lens[0]))
+
+        return LogprobResults(
+            logprobs=of(lambda v: v["logprob"]),
+            entropies=of(lambda v: -to_numpy(v["logprob"])),
+            sequence_logprobs=of(lambda v: v["logprob"].sum(dtype=torch.float64).item()),
+            rb_entropies=of(
+                lambda v: to_numpy(v["rb_entropy"] if compute_rb else v["logprob"][:0])
+            ),
+            rewards=of(lambda v: 0.0),
+            rb_entropies_torch=of(lambda v: v["rb_entropy"]) if compute_rb and carried else None,
+            baseline_feats_torch=of(baseline_features) if return_baseline_features else None,
+            token_logqs=of(lambda v: v["logq"]),
+            sequence_logqs=of(lambda v: v["logq"].sum(dtype=torch.float64).item()),
+            diagnostics=DiagnosticsResults(of(diagnostics_pack)) if diagnostics else None,
         )
-        return scores, responses, values
+
+    def teacher_force_logprobs_with_diagnostics(
+        self, sequences: BatchedSequences, *args: Any, **options: Any
+    ) -> tuple[LogprobResults, DiagnosticsResults]:
+        """`teacher_force_logprobs` with its arguments, and the diagnostics of every response."""
+        scores = self.teacher_force_logprobs(sequences, *args, diagnostics=True, **options)
+        assert scores.diagnostics is not None
+        return scores, scores.diagnostics
 
     # Given parameters, and given logits
 
@@ -386,14 +386,14 @@ class SequenceProcessor:
         """Entropies [T] of the sampling policy at logits [T, V]; differentiable."""
         tokens = gen_logits.new_zeros(len(gen_logits), dtype=torch.int64)
         wanted = Wanted(GenerationConfig(temperature, top_p), diagnostics=False)
-        return step_values(gen_logits, tokens, wanted).computed()["rb_entropy"]
+        return step_values(gen_logits, tokens, wanted)["rb_entropy"]
 
     def policy_logprobs(
         self, gen_logits: Tensor, gen_tokens: Tensor, top_p: float, temperature: float
     ) -> Tensor:
         """log q [T] of the tokens [T] under the sampling policy at logits [T, V]."""
         wanted = Wanted(GenerationConfig(temperature, top_p), entropy=False, diagnostics=False)
-        return step_values(gen_logits, gen_tokens, wanted).logq
+        return step_values(gen_logits, gen_tokens, wanted)["logq"]
 
     # The names that the specification of this class gives to methods above.
     _build_params_override = build_params_override
@@ -446,11 +446,9 @@ def _checked_backend(
     return chosen
 
 
-def _merged(
-    params: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None
-) -> dict[str, Tensor] | None:
-    merged = _checked_dict("params_override", params) | _checked_dict("buffers_override", buffers)
-    return None if params is None and buffers is None else merged
+def _grouped(entries: list[Made], each: int) -> list[list[Made]]:
+    """[B][G] of [B * G] entries."""
+    return [entries[first : first + each] for first in range(0, len(entries), each)]
 
 
 def _checked_dict(field: str, value: Any) -> dict[str, Any]:

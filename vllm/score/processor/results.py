@@ -1,4 +1,6 @@
-"""What a `SequenceProcessor` returns, and how it follows from the values of the steps.
+"""What a model's logits say about sampled tokens, and what a `SequenceProcessor` returns of it.
+
+The sampling policy is that of `GenerationConfig`, temperature and top-p.
 
 B prompts, G responses per prompt, T generated tokens of one response. All log-probabilities and
 entropies in nats.
@@ -7,24 +9,37 @@ entropies in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm.score.errors import ScoreModeError
+from vllm.score.ops.top_p import nucleus
 from vllm.score.processor.config import GenerationConfig
-from vllm.score.processor.policy import StepValues, Wanted, step_values
-from vllm.score.processor.sequences import Response
 from vllm.score.tokens import read_token_ids
 
-Made = TypeVar("Made")
 EARLY_STEPS = 16
-# What diagnostics are made of, beside the log-probabilities and, perhaps, `eos_prob`.
-_NEEDED = [f.name for f in fields(StepValues) if f.name not in ("logprob", "logq", "eos_prob")]
+# Tensors [T] of one response, an entry per generated token, by name: what `step_values` returns.
+# Every backend computes them, and all results are made of them.
+StepValues = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which values of the steps to compute, beside the log-probabilities.
+
+    Attributes:
+        config: what the tokens were sampled by, and how many sequences are scored at once.
+        entropy: with `rb_entropy`.
+        diagnostics: with all.
+    """
+
+    config: GenerationConfig
+    entropy: bool = True
+    diagnostics: bool = True
 
 
 @dataclass
@@ -45,6 +60,7 @@ class LogprobResults:
         token_logqs: tensors [T], log q of each token under the sampling policy; -inf for a token
             that it never samples.
         sequence_logqs: sums of log q.
+        diagnostics: of every response; None where not asked for.
     """
 
     logprobs: list[list[Tensor]]
@@ -56,6 +72,7 @@ class LogprobResults:
     baseline_feats_torch: list[list[Tensor]] | None = None
     token_logqs: list[list[Tensor]] | None = None
     sequence_logqs: list[list[float]] | None = None
+    diagnostics: DiagnosticsResults | None = None
 
 
 @dataclass
@@ -91,7 +108,7 @@ class TokenStepDiagnostics:
     eff_support: np.ndarray
     logit_mean: np.ndarray
     logit_var: np.ndarray
-    eos_prob: np.ndarray | None
+    eos_prob: np.ndarray | None = None
 
 
 @dataclass
@@ -188,51 +205,83 @@ class DistributionDiagnostics:
                 f"realized_tokens must be {steps} token ids, one per row of gen_logits, got "
                 f"{len(ids)}."
             )
-        if gen_logits.isnan().any():
-            step = int(gen_logits.isnan().any(1).nonzero()[0])
-            raise ScoreModeError(f"gen_logits[{step}] has NaN: the model's output is broken there.")
+        if len(bad := gen_logits.isnan().any(1).nonzero()):
+            raise ScoreModeError(
+                f"gen_logits[{int(bad[0])}] has NaN: the model's output is broken there."
+            )
         if gen_logits.dtype != torch.float64:
             gen_logits = gen_logits.float()
         tokens = torch.tensor(ids, device=gen_logits.device)
-        wanted = Wanted(self.config)
-        return diagnostics_pack(step_values(gen_logits, tokens, wanted, self.eos_token_ids))
+        values = step_values(gen_logits, tokens, Wanted(self.config), self.eos_token_ids)
+        return diagnostics_pack(values)
 
 
-def logprob_results(
-    responses: Sequence[Response],
-    values: Sequence[StepValues],
-    *,
-    compute_rb: bool = False,
-    rb_requires_grad: bool = False,
-    features: bool = False,
-) -> LogprobResults:
-    """The results [B][G] of responses from the values of their steps.
+def step_values(
+    logits: Tensor,
+    tokens: Tensor,
+    wanted: Wanted,
+    eos_token_ids: Sequence[int] = (),
+) -> StepValues:
+    """What a model's logits say about the tokens drawn from them, in nats.
 
-    Log-probabilities are the values themselves, on the device and with the graph that they have.
+    All values have gradients in `logits`; which tokens the nucleus holds counts as constant. Where
+    several equal tokens at its boundary do not all fit in, sums take the number that does, and each
+    of them has the same finite log q.
 
     Args:
-        compute_rb: with `rb_entropies`.
-        rb_requires_grad: with `rb_entropies_torch`, if `compute_rb`.
-        features: with `baseline_feats_torch`.
+        logits: [N, V], float32 or float64, which is also the precision of the arithmetic.
+        tokens: int64 [N].
+        wanted: which values are computed.
+        eos_token_ids: of "eos_prob".
+
+    Returns:
+        Tensors [N] by name: "logprob", log p of the token under the model itself, and "logq", log q
+        under the sampling policy; with `wanted.entropy` "rb_entropy", with `wanted.diagnostics`
+        also "head_mass", "top1_prob", "margin", "collision", "logit_mean", "logit_var" and, with
+        `eos_token_ids`, "eos_prob", as `TokenStepDiagnostics` defines them.
     """
-
-    def of(make: Callable[[StepValues], Made]) -> list[list[Made]]:
-        return grid(responses, values, make)
-
-    def entropy(v: StepValues) -> Tensor:
-        return v.computed()["rb_entropy"]
-
-    return LogprobResults(
-        logprobs=of(lambda v: v.logprob),
-        entropies=of(lambda v: -to_numpy(v.logprob)),
-        sequence_logprobs=of(lambda v: _sum(to_numpy(v.logprob))),
-        rb_entropies=of(lambda v: to_numpy(entropy(v) if compute_rb else v.logprob[:0])),
-        rewards=of(lambda v: 0.0),
-        rb_entropies_torch=of(entropy) if compute_rb and rb_requires_grad else None,
-        baseline_feats_torch=of(baseline_features) if features else None,
-        token_logqs=of(lambda v: v.logq),
-        sequence_logqs=of(lambda v: _sum(to_numpy(v.logq))),
-    )
+    places, top_p = tokens[:, None], wanted.config.top_p
+    a = logits if wanted.config.temperature == 1 else logits / wanted.config.temperature
+    # The maximum is a constant: every value depends on differences only, or adds it again.
+    top = a.detach().amax(1, keepdim=True)
+    b = a - top
+    e = b.exp()
+    token, total = b.gather(1, places), e.sum(1, keepdim=True)
+    # What top-p keeps: the smallest b, and e of the kept tokens and else 0.
+    floor: Tensor | float = -torch.inf
+    weights = e
+    if top_p < 1:
+        floor, surplus, _ = (each[:, None] for each in nucleus(b.detach(), top_p))
+        # Of equal tokens at the boundary none is preferred: each is kept in part.
+        equal = b.detach() == floor
+        share = 1 - surplus / equal.sum(1, keepdim=True).clamp_min(1).to(b.dtype)
+        weights = torch.where(b > floor, e, torch.where(equal, e * share, 0.0))
+    kept = weights.sum(1, keepdim=True)
+    values = {
+        "logprob": token - total.log() if a is logits else logits.log_softmax(1).gather(1, places),
+        "logq": torch.where(token < floor, -torch.inf, token - kept.log()),
+    }
+    if wanted.diagnostics or wanted.entropy:
+        # 0 log 0 = 0
+        finite = torch.where(weights > 0, b, 0.0)
+        mean = (weights * finite).sum(1, keepdim=True) / kept
+        # Rounding may leave less than 0, which no entropy is.
+        values["rb_entropy"] = (kept.log() - mean).clamp_min(0.0)
+    if wanted.diagnostics:
+        # Rounding may lift the part above the whole.
+        values["head_mass"] = (kept / total).clamp_max(1.0)
+        values["top1_prob"] = e.amax(1, keepdim=True) / kept
+        largest = a.topk(min(2, a.shape[1]), dim=1).values
+        values["margin"] = largest[:, :1] - largest[:, -1:]
+        values["collision"] = (weights * e).sum(1, keepdim=True) / kept.square()
+        values["logit_mean"] = top + mean
+        squares = (finite - mean).square()
+        values["logit_var"] = (weights * squares).sum(1, keepdim=True) / kept
+        if eos_token_ids:
+            ends = b[:, list(dict.fromkeys(eos_token_ids))]
+            held = torch.where(ends < floor, 0.0, ends.exp()).sum(1, keepdim=True)
+            values["eos_prob"] = (held / kept).clamp_max(1.0)
+    return {name: value.squeeze(1) for name, value in values.items()}
 
 
 def diagnostics_pack(values: StepValues) -> DiagnosticsPack:
@@ -241,7 +290,8 @@ def diagnostics_pack(values: StepValues) -> DiagnosticsPack:
     Args:
         values: tensors [T] of everything but, perhaps, `eos_prob`; T may be 0.
     """
-    given = _diagnosed(values)
+    given = {name: value.detach() for name, value in values.items()}
+    logprob, _ = to_numpy(given.pop("logprob")), given.pop("logq")
     head = given["head_mass"]
     made = given | {
         "tail_mass": 1 - head,
@@ -250,9 +300,8 @@ def diagnostics_pack(values: StepValues) -> DiagnosticsPack:
         "renyi2": (-given["collision"].log()).clamp_min(0.0) + 0.0,
         "eff_support": given["rb_entropy"].exp(),
     }
-    eos = None if values.eos_prob is None else to_numpy(values.eos_prob)
-    step = TokenStepDiagnostics(**{k: to_numpy(v) for k, v in made.items()}, eos_prob=eos)
-    entropy, logprob = step.rb_entropy, to_numpy(values.logprob)
+    step = TokenStepDiagnostics(**{name: to_numpy(value) for name, value in made.items()})
+    entropy, eos = step.rb_entropy, step.eos_prob
     means = ("rb_entropy", "margin", "top1_prob", "collision", "renyi2", "eff_support")
     sequence = SequenceDiagnostics(
         T=len(logprob),
@@ -276,26 +325,16 @@ def baseline_features(values: StepValues) -> Tensor:
     Args:
         values: tensors [T] with the diagnostics.
     """
-    v = _diagnosed(values)
-    s = v["head_mass"]
+    names = ("rb_entropy", "top1_prob", "margin", "head_mass", "logit_var")
+    *first, s, variance = (values[name].detach() for name in names)
     place = torch.arange(len(s), dtype=s.dtype, device=s.device) / max(1, len(s))
-    first = [v[name] for name in ("rb_entropy", "top1_prob", "margin")]
-    return torch.stack([*first, s, _two_point_entropy(s), v["logit_var"], place], dim=1)
+    return torch.stack([*first, s, _two_point_entropy(s), variance, place], dim=1)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """Detached, on the CPU, float32 or float64."""
     array: np.ndarray = tensor.detach().cpu().numpy()
     return array
-
-
-def _diagnosed(values: StepValues) -> dict[str, Tensor]:
-    """The values that diagnostics need, detached."""
-    found = values.computed()
-    missing = [name for name in _NEEDED if name not in found]
-    if missing:
-        raise ScoreModeError(f"no diagnostics without {', '.join(missing)}; compute them too.")
-    return {name: found[name].detach() for name in _NEEDED}
 
 
 def _two_point_entropy(s: Tensor) -> Tensor:
@@ -308,13 +347,3 @@ def _sum(values: np.ndarray) -> float:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean(dtype=np.float64)) if len(values) else math.nan
-
-
-def grid(
-    responses: Sequence[Response], values: Sequence[StepValues], make: Callable[[StepValues], Made]
-) -> list[list[Made]]:
-    """[B][G] of what `make` makes of each response's values."""
-    found: list[list[Made]] = [[] for _ in range(responses[-1].prompt + 1)]
-    for response, value in zip(responses, values, strict=True):
-        found[response.prompt].append(make(value))
-    return found

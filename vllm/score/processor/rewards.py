@@ -1,22 +1,32 @@
-"""The `tag_pref` reward: an answer in tags, and the right one."""
+"""The `tag_pref` reward: an answer in tags, and the right one.
+
+Run as a script, this file is the process that answers whether two mathematical texts are equal; so
+it imports nothing of vLLM. math-verify limits its time by signals, which work in a main thread
+only, and a power tower goes past any limit: there it has a main thread of its own, and whoever
+waits can end the process.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
+import re
+import resource
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from multiprocessing import Pipe
-from pathlib import Path
-
-from vllm.score.errors import ScoreModeError
+from multiprocessing.connection import Connection
+from typing import Any
 
 OPEN, CLOSE = "<answer>", "</answer>"
-_SCRIPT = Path(__file__).with_name("math_equality.py")
+SECONDS = 3  # of each parsing and each comparison
+MEMORY = 8 << 30  # bytes of the process
+# Text without a word of letters is a formula; the names of LaTeX's commands are no words.
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_DELIMITER = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
 
 logger = logging.getLogger(__name__)
 
@@ -34,56 +44,45 @@ class AnswerJudge:
     def __init__(self, seconds: float = 30.0) -> None:
         self.seconds = seconds
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def equal(self, gold: str, answer: str) -> bool | str:
         """Whether they are equal, or why that cannot be said."""
         with self._lock:
-            if self._child is None or not self._child.is_usable():
-                self._child = _Child()
-                self._end = weakref.finalize(self, self._child.end)
+            # In a process that was forked from this one, Popen says so of another's child, too.
+            if self._process is None or self._process.poll() is not None:
+                self._start()
             try:
-                self._child.pipe.send((gold, answer))
-                if self._child.pipe.poll(self.seconds):
-                    reply: bool | str = self._child.pipe.recv()
+                self._pipe.send((gold, answer))
+                if self._pipe.poll(self.seconds):
+                    reply: bool | str = self._pipe.recv()
                     return reply
                 reason = f"no result of math-verify after {self.seconds:g} s"
             except (OSError, EOFError):
                 reason = "the process of math-verify ended"
             self._end()
-            self._child = None
             return reason
 
+    def _start(self) -> None:
+        """Not as a child of multiprocessing, which would import vLLM and the main module again."""
+        self._pipe, theirs = Pipe()
+        with theirs:
+            # -P: beside the script lie modules named like others.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self._end = weakref.finalize(self, _end, self._pipe, self._process)
 
-class _Child:
-    """A process that runs `math_equality.py`, and the pipe to it.
 
-    Not a child of multiprocessing, which would import vLLM and the main module once more.
-    """
-
-    def __init__(self) -> None:
-        self.pipe, theirs = Pipe()
-        self._owner = os.getpid()
-        # -P: beside the script lie modules named like others.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(_SCRIPT), str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        theirs.close()
-
-    def is_usable(self) -> bool:
-        """Whether it runs, and not for the process that this one was forked from."""
-        return self._owner == os.getpid() and self.process.poll() is None
-
-    def end(self) -> None:
-        """End it, if it is this process's."""
-        self.pipe.close()
-        if self._owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
+def _end(pipe: Connection, process: subprocess.Popen[bytes]) -> None:
+    """End the process, if it is a child of this one."""
+    pipe.close()
+    process.kill()
+    process.wait()
 
 
 def tag_pref(response: str, gold: str | None, judge: AnswerJudge) -> float:
@@ -97,44 +96,62 @@ def tag_pref(response: str, gold: str | None, judge: AnswerJudge) -> float:
         0, 0.5 or 1; 0 too, with a warning in the log, where the comparison fails, for instance
         because gold is no mathematics.
     """
-    if gold is None or response.count(OPEN) != 1 or response.count(CLOSE) != 1:
+    parts = re.split(f"({OPEN}|{CLOSE})", response)
+    if gold is None or parts[1::2] != [OPEN, CLOSE]:
         return 0.0
-    before, after = response.split(OPEN)
-    if CLOSE in before:
-        return 0.0
-    verdict = judge.equal(gold, after.split(CLOSE)[0])
+    verdict = judge.equal(gold, parts[2])
     if isinstance(verdict, str):
         _warn(f"No reward against the gold answer {gold!r:.200}: {verdict}.")
         return 0.0
     return 1.0 if verdict else 0.5
 
 
-def rewards(
-    responses: Sequence[Sequence[str]], golds: Sequence[str | None], judge: AnswerJudge
-) -> list[list[float]]:
-    """`tag_pref` of every response.
-
-    Args:
-        responses: [B][G] texts.
-        golds: [B] right answers, None for one that is not known.
-
-    Returns:
-        [B][G].
-
-    Raises:
-        ScoreModeError: as many golds as prompts are not given.
-    """
-    if len(golds) != len(responses):
-        raise ScoreModeError(
-            f"golds has {len(golds)} entries for {len(responses)} prompts; give one each, None "
-            "where the answer is not known."
-        )
-    return [
-        [tag_pref(response, gold, judge) for response in group]
-        for group, gold in zip(responses, golds, strict=True)
-    ]
-
-
 @lru_cache(maxsize=1024)  # every reason once
 def _warn(message: str) -> None:
     logger.warning(message)
+
+
+# The process
+
+
+def parsed(text: str) -> list[Any]:
+    """What math-verify reads in a text; nothing if it holds no mathematics."""
+    from math_verify import parse
+
+    text = text.strip()
+    found: list[Any] = []
+    if text and not _WORD.search(text) and not _DELIMITER.search(text):
+        # It finds formulae between delimiters only, and elsewhere the last number.
+        found = parse(f"${text}$", parsing_timeout=SECONDS)
+    return found or list(parse(text, parsing_timeout=SECONDS))
+
+
+def verdict(gold: str, answer: str) -> bool | str:
+    """Whether they are equal, or why that cannot be said."""
+    try:
+        from math_verify import verify
+
+        expected = parsed(gold)
+        if not expected:
+            return "math-verify finds no mathematics in the gold answer"
+        return bool(verify(expected, parsed(answer), timeout_seconds=SECONDS))
+    except ImportError as error:
+        return f"{error}; install vllm-score[processor]"
+    except Exception as error:  # sympy's, of any kind
+        return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Get (gold, answer) and give back the verdict, until the other side closes the pipe.
+
+    The script's argument is the number of the pipe's descriptor.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    pipe = Connection(int(sys.argv[1]))
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send(verdict(*pipe.recv()))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,16 +13,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm.score.checks import Count, Whole, check
 from vllm.score.errors import ScoreModeError
-from vllm.score.tokens import encode_inputs
+from vllm.score.tokens import encode_inputs, read_token_ids
 
 TAG = "</answer>"
 # Tokens of the tail that is looked through at every step: more than the tag's nine characters can
@@ -90,7 +89,6 @@ class RowBatch:
         responses: [b].
         input_ids: int64 [b, L].
         attention_mask: int64 [b, L].
-        position_ids: int64 [b, L].
         rows: int64 [N], N the generated tokens: places in the flattened [b * L].
         tokens: int64 [N], what the rows score.
     """
@@ -98,7 +96,6 @@ class RowBatch:
     responses: Sequence[Response]
     input_ids: Tensor
     attention_mask: Tensor
-    position_ids: Tensor
     rows: Tensor
     tokens: Tensor
 
@@ -107,26 +104,13 @@ class RowBatch:
         """The batch of responses of at least one token each."""
         ids, mask = padded([r.ids[:-1] for r in responses], 0, "right", device)
         width = ids.shape[1]
-        rows = torch.arange(len(responses) * width, device=device).view(-1, width)
-        return cls(
-            responses=responses,
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=torch.arange(width, device=device).expand_as(ids),
-            # From that of the prompt's last token on.
-            rows=torch.cat(
-                [
-                    row[r.prompt_length - 1 : len(r.ids) - 1]
-                    for row, r in zip(rows, responses, strict=True)
-                ]
-            ),
-            tokens=torch.cat([r.generated for r in responses]).to(device),
-        )
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and positions, as `model_logits` takes them."""
-        return self.input_ids, self.attention_mask, self.position_ids
+        # From that of the prompt's last token on.
+        places = [
+            torch.arange(r.prompt_length - 1, len(r.ids) - 1) + i * width
+            for i, r in enumerate(responses)
+        ]
+        tokens = torch.cat([r.generated for r in responses])
+        return cls(responses, ids, mask, torch.cat(places).to(device), tokens.to(device))
 
     @property
     def lengths(self) -> list[int]:
@@ -217,16 +201,10 @@ def check_fit(responses: Sequence[Response], vocab_size: int, longest: int, reme
         remedy: for one that is longer.
     """
     for response in responses:
-        ids = response.ids
-        wrong = ids[(ids < 0) | (ids >= vocab_size)].tolist()
-        if wrong:
+        size = len(read_token_ids(response.ids, vocab_size, str(response)))
+        if size > longest:
             raise ScoreModeError(
-                f"{response} has the token {wrong[0]}; the model's vocabulary is 0 to "
-                f"{vocab_size - 1}: was it made by another tokenizer?"
-            )
-        if len(ids) > longest:
-            raise ScoreModeError(
-                f"{response} has {len(ids)} tokens with its prompt; the model takes {longest}: "
+                f"{response} has {size} tokens with its prompt; the model takes {longest}: "
                 f"{remedy}."
             )
 
@@ -237,82 +215,58 @@ def responses_of(batch: BatchedSequences) -> list[Response]:
     Raises:
         ScoreModeError: the fields contradict each other, or a prompt has no token.
     """
-    _check_tensors(batch)
-    begin, gen_lens = _checked_lengths(batch)
-    sequences, masks = batch.sequences.cpu(), batch.attention_masks.cpu().bool()
-    columns = sequences.shape[2]
-    found = []
-    for b, lengths in enumerate(gen_lens):
-        for g, length in enumerate(lengths):
-            mask, end = masks[b, g], begin + length
-            if not begin <= end <= columns:
-                raise ScoreModeError(
-                    f"gen_lens[{b}][{g}] is {length}: {columns} columns less a prompt of {begin} "
-                    f"hold 0 to {columns - begin} tokens."
-                )
-            first = begin - int(mask[:begin].sum())
-            if first == begin:
-                raise ScoreModeError(
-                    f"the prompt of attention_masks[{b}, {g}] is empty: its first token would have "
-                    "no context."
-                )
-            if not mask[first:end].all() or int(mask.sum()) != end - first:
-                raise ScoreModeError(
-                    f"attention_masks[{b}, {g}] does not fit: prompts are padded on the left, and "
-                    f"exactly the {length} generated tokens from column {begin} on follow."
-                )
-            found.append(Response(b, g, sequences[b, g, first:end], length))
-    return found
-
-
-def _check_tensors(batch: BatchedSequences) -> None:
     if not isinstance(batch, BatchedSequences):
         raise ScoreModeError(
             f"sequences must be BatchedSequences, as generate_batched makes them, got "
             f"{type(batch).__name__}."
         )
     ids, masks = batch.sequences, batch.attention_masks
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise ScoreModeError(f"sequences must be a tensor of int64 token ids, got {kind}.")
-    if ids.dim() != 3 or not all(ids.shape[:2]):
+    are_ids = isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64)
+    is_grid = are_ids and ids.dim() == 3 and all(ids.shape[:2])
+    if not is_grid or not isinstance(masks, Tensor) or masks.shape != ids.shape:
         raise ScoreModeError(
-            "sequences must be [B, G, L] with at least one prompt and one response, got "
-            f"{tuple(ids.shape)}."
+            "sequences must be a tensor of int64 token ids [B, G, L] with at least one prompt and "
+            "one response, and attention_masks a tensor of 0 and 1 of the same shape, got "
+            f"{_described(ids)} and {_described(masks)}."
         )
-    if not isinstance(masks, Tensor) or masks.shape != ids.shape:
-        kind = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+    prompts, responses, _ = ids.shape
+    per_prompt: list[int] = check("prompt_lens", _plain(batch.prompt_lens), list[Count])
+    gen_lens: list[list[int]] = check("gen_lens", _plain(batch.gen_lens), list[list[Whole]])
+    widths = [len(lengths) for lengths in gen_lens]
+    one_length = len(per_prompt) == prompts and len(set(per_prompt)) == 1
+    if not one_length or widths != [responses] * prompts:
         raise ScoreModeError(
-            f"attention_masks must be a tensor of 0 and 1 of the shape {tuple(ids.shape)} of "
-            f"sequences, got {kind}."
+            f"prompt_lens must be {prompts} times the one length that the prompts are padded to "
+            f"on the left, and gen_lens {responses} lengths for each of these prompts, got "
+            f"{per_prompt} and {widths} lengths."
         )
+    ids, masks = ids.cpu(), masks.cpu().bool()
+    begin, found = per_prompt[0], []
+    for b, lengths in enumerate(gen_lens):
+        for g, length in enumerate(lengths):
+            mask, end = masks[b, g], begin + length
+            first = begin - int(mask[:begin].sum())
+            filled = first < begin and end <= len(mask) and bool(mask[first:end].all())
+            if not filled or int(mask.sum()) != end - first:
+                raise ScoreModeError(
+                    f"gen_lens[{b}][{g}] is {length}, and attention_masks[{b}, {g}] does not fit: "
+                    f"a prompt of at least one token, padded on the left, ends at column {begin}, "
+                    "and exactly the generated tokens follow."
+                )
+            found.append(Response(b, g, ids[b, g, first:end], length))
+    return found
+
+
+def _described(given: Any) -> str:
+    is_tensor = isinstance(given, Tensor)
+    return f"{given.dtype} {tuple(given.shape)}" if is_tensor else type(given).__name__
 
 
 def _plain(given: Any) -> Any:
-    return given.tolist() if isinstance(given, Tensor) else given
-
-
-_PromptLengths = Annotated[list[Annotated[Count, BeforeValidator(_plain)]], BeforeValidator(_plain)]
-_Lengths = Annotated[list[Annotated[Whole, BeforeValidator(_plain)]], BeforeValidator(_plain)]
-_Grid = Annotated[list[_Lengths], BeforeValidator(_plain)]
-
-
-def _checked_lengths(batch: BatchedSequences) -> tuple[int, list[list[int]]]:
-    """The prompts' padded length, and the responses' lengths [B][G]."""
-    prompts, responses, _ = batch.sequences.shape
-    per_prompt = check("prompt_lens", batch.prompt_lens, _PromptLengths)
-    gen_lens: list[list[int]] = check("gen_lens", batch.gen_lens, _Grid)
-    if len(per_prompt) != prompts or len(set(per_prompt)) != 1:
-        raise ScoreModeError(
-            f"prompt_lens must be {prompts} times the one length that the prompts are padded to "
-            f"on the left, got {per_prompt}."
-        )
-    if [len(lengths) for lengths in gen_lens] != [responses] * prompts:
-        raise ScoreModeError(
-            f"gen_lens must be {responses} lengths for each of the {prompts} prompts, got "
-            f"{[len(lengths) for lengths in gen_lens]}."
-        )
-    return per_prompt[0], gen_lens
+    """Tensors as lists and numbers, within lists too."""
+    if isinstance(given, Tensor):
+        return given.tolist()
+    return [_plain(each) for each in given] if isinstance(given, list | tuple) else given
 
 
 def eos_token_ids(tokenizer: Any, of_model: Any) -> list[int]:
@@ -326,42 +280,29 @@ def eos_token_ids(tokenizer: Any, of_model: Any) -> list[int]:
     return list(dict.fromkeys(int(token) for token in listed if token is not None))
 
 
-class StopAfterAnswer:
-    """Leaves nothing but the end-of-sequence token to a row whose response contains the tag.
+def after_answer(input_ids: Tensor, scores: Any, *, prompt_length: int, tokenizer: Any) -> Tensor:
+    """Whether each row's response contains the tag, bool [R]: a stopping criterion of transformers.
 
-    A logits processor of transformers. The text decides, not the tokens: how a tag is split depends
-    on what stands around it. A tag in the prompt, or one begun there, does not count.
+    The text decides, not the tokens: how a tag is split depends on what stands around it. A tag in
+    the prompt, or one begun there, does not count.
 
     Args:
+        input_ids: int64 [R, L].
+        scores: not used.
         prompt_length: columns of the padded prompts.
         tokenizer: decodes the ids.
-        eos_token_id: what is left.
     """
-
-    def __init__(self, prompt_length: int, tokenizer: Any, eos_token_id: int) -> None:
-        self.prompt_length = prompt_length
-        self.tokenizer = tokenizer
-        self.eos_token_id = eos_token_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids int64 [R, L], scores [R, V]; returns [R, V]."""
-        rows = input_ids[:, self.prompt_length :].tolist()
-        ended = [
-            has_tag(row[-TAIL:], self.tokenizer) and has_tag(row, self.tokenizer) for row in rows
-        ]
-        if not any(ended):
-            return scores
-        only = torch.full_like(scores, -torch.inf)
-        only[:, self.eos_token_id] = 0.0
-        return torch.where(torch.tensor(ended, device=scores.device)[:, None], only, scores)
+    rows = input_ids[:, prompt_length:].tolist()
+    ended = [has_tag(row[-TAIL:], tokenizer) and has_tag(row, tokenizer) for row in rows]
+    return torch.tensor(ended, device=input_ids.device)
 
 
 def response_length(ids: Sequence[int], tokenizer: Any, eos_token_ids: Collection[int]) -> int:
     """How many of the generated tokens are the response.
 
     Up to the token that completes the first tag, or the first end-of-sequence token, itself
-    included, whichever comes first; otherwise all. The end-of-sequence token that `StopAfterAnswer`
-    forces behind a tag is no part of it: the policy did not draw it.
+    included, whichever comes first; otherwise all. The padding that transformers puts behind a tag
+    is no part of it: the policy did not draw it.
 
     Args:
         ids: generated tokens of one row, with whatever follows the response.
