@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.perplexity.texts import byte_level_with_bos
 from vllm.score.engine.request import AS_TOKENISED, ModelFacts, ScoreSpec, admit, admit_tokenised
 from vllm.score.engine.worker import RequestScores, ScheduledRows
-from vllm.score.ops.row_layout import RowLayout
+from vllm.score.ops.statistics import RowLayout
 
 FACTS = ModelFacts(vocab_size=100, max_model_len=32)
 

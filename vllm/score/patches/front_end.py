@@ -52,7 +52,7 @@ from vllm.score.engine.request import (
     admit_tokenised,
     check_prompt,
 )
-from vllm.score.ops.row_layout import FULL_VOCABULARY
+from vllm.score.ops.statistics import FULL_VOCABULARY
 from vllm.score.patches.patch import Patch
 
 
