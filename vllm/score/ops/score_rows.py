@@ -107,7 +107,7 @@ def score_rows(
     targets = targets.contiguous()
     transform = Transform(head.scale, head.soft_cap, layout.temperature)
     logits = head.logits(hidden) if layout.needs_logits or head.needs_logits else None
-    if layout.top_p < 1 and head.gather is not None:
+    if logits is not None and layout.top_p < 1 and head.gather is not None:
         own = logits.float()
         logits = torch.empty(len(own), vocab_size, dtype=torch.float32, device=own.device)
         _gather_vocabulary(head, own, logits)
