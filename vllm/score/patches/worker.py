@@ -100,7 +100,6 @@ def _score_v1(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, i
                 scores,
                 request.num_computed_tokens,
                 num_tokens,
-                len(request.prompt_token_ids),
                 int(runner.query_start_loc.np[row]),
             )
         )
@@ -162,7 +161,6 @@ def compute(
             requests[request_id],
             int(input_batch.num_computed_prefill_tokens_np[i]),
             int(input_batch.num_scheduled_tokens[i]),
-            int(prompt_lens[input_batch.idx_mapping_np[i]]),
             int(input_batch.query_start_loc_np[i]),
         )
         for i, request_id in enumerate(input_batch.req_ids)
