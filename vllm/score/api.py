@@ -122,9 +122,8 @@ def score(
     with _progress(use_tqdm, sum(len(request.ids) for request in admitted)) as bar:
         for order in _orders(llm, admitted, params.skip_reading_prefix_cache, adapters):
             while left := [i for i in order if i not in results]:
-                running = run_requests(llm, admitted, left, adapters, reproducible)
                 # At an error the rest is aborted now, not when the traceback is let go.
-                with closing(running):
+                with closing(run_requests(llm, admitted, left, adapters, reproducible)) as running:
                     for index, output in running:
                         found = output.scores
                         if retry_nan and isinstance(found, FailedScores) and found.nan:

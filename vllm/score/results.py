@@ -194,20 +194,16 @@ class PromptLogprobsView(Sequence[Any]):
         scores = self.scores
         ids = np.atleast_1d(scores.token_ids[row]).tolist()  # type: ignore[index]
         values = np.atleast_1d(scores.logprobs[row]).tolist()
-        ranks: list[int | None] = [None] * len(ids)
-        if self.ranks is not None:
-            ranks[0] = int(self.ranks[row])
+        ranks = {} if self.ranks is None else {ids[0]: int(self.ranks[row])}
         if scores.top_token_ids is not None and scores.top_logprobs is not None:
-            ids += scores.top_token_ids[row].tolist()
-            values += scores.top_logprobs[row].tolist()
-            ranks += range(1, scores.top_token_ids.shape[1] + 1)
+            top = scores.top_token_ids[row].tolist()
+            ids, values = ids + top, values + scores.top_logprobs[row].tolist()
+            ranks |= {token_id: place for place, token_id in enumerate(top, 1)}
         entries: dict[int, Logprob] = {}
-        for token_id, value, rank in zip(ids, values, ranks, strict=True):
-            if token_id in entries:
-                entries[token_id].rank = rank or entries[token_id].rank
-                continue
-            text = self.decode(token_id) if self.decode else None
-            entries[token_id] = Logprob(value, rank, text)
+        for token_id, value in zip(ids, values, strict=True):
+            if token_id not in entries:
+                text = self.decode(token_id) if self.decode else None
+                entries[token_id] = Logprob(value, ranks.get(token_id), text)
         return entries
 
     def __repr__(self) -> str:

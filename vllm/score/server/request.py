@@ -122,34 +122,34 @@ def prepare(request: Any, fields: ScoreFields) -> None:
     targets, asked = fields.target_token_ids is not None, request.logprobs
     if targets:
         check_truncation(request.truncate_prompt_tokens)
-    for refused, name, sentence in (
-        (
-            request.use_beam_search,
-            "use_beam_search",
+    if request.use_beam_search:
+        raise Invalid(
             "use_beam_search cannot be combined with score_mode=true: leave it out.",
-        ),
-        (
-            asked is not None and not request.echo,
-            "logprobs",
-            f"logprobs={asked} are those of generated tokens, and score_mode generates none: leave "
-            "it out (the answer has scores), or set echo=true.",
-        ),
-        (
-            asked is not None and targets,
-            "logprobs",
-            f"echo=true with logprobs={asked} needs a score of every prompt token: leave out "
-            "logprobs, or target_token_ids.",
-        ),
-        (
-            asked is not None and _alternatives(request) == -1,
-            "logprobs",
-            "logprobs cannot list the whole vocabulary beside score_mode=true: leave out logprobs "
-            "and set prompt_logprobs=-1.",
-        ),
-    ):
-        if refused:
-            raise Invalid(sentence, parameter=name)
+            parameter="use_beam_search",
+        )
+    if asked is not None:
+        _check_logprobs(request, asked, targets)
     request.max_tokens = 0
+
+
+@refusing("logprobs")
+def _check_logprobs(request: Any, asked: int, targets: bool) -> None:
+    """Refuse `logprobs` where there is nothing to fill them with."""
+    if not request.echo:
+        raise ScoreModeError(
+            f"logprobs={asked} are those of generated tokens, and score_mode generates none: leave "
+            "it out (the answer has scores), or set echo=true."
+        )
+    if targets:
+        raise ScoreModeError(
+            f"echo=true with logprobs={asked} needs a score of every prompt token: leave out "
+            "logprobs, or target_token_ids."
+        )
+    if _alternatives(request) == -1:
+        raise ScoreModeError(
+            "logprobs cannot list the whole vocabulary beside score_mode=true: leave out logprobs "
+            "and set prompt_logprobs=-1."
+        )
 
 
 def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: list[Any]) -> None:
