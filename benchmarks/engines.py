@@ -84,7 +84,7 @@ def open_engine(folder: str, length: int, options: argparse.Namespace, **more: A
 
 def describe(llm: Any) -> dict[str, Any]:
     """What a figure depends on in the engine's configuration."""
-    from vllm.score.patches.engines import ask_engine
+    from vllm.score.patches.front_end import ask_engine
 
     config = llm.llm_engine.vllm_config
     kernels = [s["kernel"] for s in ask_engine(llm.llm_engine) if s["role"] == "worker"]

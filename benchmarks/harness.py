@@ -82,7 +82,7 @@ def interleave(contenders: Sequence[Contender]) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """Hardware and versions that a figure depends on."""
-    from vllm.score.patches.status import versions
+    from vllm.score.patches.engine_core import versions
 
     name = platform.processor() or platform.machine()
     with open("/proc/cpuinfo") as file:

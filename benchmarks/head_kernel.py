@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from harness import Contender, interleave, report, report_values
 
-from vllm.score.ops import head as head_paths
 from vllm.score.ops import kernels
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.row_state import Reduction
@@ -80,7 +79,7 @@ def scorer(head: Head, statistics: int, function: Callable[..., Any]) -> Callabl
 
 
 def tiled(shape: tuple[int, int] | None = None) -> Callable[..., Any]:
-    return partial(head_paths.score_head_tiled, shape=shape)
+    return partial(kernels.score_head_tiled, shape=shape)
 
 
 def fused(hidden: torch.Tensor, weight: torch.Tensor, bias: None, out: Reduction) -> None:
@@ -137,7 +136,7 @@ def calls_in(seconds: float, call: Callable[[], Any]) -> int:
 
 def paths_of(head: Head) -> dict[str, Callable[..., Any]]:
     paths: dict[str, Callable[..., Any]] = {"tiled": tiled()}
-    if torch.cuda.get_device_capability() == head_paths.FUSED_CAPABILITY:
+    if torch.cuda.get_device_capability() == kernels.FUSED_CAPABILITY:
         paths["fused"] = fused
     return paths
 
@@ -170,7 +169,7 @@ def measure(name: str, rows: int, rounds: int, seconds: float, statistics: bool)
         "hidden": hidden_size,
         "vocabulary": vocab_size,
         "dtype": "bfloat16",
-        "tile": head_paths.tile_shape(rows, vocab_size),
+        "tile": kernels.tile_shape(rows, vocab_size),
         "calls_a_round": times,
     }
     for path in paths:

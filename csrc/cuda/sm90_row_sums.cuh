@@ -22,7 +22,7 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 // 2 ^ it is 0, and so is its product with 0: stands for -inf where 0 * -inf would be NaN.
 constexpr float kFarBelow = -1e4f;
 // The varentropy, whose column is the last of the row state, is left to the tiled product (see
-// head_path in vllm/score/ops/head.py).
+// head_path in vllm/score/ops/kernels.py).
 constexpr int kWorkspaceColumns = kSumExpDev2;
 static_assert(kWorkspaceColumns == kStateColumns - 1);
 

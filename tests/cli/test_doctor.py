@@ -24,7 +24,7 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.engine
 def test_every_process_reports_and_the_scores_are_right():
-    from vllm.score.patches.register import REGISTER
+    from vllm.score.patches import REGISTER
 
     done = doctor("--json")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -58,7 +58,7 @@ def test_refused_scores_are_exit_code_one():
 
 def test_a_kernel_that_is_not_built_is_a_problem(monkeypatch):
     from vllm import SamplingParams  # noqa: F401 - arms this process
-    from vllm.score.patches.status import process_status
+    from vllm.score.patches.engine_core import process_status
 
     assert process_status("front end")["problem"] is None
     for role in ("front end", "worker"):

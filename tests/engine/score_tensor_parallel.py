@@ -11,7 +11,7 @@ def main(model: str, inputs_file: str, out_file: str) -> None:
     from tests.sequence import interventions
     from vllm import LLM
     from vllm.score import score
-    from vllm.score.patches.engines import ask_engine
+    from vllm.score.patches.front_end import ask_engine
     from vllm.score.sequence import SequenceProbVLLMHook
 
     llm = LLM(

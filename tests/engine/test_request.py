@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.perplexity.texts import byte_level_with_bos
 from vllm.score.engine.request import AS_TOKENISED, ModelFacts, ScoreSpec, admit, admit_tokenised
 from vllm.score.engine.worker import RequestScores, ScheduledRows
-from vllm.score.ops.row_layout import RowLayout
+from vllm.score.ops.statistics import RowLayout
 
 FACTS = ModelFacts(vocab_size=100, max_model_len=32)
 
@@ -92,7 +92,6 @@ def test_one_token_has_nothing_to_score_and_says_so():
         ({"score_top_p": 1.5}, "score_top_p must be a number above 0 and of at most 1, got 1.5"),
         ({"score_top_p": "most"}, "above 0 and of at most 1, got 'most'"),
         ({"score_top_p": float("nan")}, "above 0 and of at most 1, got nan"),
-        ({"max_tokens": -1, "score_mode": False}, "max_tokens must be at least 0, got -1"),
         ({"max_tokens": 0, "score_mode": False}, "^max_tokens=0 is only allowed in score_mode$"),
         ({"score_statistics": ["rank"], "score_mode": False}, "need score_mode=True"),
     ],
@@ -102,6 +101,14 @@ def test_options_that_cannot_be_honoured(options, message):
 
     with pytest.raises(ValueError, match=message):
         SamplingParams(**{"score_mode": True, **options})
+
+
+def test_negative_max_tokens_are_left_to_vllm():
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="max_tokens must be at least 1, got -1"):
+        SamplingParams(max_tokens=-1)
 
 
 def test_structured_outputs_are_refused():
@@ -262,7 +269,7 @@ def test_single_token_has_nothing_to_score():
 
 
 def test_an_echo_that_reads_no_cache_keeps_the_prompt_as_stock_has_it():
-    from vllm.score.patches.engines import without_cache
+    from vllm.score.patches.front_end import without_cache
 
     tokenizer = byte_level_with_bos()
     text = "<|bos|>hello there"

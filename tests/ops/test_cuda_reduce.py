@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ops.float64_rows import float64_state, hard_rows
-from vllm.score.ops import head, kernels
+from vllm.score.ops import kernels
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.row_state import IDENTITY, Reduction, Transform
 from vllm.score.ops.statistics import STATISTICS
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_tiles_of_the_head_stay_in_their_memory_and_cover_odd_shapes():
     for rows in (1, 7, 1024, 8192, 100_000):
         for columns in (1, 255, 4096, 151_936, 300_000):
-            tile_rows, tile_columns = head.tile_shape(rows, columns)
+            tile_rows, tile_columns = kernels.tile_shape(rows, columns)
             assert 1 <= tile_rows <= rows and 1 <= tile_columns <= columns
             assert tile_rows * tile_columns * 4 <= 64 << 20
 
@@ -41,7 +41,7 @@ def test_the_tiled_product_equals_float64_in_any_tiling(shape):
     transform = Transform(2.0, 5.0, 0.5)
     out = Reduction(torch.from_numpy(targets), transform, rs.TOP_BIT, first_id=first_id)
     operands = (torch.from_numpy(a).float() for a in (hidden, weight, bias))
-    head.score_head_tiled(*operands, out, shape)
+    kernels.score_head_tiled(*operands, out, shape)
     x = 2 * 5 * np.tanh(z / 5) / 0.5
     check_state(out.state.numpy(), x, first_id, targets, None, rs.TOP_BIT)
     check_targets(out.target_logits.numpy(), x, first_id, targets)
@@ -99,7 +99,7 @@ def reduced(x: torch.Tensor, targets, first_id, threshold, transform, statistics
     """State and target logits of rows fed to the native reduction in `parts` tiles."""
     out = Reduction(targets, transform, statistics, threshold)
     for tile in x.tensor_split(parts, dim=1):
-        head.reduce_logits(tile, out.at(first_id))
+        kernels.reduce_logits(tile, out.at(first_id))
         first_id += tile.shape[1]
     return out.state, out.target_logits
 
@@ -235,7 +235,7 @@ def test_gathered_products_equal_float64(gpu, dtype, size):
     z = hidden.double() @ weight.double().T + bias.double()
     x = (1.5 * 6 * torch.tanh(z / 6) / 0.8).cpu().numpy()
     out = Reduction(torch.from_numpy(targets).to(gpu), Transform(1.5, 6.0, 0.8), first_id=20)
-    head.target_logits(hidden, weight, bias, out)
+    kernels.target_logits(hidden, weight, bias, out)
     check_targets(out.target_logits.cpu().numpy(), x, 20, targets)
 
 
@@ -252,7 +252,7 @@ def test_the_tiled_product_on_the_gpu_equals_float64(gpu, dtype, monkeypatch):
         monkeypatch.setenv(kernels.KERNEL_VARIABLE, name)
         assert kernels.choose_kernel("cuda").name == name
         out = Reduction(targets, statistics=rs.TOP_BIT)
-        head.score_head_tiled(hidden, weight, None, out)
+        kernels.score_head_tiled(hidden, weight, None, out)
         check_state(out.state.cpu().numpy(), x, 0, targets.cpu().numpy(), None, rs.TOP_BIT)
         check_targets(out.target_logits.cpu().numpy(), x, 0, targets.cpu().numpy())
 
@@ -270,7 +270,7 @@ def test_the_head_with_the_varentropy_equals_float64(gpu, dtype, statistics):
     # Far from any logit, so that rounding decides no rank.
     threshold = torch.full((rows,), 100.0, device=gpu)
     out = Reduction(targets, statistics=statistics, threshold=threshold)
-    head.score_head(hidden, weight, None, out)
+    kernels.score_head(hidden, weight, None, out)
     x = (hidden.double() @ weight.double().T).cpu().numpy()
     ids, limit = targets.cpu().numpy(), threshold.cpu().numpy()
     check_state(out.state.cpu().numpy(), x, 0, ids, limit, statistics, tolerance=1e-4)
@@ -283,20 +283,20 @@ def test_errors_name_the_argument(gpu):
     targets = torch.zeros(3, 1, dtype=torch.int64, device=gpu)
     out = Reduction(targets)
     with pytest.raises(RuntimeError, match="state is on another device"):
-        head.reduce_logits(logits, replace(out, state=out.state.cpu()))
+        kernels.reduce_logits(logits, replace(out, state=out.state.cpu()))
     with pytest.raises(RuntimeError, match="logits must have contiguous rows"):
-        head.reduce_logits(logits.T[:3], out)
+        kernels.reduce_logits(logits.T[:3], out)
 
 
 @pytest.mark.cuda
 def test_the_rule_of_the_head_holds(gpu):
     hidden = torch.zeros(2048, 64, dtype=torch.bfloat16, device=gpu)
     weight = torch.zeros(300, 64, dtype=torch.bfloat16, device=gpu)
-    capable = torch.cuda.get_device_capability() == head.FUSED_CAPABILITY
-    assert head.head_path(hidden, weight) == ("fused" if capable else "tiled")
-    assert head.head_path(hidden, weight, EVERYTHING) == "tiled"
-    assert head.head_path(hidden[:1], weight) == "tiled"
-    assert head.head_path(hidden.float(), weight.float()) == "tiled"
+    capable = torch.cuda.get_device_capability() == kernels.FUSED_CAPABILITY
+    assert kernels.head_path(hidden, weight) == ("fused" if capable else "tiled")
+    assert kernels.head_path(hidden, weight, EVERYTHING) == "tiled"
+    assert kernels.head_path(hidden[:1], weight) == "tiled"
+    assert kernels.head_path(hidden.float(), weight.float()) == "tiled"
     odd = torch.zeros(300, 65, dtype=torch.bfloat16, device=gpu)
-    assert head.head_path(hidden, odd[:, :64]) == "tiled"
-    assert head.head_path(hidden, odd[:, 1:]) == "tiled"
+    assert kernels.head_path(hidden, odd[:, :64]) == "tiled"
+    assert kernels.head_path(hidden, odd[:, 1:]) == "tiled"

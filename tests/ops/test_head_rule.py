@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
-from vllm.score.ops.head import ALWAYS_FROM_ROWS, fused_ranges, head_rule, prefers_fused
+from vllm.score.ops.kernels import head_rule, prefers_fused
 
 # Of one H200, bfloat16 and random operands (benchmarks/head_kernel.py --sizes):
 # (hidden size, vocabulary): rows -> speed of the fused kernel as a multiple of the tiled product's.
@@ -34,16 +37,20 @@ def test_the_rules_follow_the_measurements(hidden, vocabulary):
             assert speed < 1.2, (rows, speed)
 
 
-def test_ranges_say_what_the_rule_does():
-    for hidden in (64, 1536, 1537, 8192):
-        ranges = fused_ranges(hidden)
-        for rows in (*range(1, ALWAYS_FROM_ROWS + 50), 10**6):
-            inside = any(first <= rows and (last is None or rows <= last) for first, last in ranges)
-            assert inside == prefers_fused(rows, hidden)
-
-
 def test_words_name_every_rule():
+    """The rule by the numbers in the words is the rule, for any number of rows."""
     words = head_rule("cuda")
-    for hidden, limit in ((1536, "up to"), (1537, "above")):
-        first, last = fused_ranges(hidden)[0]
-        assert f"hidden size {limit} 1536: fused for {first}..{last}, " in words
+    found = re.search(
+        r"for (\d+)\.\.(\d+) rows, from (\d+), .* fill (\d+)% \(hidden size up to (\d+)\) or "
+        r"(\d+)% \(above\) of their blocks of (\d+);",
+        words,
+    )
+    assert found is not None, words
+    least, first_block, always, small_share, small, large_share, block = map(int, found.groups())
+    for hidden in (64, small, small + 1, 8192):
+        percent = small_share if hidden <= small else large_share
+        for rows in (*range(1, always + 50), 10**6):
+            blocks = math.ceil(rows / block)
+            fused = least <= rows <= first_block or rows >= always
+            fused |= first_block < rows < always and 100 * rows >= percent * blocks * block
+            assert prefers_fused(rows, hidden) == fused, (rows, hidden)

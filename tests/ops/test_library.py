@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops import head, kernels, reference
+from vllm.score.ops import kernels, reference
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.row_state import Reduction
 
@@ -52,7 +52,7 @@ def test_the_operators_work_on_views_and_equal_float64():
     hidden, weight, out = operands()
     wide = torch.randn(4, 21)
     wide[:, 2:18] = hidden
-    head.score_head(wide[:, 2:18], weight, None, out)
+    kernels.score_head(wide[:, 2:18], weight, None, out)
     state, targets = out.state, out.targets
     z = hidden.double().numpy() @ weight.double().numpy().T
     e = np.exp(z - z.max(1, keepdims=True))
@@ -65,13 +65,13 @@ def test_the_operators_work_on_views_and_equal_float64():
 
 WITHOUT_KERNELS = """
 import torch
-from vllm.score.ops import head, kernels
+from vllm.score.ops import kernels
 from vllm.score.ops import row_state as rs
 
 hidden, weight = torch.randn(4, 16), torch.randn(50, 16)
 out = rs.Reduction(torch.tensor([[3, 49]] * 4))
 assert kernels.choose_kernel("cpu").name == "pytorch" and not kernels.registered("cpu")
-head.score_head(hidden, weight, None, out)
+kernels.score_head(hidden, weight, None, out)
 found = out.target_logits - rs.log_sum_exp(out.state)[:, None]
 want = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, out.targets)
 torch.testing.assert_close(found.double(), want, rtol=0, atol=1e-5)
@@ -134,9 +134,9 @@ def test_no_rows_and_no_columns_change_nothing():
     assert kernels.load("cpu") is None
     hidden, weight, out = operands()
     before = out.state.clone()
-    head.score_head(hidden, weight[:0], None, out)
+    kernels.score_head(hidden, weight[:0], None, out)
     assert torch.equal(out.state, before)
-    head.score_head(hidden[:0], weight, None, out.rows(slice(0, 0)))
+    kernels.score_head(hidden[:0], weight, None, out.rows(slice(0, 0)))
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def reduced_by_the_reference(monkeypatch) -> bool:
     original = reference.product
     monkeypatch.setattr(reference, "product", lambda *a: called.append(a) or original(*a))
     hidden, weight, out = operands()
-    head.score_head(hidden, weight, None, out)
+    kernels.score_head(hidden, weight, None, out)
     monkeypatch.setattr(reference, "product", original)
     return bool(called)
 

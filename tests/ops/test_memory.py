@@ -11,7 +11,7 @@ PROGRAM = """
 import resource, sys
 import numpy as np
 import torch
-from vllm.score.ops.row_layout import RowLayout
+from vllm.score.ops.statistics import RowLayout
 from vllm.score.engine.request import ScoreSpec
 from vllm.score.engine.worker import RequestScores, ScheduledRows, score_step
 

@@ -8,12 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.score.errors import ScoreModeError
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.reference import reduce_logits, score_head, target_logits
-from vllm.score.ops.row_layout import RowLayout
 from vllm.score.ops.row_state import Reduction, Transform
-from vllm.score.ops.statistics import STATISTICS, score_columns, statistics_mask
+from vllm.score.ops.statistics import STATISTICS, RowLayout, score_columns, statistics_mask
 
 # The others are not of the row state.
 STATE_STATISTICS = tuple(s for s in STATISTICS if s not in ("head_mass", "model_logprob"))
@@ -29,7 +27,7 @@ def reduce(x: torch.Tensor, targets: torch.Tensor, layout: RowLayout, parts: int
         reduce_logits(tile, sums.at(first))
         first += tile.shape[1]
     out = torch.empty(len(x), layout.num_targets + len(layout.statistics))
-    score_columns(sums.state, sums.target_logits, layout, out)
+    score_columns(sums, layout, out, {})
     return out
 
 
@@ -135,12 +133,6 @@ def test_varentropy_needs_the_entropys_bit():
         reduce_logits(torch.randn(2, 9), Reduction(none, statistics=rs.VARENTROPY_BIT))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_that_is_none_is_refused(temperature):
-    with pytest.raises(ScoreModeError, match="temperature must be above 0, got"):
-        Transform(temperature=temperature)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_with_soft_cap_scale_and_shard(dtype, bias, monkeypatch):
@@ -167,7 +159,7 @@ def test_head_with_soft_cap_scale_and_shard(dtype, bias, monkeypatch):
     found = torch.stack([part.target_logits for part in parts]).amax(0)
     layout = RowLayout(2, ("entropy",))
     out = torch.empty(6, 3)
-    score_columns(merged, found, layout, out)
+    score_columns(Reduction(targets, state=merged, target_logits=found), layout, out, {})
     want = x.log_softmax(-1)
     torch.testing.assert_close(out[:, :2].double(), want.gather(1, targets), atol=2e-5, rtol=0)
     entropy = -(want.exp() * want).sum(-1)

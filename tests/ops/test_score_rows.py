@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from vllm.score.engine.model_head import _whole_head
-from vllm.score.ops.head import Head
-from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
-from vllm.score.ops.score_rows import LOGITS_BYTES, block_rows, score_rows
-from vllm.score.ops.statistics import STATISTICS
+from vllm.score.ops.score_rows import LOGITS_BYTES, Head, block_rows, score_rows
+from vllm.score.ops.statistics import FULL_VOCABULARY, STATISTICS, RowLayout
 
 VOCAB, SPLIT = 50, (0, 23, 50, 50)  # the last of three ranks holds padding only
 

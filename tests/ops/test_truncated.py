@@ -8,10 +8,8 @@ import torch
 
 from tests.helpers_policy import policy_row
 from tests.ops.test_score_rows import SPLIT, VOCAB, Ranks, head, inputs
-from vllm.score.ops.head import Head
-from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
-from vllm.score.ops.score_rows import score_rows
-from vllm.score.ops.statistics import STATISTICS
+from vllm.score.ops.score_rows import Head, score_rows
+from vllm.score.ops.statistics import FULL_VOCABULARY, STATISTICS, RowLayout
 
 NAMES = {
     "entropy": "rb_entropy",

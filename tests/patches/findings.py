@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.score.patches.register import REGISTER
+from vllm.score.patches import REGISTER
 
 COPY = {
     "same class": True,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.patches.processes import run_script
-from vllm.score.patches.register import REGISTER
+from vllm.score.patches import REGISTER
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 
-from vllm.score.patches.register import MODULES, REGISTER
+from vllm.score.patches import MODULES, REGISTER
 
 
 def notes() -> dict[str, list[tuple[str, str]]]:

@@ -1,6 +1,6 @@
 """Whether score mode is on in this process; if not, the cause and the cure in one sentence.
 
-`vllm.score.patches.register.arm` fills `APPLICATIONS`, one for each patch.
+`vllm.score.patches.arm` fills `APPLICATIONS`, one for each patch.
 """
 
 from __future__ import annotations

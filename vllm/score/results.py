@@ -243,7 +243,7 @@ class FailedScores:
 def split_columns(rows: np.ndarray, spec: ScoreSpec) -> TokenScores:
     """The columns of `rows`, [m, width], as `TokenScores`."""
     layout, start, notes = spec.layout, spec.start + 1, spec.notes
-    columns = rows[:, layout.statistics_columns]
+    columns = rows[:, layout.num_targets : layout.top_start]
     statistics = {
         name: columns[:, i].astype(STATISTICS[name].dtype)
         for i, name in enumerate(layout.statistics)

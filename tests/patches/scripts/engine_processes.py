@@ -35,7 +35,7 @@ def main() -> None:
     found["generated"].append(greedy_tokens(llm))
     found["unfinished"] = llm.llm_engine.has_unfinished_requests()
     if children == "with us":
-        from vllm.score.patches.engines import ask_engine
+        from vllm.score.patches.front_end import ask_engine
 
         found["processes"] = ask_engine(llm.llm_engine)
     found["front end pid"] = os.getpid()

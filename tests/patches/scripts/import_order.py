@@ -11,13 +11,13 @@ import typing
 exec(sys.argv[1])
 
 from vllm.score import armed  # noqa: E402
-from vllm.score.patches import register  # noqa: E402
+from vllm.score.patches import REGISTER  # noqa: E402
 
 # Before anything of vLLM is read that the statement did not read: what is imported is amended.
 after_first = {
     a.patch.target: a.state for a in armed.applications() if a.patch.target in sys.modules
 }
-for patch in register.REGISTER:
+for patch in REGISTER:
     importlib.import_module(patch.target)
 states = {a.patch.target: [a.state, a.reason] for a in armed.applications()}
 

@@ -15,7 +15,7 @@ if len(sys.argv) > 1:
 
 from vllm import SamplingParams
 from vllm.score import armed, score
-from vllm.score.patches import register
+from vllm.score.patches import REGISTER
 from vllm.v1.serial_utils import MsgpackEncoder
 
 
@@ -35,7 +35,7 @@ ORDINARY = (
 )
 encoder = MsgpackEncoder()
 version = armed.upstream_version()
-modules = {patch.target: importlib.import_module(patch.target) for patch in register.REGISTER}
+modules = {patch.target: importlib.import_module(patch.target) for patch in REGISTER}
 
 print(
     json.dumps(
@@ -48,7 +48,7 @@ print(
             if armed.APPLICATIONS
             else {
                 patch.target: patch.contract_problem(modules[patch.target], version)
-                for patch in register.REGISTER
+                for patch in REGISTER
             },
             "ordinary": [
                 [bytes(part).hex() for part in encoder.encode(params)] + [repr(params)]

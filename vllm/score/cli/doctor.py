@@ -19,9 +19,9 @@ from vllm import SamplingParams  # noqa: F401 - the first import of every user
 from vllm.score.api import score
 from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.launch.engine import open_llm
-from vllm.score.patches.engines import ask_engine
-from vllm.score.patches.register import REGISTER
-from vllm.score.patches.status import first_problem, process_status
+from vllm.score.patches import REGISTER
+from vllm.score.patches.engine_core import first_problem, process_status
+from vllm.score.patches.front_end import ask_engine
 from vllm.score.report.table import plain_table
 from vllm.score.tiny.random_models import make_random_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.score.engine.request import InvalidScoreRequest
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops.row_layout import MAX_EXACT_ID
+from vllm.score.ops.statistics import MAX_EXACT_ID
 
 # Llama 4 scales its attention in vLLM where max_model_len is above this, unless its generation
 # config says whether to.

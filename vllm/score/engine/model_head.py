@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm.score.ops.head import Head
 from vllm.score.ops.reference import product
+from vllm.score.ops.score_rows import Head
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,7 @@ from pydantic import Field
 from vllm.exceptions import VLLMValidationError
 from vllm.score.checks import Flag, Fraction, Number, Whole, check
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
-from vllm.score.ops.statistics import check_statistics
+from vllm.score.ops.statistics import FULL_VOCABULARY, RowLayout, check_statistics
 from vllm.score.tokens import own_prefix_note, prefix_once, read_token_id_rows, read_token_ids
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"

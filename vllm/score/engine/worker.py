@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from vllm.score.engine.model_head import ComputeLogits, head_of, to_device
 from vllm.score.engine.request import ScoreSpec
-from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
 from vllm.score.ops.score_rows import block_rows, score_rows
+from vllm.score.ops.statistics import FULL_VOCABULARY, RowLayout
 
 
 @dataclass(eq=False)

@@ -158,11 +158,9 @@ def kernel_of(function: Callable[..., None]) -> Callable[..., None]:
     """A function above as a kernel of its operator, with the operator's arguments."""
 
     def kernel(*arguments: Any) -> None:
-        *operands, targets, first_id, threshold = arguments[:-5]
-        scale, soft_cap, statistics, state, found = arguments[-5:]
+        *operands, targets, first_id, threshold, scale, soft_cap, mask, state, found = arguments
         transform = Transform(scale, soft_cap)
-        out = Reduction(targets, transform, statistics, threshold, first_id, state, found)
-        function(*operands, out)
+        function(*operands, Reduction(targets, transform, mask, threshold, first_id, state, found))
 
     return kernel
 

@@ -32,8 +32,6 @@ from typing import Any
 
 import torch
 
-from vllm.score.errors import ScoreModeError
-
 MAX, SUM_EXP, SUM_EXP_X, SUM_EXP2, SECOND, ARGMAX, MEAN, M2, COUNT, RANK, SUM_EXP_DEV2 = range(11)
 WIDTH = 11
 
@@ -60,10 +58,6 @@ class Transform:
     scale: float = 1.0
     soft_cap: float = 0.0
     temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ScoreModeError(f"temperature must be above 0, got {self.temperature}.")
 
     @property
     def factor(self) -> float:
@@ -140,11 +134,8 @@ class Reduction:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """As the operators take them, behind their operands."""
-        return (
-            *(self.targets, self.first_id, self.threshold),
-            *(self.transform.factor, self.transform.soft_cap, self.statistics),
-            *(self.state, self.target_logits),
-        )
+        x, rows = self.transform, (self.targets, self.first_id, self.threshold)
+        return *rows, x.factor, x.soft_cap, self.statistics, self.state, self.target_logits
 
 
 def merge(states: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,20 @@ between ranks come together.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm.score.ops import row_state as rs
-from vllm.score.ops.head import Head, reduce_logits, score_head, target_logits
-from vllm.score.ops.kernels import choose_kernel
-from vllm.score.ops.row_layout import FULL_VOCABULARY, RowLayout
+from vllm.score.ops.kernels import choose_kernel, reduce_logits, score_head, target_logits
 from vllm.score.ops.row_state import Reduction, Transform
-from vllm.score.ops.statistics import score_columns, statistics_mask
+from vllm.score.ops.statistics import (
+    FULL_VOCABULARY,
+    RowLayout,
+    score_columns,
+    statistics_mask,
+)
 from vllm.score.ops.top_p import reduce_nucleus
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not
@@ -22,6 +26,43 @@ MAX_BLOCK_ROWS = 16_384
 GATHERED_BYTES = 32 << 20
 # Logits that are held at once where the head's own product or a whole row is needed.
 LOGITS_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """The logits ``scale * cap(hidden @ weight.T + bias)`` of a contiguous range of token ids.
+
+    Attributes:
+        weight: [n, H] plain weights; None where only `logits_of` knows them (quantised, hooked).
+        bias: [n] or None.
+        logits_of: hidden states [c, H] to raw logits [c, at least n] of this range.
+        first_id: id of the first row.
+        num_ids: n, vocabulary padding left out; may be 0 on the last rank.
+        scale, soft_cap: of the model; a soft cap of 0 means none.
+        gather: all-gathers [c, ...] of every rank to [P, c, ...]; None when this rank has all ids.
+        delta: what adapters add to the raw logits of these rows, [c, H] to float32 [c, n]; None
+            where they add nothing.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    logits_of: Callable[[torch.Tensor], torch.Tensor]
+    first_id: int
+    num_ids: int
+    scale: float = 1.0
+    soft_cap: float = 0.0
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    delta: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the rows' logits have to be held: the weights alone do not give them."""
+        return self.weight is None or self.delta is not None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This range's raw logits [c, n], float32 where the weights are plain."""
+        logits = self.logits_of(hidden)[:, : self.num_ids]
+        return logits if self.delta is None else self.delta(hidden).add_(logits)
 
 
 def block_rows(needs_logits: bool, layout: RowLayout, vocab_size: int, hidden_bytes: int) -> int:
@@ -34,16 +75,12 @@ def block_rows(needs_logits: bool, layout: RowLayout, vocab_size: int, hidden_by
         vocab_size: of the model.
         hidden_bytes: of one hidden state that has to be copied; 0 where it need not be.
     """
-    rows = MAX_BLOCK_ROWS
-    if hidden_bytes:
-        rows = min(rows, max(1, GATHERED_BYTES // hidden_bytes))
+    held = vocab_size if needs_logits or layout.needs_logits else 0
     if layout.needs_logits:
-        # Float32 logits, and the results of the block before or, with top-p, a copy.
-        beside = max(layout.width(vocab_size), vocab_size if layout.top_p < 1 else 0)
-        rows = min(rows, max(1, LOGITS_BYTES // (4 * (vocab_size + beside))))
-    elif needs_logits:
-        rows = min(rows, max(1, LOGITS_BYTES // (4 * vocab_size)))
-    return rows
+        # Beside the logits, the results of the block before or, with top-p, a copy.
+        held += max(layout.width(vocab_size), vocab_size if layout.top_p < 1 else 0)
+    by_copy, by_logits = GATHERED_BYTES // max(1, hidden_bytes), LOGITS_BYTES // max(1, 4 * held)
+    return max(1, min(MAX_BLOCK_ROWS, by_copy, by_logits))
 
 
 def score_rows(
@@ -70,32 +107,35 @@ def score_rows(
     targets = targets.contiguous()
     transform = Transform(head.scale, head.soft_cap, layout.temperature)
     logits = head.logits(hidden) if layout.needs_logits or head.needs_logits else None
-    if layout.top_p < 1 and head.gather is not None:
-        head, logits = _whole_vocabulary(head, logits, vocab_size)
+    if logits is not None and layout.top_p < 1 and head.gather is not None:
+        own = logits.float()
+        logits = torch.empty(len(own), vocab_size, dtype=torch.float32, device=own.device)
+        _gather_vocabulary(head, own, logits)
+        head = replace(head, first_id=0, num_ids=vocab_size, gather=None)
+    first = targets[:, :1].contiguous()
     threshold = None
     if mask & rs.RANK_BIT:
-        threshold = _threshold(head, hidden, logits, Reduction(_first(targets), transform))
+        threshold = _threshold(head, hidden, logits, Reduction(first, transform))
     given = {}
     if "model_logprob" in layout.statistics:
-        given["model_logprob"] = _model_logprob(head, hidden, logits, targets)
-    x = None if logits is None or not layout.needs_logits else transform(logits)
+        # A pass of its own, so that the others need not carry a second sum.
+        begun = Reduction(first, Transform(head.scale, head.soft_cap))
+        whole = _reduce(head, hidden, logits, begun)
+        logprob = whole.target_logits[:, 0] - rs.log_sum_exp(whole.state)
+        given["model_logprob"] = logprob.clamp_max(0.0)
+    x = transform(logits) if layout.needs_logits else None
     if layout.top_p < 1:
         done = Reduction(targets, statistics=mask, threshold=threshold)
         given["head_mass"] = reduce_nucleus(x, layout.top_p, done)
     else:
         done = _reduce(head, hidden, logits, Reduction(targets, transform, mask, threshold))
         given["head_mass"] = torch.ones_like(done.state[:, 0])
-    out = torch.empty(
-        len(hidden), layout.width(vocab_size), dtype=torch.float32, device=hidden.device
-    )
-    score_columns(done.state, done.target_logits, layout, out, given)
+    width = layout.width(vocab_size)
+    out = torch.empty(len(hidden), width, dtype=torch.float32, device=hidden.device)
+    score_columns(done, layout, out, given)
     if layout.top:
         _top_columns(head, x, rs.log_sum_exp(done.state), layout, out[:, layout.top_start :])
     return out
-
-
-def _first(targets: torch.Tensor) -> torch.Tensor:
-    return targets[:, :1].contiguous()
 
 
 def _reduce(
@@ -113,28 +153,6 @@ def _reduce(
     both = head.gather(torch.cat([out.state, out.target_logits], dim=1))
     state = rs.merge(both[..., : rs.WIDTH])
     return replace(out, state=state, target_logits=both[..., rs.WIDTH :].amax(dim=0))
-
-
-def _model_logprob(
-    head: Head, hidden: torch.Tensor, logits: torch.Tensor | None, targets: torch.Tensor
-) -> torch.Tensor:
-    """Float32 [c]: log-probability of the first target, at temperature 1 and top-p 1.
-
-    A pass of its own, so that the others need not carry a second sum.
-    """
-    begun = Reduction(_first(targets), Transform(head.scale, head.soft_cap))
-    done = _reduce(head, hidden, logits, begun)
-    return (done.target_logits[:, 0] - rs.log_sum_exp(done.state)).clamp_max(0.0)
-
-
-def _whole_vocabulary(
-    head: Head, logits: torch.Tensor, vocab_size: int
-) -> tuple[Head, torch.Tensor]:
-    """The logits [c, V] of all ranks, and the head of a rank that has them all."""
-    whole = torch.empty(len(logits), vocab_size, dtype=torch.float32, device=logits.device)
-    _gather_vocabulary(head, logits.float(), whole)
-    alone = replace(head, weight=None, first_id=0, num_ids=vocab_size, gather=None, delta=None)
-    return alone, whole
 
 
 def _threshold(

@@ -1,4 +1,4 @@
-"""The statistics of a row of logits that a score request may ask for by name.
+"""What a score request may ask for of a row of logits: statistics by name, and their columns.
 
 With ``z`` the model's logits of a row (vocabulary padding left out), ``x = z / score_temperature``,
 ``p = softmax(x)``, and ``q`` equal to ``p`` restricted to its nucleus of mass ``score_top_p`` and
@@ -31,34 +31,55 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from vllm.score.checks import check_name
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops.row_layout import RowLayout
-from vllm.score.ops.row_state import (
-    ARGMAX,
-    COLLISION_BIT,
-    COUNT,
-    ENTROPY_BIT,
-    M2,
-    MAX,
-    MEAN,
-    MOMENTS_BIT,
-    RANK,
-    RANK_BIT,
-    SECOND,
-    SUM_EXP,
-    SUM_EXP2,
-    SUM_EXP_DEV2,
-    SUM_EXP_X,
-    TOP_BIT,
-    VARENTROPY_BIT,
-    log_sum_exp,
-)
+from vllm.score.ops import row_state as rs
+from vllm.score.ops.row_state import Reduction, log_sum_exp
+
+FULL_VOCABULARY = -1
+MAX_EXACT_ID = 2**24
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What is computed for every scored row of one request, and in which columns it travels.
+
+    One float32 row per scored position: ``[targets | statistics | top ids | top logprobs]`` or
+    ``[targets | statistics | whole vocabulary]``. Token ids and ranks travel as float32, which is
+    exact below 2**24; admission refuses larger vocabularies.
+
+    Attributes:
+        num_targets: candidates per position, k.
+        statistics: names, in column order.
+        top: number of most likely tokens (0: none, -1: the whole vocabulary).
+        temperature: the logits are divided by it first.
+        top_p: then only the most likely tokens are kept whose probabilities first add up to it.
+    """
+
+    num_targets: int
+    statistics: tuple[str, ...] = ()
+    top: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def width(self, vocab_size: int) -> int:
+        """Number of columns."""
+        return self.top_start + (vocab_size if self.top == FULL_VOCABULARY else 2 * self.top)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether whole rows of logits have to be held at once."""
+        return self.top != 0 or self.top_p < 1
+
+    @property
+    def top_start(self) -> int:
+        """Number of columns before those of the most likely tokens."""
+        return self.num_targets + len(self.statistics)
 
 
 class Statistic(NamedTuple):
@@ -77,23 +98,23 @@ class Statistic(NamedTuple):
 
 STATISTICS: dict[str, Statistic] = {
     "entropy": Statistic(
-        ENTROPY_BIT, lambda s: torch.log(s[:, SUM_EXP]) - s[:, SUM_EXP_X] / s[:, SUM_EXP]
+        rs.ENTROPY_BIT, lambda s: s[:, rs.SUM_EXP].log() - s[:, rs.SUM_EXP_X] / s[:, rs.SUM_EXP]
     ),
     "varentropy": Statistic(
-        ENTROPY_BIT | VARENTROPY_BIT, lambda s: s[:, SUM_EXP_DEV2] / s[:, SUM_EXP]
+        rs.ENTROPY_BIT | rs.VARENTROPY_BIT, lambda s: s[:, rs.SUM_EXP_DEV2] / s[:, rs.SUM_EXP]
     ),
-    "rank": Statistic(RANK_BIT, lambda s: s[:, RANK] + 1, "int64"),
-    "argmax": Statistic(TOP_BIT, lambda s: s[:, ARGMAX], "int64"),
-    "argmax_logprob": Statistic(0, lambda s: -torch.log(s[:, SUM_EXP])),
-    "margin": Statistic(TOP_BIT, lambda s: s[:, MAX] - s[:, SECOND]),
+    "rank": Statistic(rs.RANK_BIT, lambda s: s[:, rs.RANK] + 1, "int64"),
+    "argmax": Statistic(rs.TOP_BIT, lambda s: s[:, rs.ARGMAX], "int64"),
+    "argmax_logprob": Statistic(0, lambda s: -torch.log(s[:, rs.SUM_EXP])),
+    "margin": Statistic(rs.TOP_BIT, lambda s: s[:, rs.MAX] - s[:, rs.SECOND]),
     "collision_probability": Statistic(
-        COLLISION_BIT, lambda s: s[:, SUM_EXP2] / s[:, SUM_EXP].square()
+        rs.COLLISION_BIT, lambda s: s[:, rs.SUM_EXP2] / s[:, rs.SUM_EXP].square()
     ),
     "logsumexp": Statistic(0, log_sum_exp),
     "head_mass": Statistic(0, None),
     "model_logprob": Statistic(0, None),
-    "logit_mean": Statistic(MOMENTS_BIT, lambda s: s[:, MEAN]),
-    "logit_variance": Statistic(MOMENTS_BIT, lambda s: s[:, M2] / s[:, COUNT]),
+    "logit_mean": Statistic(rs.MOMENTS_BIT, lambda s: s[:, rs.MEAN]),
+    "logit_variance": Statistic(rs.MOMENTS_BIT, lambda s: s[:, rs.M2] / s[:, rs.COUNT]),
 }
 
 
@@ -120,26 +141,20 @@ def statistics_mask(names: tuple[str, ...]) -> int:
 
 
 def score_columns(
-    state: torch.Tensor,
-    target_logits: torch.Tensor,
-    layout: RowLayout,
-    out: torch.Tensor,
-    given: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    done: Reduction, layout: RowLayout, out: torch.Tensor, given: Mapping[str, torch.Tensor]
 ) -> None:
     """Write the targets' log-probabilities and the statistics, in nats.
 
     Args:
-        state: float32 [R, 11], of the whole vocabulary.
-        target_logits: float32 [R, k].
+        done: the sums over the whole vocabulary.
         layout: names the columns.
         out: float32 [R, at least k + number of statistics]; its first columns are written.
         given: the statistics that the state does not hold, by name, float32 [R].
     """
     k = layout.num_targets
-    if k:
-        torch.sub(target_logits[:, :k], log_sum_exp(state)[:, None], out=out[:, :k])
-        # Targets may be summed in another order than the row, and come out above it by a rounding.
-        out[:, :k].clamp_max_(0.0)
+    torch.sub(done.target_logits[:, :k], log_sum_exp(done.state)[:, None], out=out[:, :k])
+    # Targets may be summed in another order than the row, and come out above it by a rounding.
+    out[:, :k].clamp_max_(0.0)
     for column, name in enumerate(layout.statistics, start=k):
         formula = STATISTICS[name].formula
-        out[:, column] = given[name] if formula is None else formula(state)
+        out[:, column] = given[name] if formula is None else formula(done.state)

@@ -10,9 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vllm.score.errors import ScoreModeError
 from vllm.score.ops import row_state as rs
-from vllm.score.ops.head import reduce_logits
+from vllm.score.ops.kernels import reduce_logits
 from vllm.score.ops.row_state import Reduction
 
 # Tokens looked at before a row is sorted as a whole: most nuclei of language models are smaller.
@@ -42,7 +41,7 @@ def nucleus(
     Args:
         x: logits divided by the temperature, [N, V], float32 or float64, V at least 1; not
             modified. ``p = softmax(x)``.
-        top_p: in (0, 1]; 1 keeps all.
+        top_p: in (0, 1).
         log_partition: [N], ``log sum exp x`` where it is known, which saves a pass.
 
     Returns:
@@ -50,18 +49,7 @@ def nucleus(
         surplus: int64 [N], how many tokens with x equal to the floor are left out.
         mass: [N], p of the n kept tokens together.
         Floor and mass are NaN for a row with NaN, +inf, or nothing but -inf.
-
-    Raises:
-        ScoreModeError: `top_p` outside of (0, 1], or another shape or dtype.
     """
-    if not 0 < top_p <= 1:
-        raise ScoreModeError(f"top_p must be in (0, 1], got {top_p!r}; 1 keeps every token.")
-    if x.dim() != 2 or x.shape[1] == 0 or x.dtype not in (torch.float32, torch.float64):
-        raise ScoreModeError(
-            f"x must be float32 or float64 [N, V] with V above 0, got {x.dtype} {tuple(x.shape)}."
-        )
-    if top_p == 1:
-        return _everything(x)
     rows, columns = x.shape
     first = torch.topk(x, min(columns, FIRST_LOOK), dim=1).values
     # Shifted by the maximum, equal logits of a small vocabulary get exact probabilities.
@@ -80,14 +68,6 @@ def nucleus(
     mass.masked_fill_(bad, float("nan"))
     surplus = (x >= floor[:, None]).sum(1) - kept
     return floor, surplus.clamp_min_(0), mass
-
-
-def _everything(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # NaN wherever the row has no distribution, as below the full mass.
-    bad = ~torch.isfinite(x.amax(1))
-    floor = x.amin(1).masked_fill_(bad, float("nan"))
-    mass = torch.ones_like(floor).masked_fill_(bad, float("nan"))
-    return floor, torch.zeros_like(floor, dtype=torch.int64), mass
 
 
 def _cut(

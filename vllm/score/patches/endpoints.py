@@ -128,19 +128,11 @@ def response(
 
 
 @SERVING.wrap("OpenAIServingCompletion.completion_stream_generator")
-def stream(
-    stock: Any,
-    self: Any,
-    request: Any,
-    engine_inputs: Any,
-    result_generator: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def stream(stock: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """Add the scores to the events of a stream."""
     if score_fields(request) is not None:
         stock = partial(events_with_scores, stock)
-    return stock(request, engine_inputs, result_generator, *args, **kwargs)
+    return stock(request, *args, **kwargs)
 
 
 @CHAT.wrap("ChatCompletionRequest.to_sampling_params")

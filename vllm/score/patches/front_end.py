@@ -1,4 +1,5 @@
-"""In the front end: a score request on its way in, and its scores on their way out.
+"""In the front end: a score request on its way in, what the engine sees to before it admits it, and
+its scores on their way out.
 
 vllm.renderers.base
     Why: The targets travel with the prompt that they belong to.
@@ -15,6 +16,25 @@ vllm.v1.engine.input_processor
     Risk: Checks that upstream adds for prompt_logprob_token_ids are not seen by score requests.
     Upstream: Pull request: a branch in process_inputs that calls the same planning function.
     Deleted when: process_inputs fills the channel for score requests.
+
+vllm.v1.engine.llm_engine
+    Why: Fail closed across processes; and `LLM(model=...)` scores the whole vocabulary without
+        max_logprobs, which protects servers from their clients. A function run in the workers may
+        hook or change the model: scores must not rest on prefixes cached before.
+    How: One status call before the first score request of an engine. After collective_rpc the next
+        score request resets the prefix cache or, beside running requests, does not read it. After
+        a NaN it has the KV cache emptied, or does not read it. Where an engine process died of
+        importing an unguarded script, the error gets a note.
+    Risk: Workers replaced later (elastic scaling) are not asked again.
+    Upstream: Not needed in a merged fork, but for the limit.
+    Deleted when: Score mode is part of vLLM.
+
+vllm.v1.engine.async_llm
+    Why: Fail closed across processes, as for LLMEngine.
+    How: As for LLMEngine.
+    Risk: Workers replaced later (elastic scaling) are not asked again.
+    Upstream: Not needed in a merged fork.
+    Deleted when: Score mode is part of vLLM.
 
 vllm.outputs
     Why: The scores as arrays, beside the stock-looking prompt_logprobs.
@@ -37,12 +57,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import warnings
 import weakref
-from types import ModuleType
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.score.engine.configuration import check_configuration, confuses_adapters
 from vllm.score.engine.request import (
+    NO_CLIENT_LIMIT,
     NO_VIEW,
     TARGETS,
     InvalidScoreRequest,
@@ -52,13 +76,10 @@ from vllm.score.engine.request import (
     check_prompt,
     check_truncation,
 )
+from vllm.score.errors import ScoreModeUnavailable
+from vllm.score.patches.engine_core import first_problem
 from vllm.score.patches.patch import Patch
 from vllm.score.results import ANY_ID, EveryId, FailedScores, attach_scores
-
-
-def _give_outputs_scores(module: ModuleType) -> None:
-    module.RequestOutput.scores = None
-
 
 RENDERER = Patch("vllm.renderers.base", ("front end",))
 INPUTS = Patch("vllm.v1.engine.input_processor", ("front end",))
@@ -66,27 +87,39 @@ OUTPUT = Patch(
     "vllm.outputs",
     ("front end",),
     contract={"RequestOutput.__init__": ("self", "request_id", "prompt", "prompt_token_ids")},
-    apply=_give_outputs_scores,
+    apply=lambda module: setattr(module.RequestOutput, "scores", None),
     holds=lambda module: module.RequestOutput.scores is None,
 )
 OUTPUTS = Patch("vllm.v1.engine.output_processor", ("front end",))
+LLM_ENGINE = Patch("vllm.v1.engine.llm_engine", ("front end",))
+ASYNC_LLM = Patch("vllm.v1.engine.async_llm", ("front end",))
 
 # On an input processor: a score was NaN, so a part of the KV cache may be.
 NAN_SEEN = "score_mode_nan_seen"
 # On an input processor: bytes of the whole-vocabulary results of its unfinished requests.
 BYTES_IN_USE = "score_mode_bytes_in_use"
+# On an engine: all its processes have said that they can score.
+CHECKED = "score_mode_checked"
+# On an engine: something was run in the workers since, a hook or a change of weights, and the
+# prefix cache may be another model's.
+TOUCHED = "score_mode_model_touched"
+
+
+# --- the way in
 
 
 @RENDERER.wrap("BaseRenderer._process_singleton")
-def process_singleton(stock: Any, self: Any, prompt: Any, **kwargs: Any) -> Any:
+def process_singleton(stock: Any, self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
     """Keep the targets, which rendering drops with all keys that it does not know."""
-    return _with_targets(prompt, kwargs.get("tok_params"), stock(prompt, **kwargs))
+    return _with_targets(prompt, kwargs.get("tok_params"), stock(prompt, *args, **kwargs))
 
 
 @RENDERER.wrap("BaseRenderer._process_singleton_async")
-async def process_singleton_async(stock: Any, self: Any, prompt: Any, **kwargs: Any) -> Any:
+async def process_singleton_async(
+    stock: Any, self: Any, prompt: Any, *args: Any, **kwargs: Any
+) -> Any:
     """The same."""
-    return _with_targets(prompt, kwargs.get("tok_params"), await stock(prompt, **kwargs))
+    return _with_targets(prompt, kwargs.get("tok_params"), await stock(prompt, *args, **kwargs))
 
 
 def _with_targets(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
@@ -99,14 +132,7 @@ def _with_targets(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
 
 @INPUTS.wrap("InputProcessor.process_inputs")
 def process_inputs(
-    stock: Any,
-    self: Any,
-    request_id: str,
-    prompt: Any,
-    params: Any,
-    supported_tasks: Any,
-    *args: Any,
-    **kwargs: Any,
+    stock: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Admission: a score request becomes an engine request with targets and no token to generate.
 
@@ -119,7 +145,7 @@ def process_inputs(
                 "SamplingParams(score_mode=True).",
                 parameter=TARGETS,
             )
-        request = stock(request_id, prompt, params, supported_tasks, *args, **kwargs)
+        request = stock(request_id, prompt, params, *args, **kwargs)
         if hasattr(params, ANY_ID):
             setattr(request.sampling_params, ANY_ID, True)  # the stock function copies them
         return request
@@ -128,8 +154,12 @@ def process_inputs(
     lease = BytesLease(self, spec)
     prompt = {**prompt, "prompt_token_ids": ids[: len(ids) - len(spec.unread)]}
     prompt.pop(TARGETS, None)
-    carrier = _carrier(params, _cache_may_be_spoiled(self, *args, **kwargs))
-    request = stock(request_id, prompt, carrier, supported_tasks, *args, **kwargs)
+    skip = bool(params.skip_reading_prefix_cache)
+    if confuses_adapters(self.vllm_config):  # a cached prefix may have another request's adapter
+        bound = inspect.signature(stock).bind(request_id, prompt, params, *args, **kwargs)
+        skip |= bound.arguments.get("lora_request") is None
+    carrier = copy.copy(_template(params.output_kind, skip))
+    request = stock(request_id, prompt, carrier, *args, **kwargs)
     _mark(request.sampling_params, spec, lease)
     return request
 
@@ -174,7 +204,6 @@ class BytesLease:
     """
 
     def __init__(self, processor: Any, spec: ScoreSpec) -> None:
-
         def count(change: int) -> None:
             setattr(processor, BYTES_IN_USE, getattr(processor, BYTES_IN_USE, 0) + change)
 
@@ -187,21 +216,9 @@ class BytesLease:
         setattr(self._processor, NAN_SEEN, True)
 
 
-def _cache_may_be_spoiled(
-    processor: Any, arrival_time: Any = None, lora_request: Any = None, *_: Any, **__: Any
-) -> bool:
-    """Whether cached prefixes of this request may have been computed with another's adapter."""
-    return lora_request is None and confuses_adapters(processor.vllm_config)
-
-
-def _carrier(params: Any, skip_cache: bool) -> Any:
-    """An ordinary request for one token: what the stock checks are shown."""
-    skip = skip_cache or bool(params.skip_reading_prefix_cache)
-    return copy.copy(_template(params.output_kind, skip))
-
-
 @functools.cache
 def _template(output_kind: Any, skip_reading_prefix_cache: bool) -> Any:
+    """An ordinary request for one token: what the stock checks are shown."""
     from vllm import SamplingParams
 
     # Its copies skip the checks at construction, which take longer than the rest of admission.
@@ -228,6 +245,156 @@ def _mark(engine_params: Any, spec: ScoreSpec, lease: BytesLease) -> None:
     engine_params.score_lease = lease
 
 
+# --- what an engine sees to before it admits a request
+
+
+def ask_engine(engine: Any) -> Any:
+    """Status of every process behind an `LLMEngine`, a list of `process_status`.
+
+    Raises:
+        ScoreModeUnavailable: the engine core does not know the question.
+    """
+    return _at_once(_statuses(engine))
+
+
+async def _statuses(engine: Any) -> Any:
+    try:
+        return await _ask(engine, "score_status")
+    except Exception as error:
+        raise ScoreModeUnavailable(
+            f"score mode is not armed in the engine core or one of its workers: {error}; install "
+            "the same vllm-score wherever they run, and set VLLM_PLUGINS there as here."
+        ) from error
+
+
+async def _ask(engine: Any, method: str) -> Any:
+    """What a method that we added to the engine core says."""
+    client = engine.engine_core
+    core = getattr(client, "engine_core", None)  # the in-process client holds the core itself
+    if core is not None:
+        return getattr(core, method)()
+    if hasattr(client, "call_utility"):
+        return client.call_utility(method)
+    return await client.call_utility_async(method)
+
+
+def _at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that waits for nothing: an `LLMEngine` answers at once."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise RuntimeError("an LLMEngine has to answer at once.")
+
+
+async def _let_in(engine: Any, params: Any, unfinished: Callable[[], bool]) -> Any:
+    """The parameters of a score request as they may be sent.
+
+    Args:
+        unfinished: whether the engine has requests.
+
+    Raises:
+        ScoreModeUnavailable: a process behind the engine cannot score.
+        InvalidScoreRequest: its configuration cannot be scored.
+    """
+    if not getattr(engine, CHECKED, False):
+        check_configuration(engine.vllm_config)
+        statuses = await _statuses(engine)
+        if (problem := first_problem(statuses)) is not None:
+            raise ScoreModeUnavailable(problem)
+        for text in sorted({text for s in statuses for text in s.get("warnings", ())}):
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        setattr(engine, CHECKED, True)
+    fresh = True
+    for owner, flag, clear in (
+        (engine.input_processor, NAN_SEEN, lambda: _ask(engine, "score_empty_cache")),
+        (engine, TOUCHED, engine.reset_prefix_cache),
+    ):
+        if getattr(owner, flag, False):
+            cleared = False if unfinished() else clear()
+            if await cleared if inspect.isawaitable(cleared) else cleared:
+                setattr(owner, flag, False)
+            else:
+                fresh = False
+    return params if fresh else without_cache(params)
+
+
+def without_cache(params: Any) -> Any:
+    """A copy of sampling parameters whose request reads no cached prefix."""
+    copied = params.clone()
+    vars(copied).update(vars(params))  # the marks of a server's request, which a copy lacks
+    copied.skip_reading_prefix_cache = True
+    return copied
+
+
+@contextmanager
+def _touching(engine: Any) -> Iterator[None]:
+    """Have the next score request check the engine again and forget its cache.
+
+    Marked before and after: requests that are admitted meanwhile see either model.
+    """
+    marks = {TOUCHED: True, CHECKED: False}
+    vars(engine).update(marks)
+    try:
+        yield
+    finally:
+        vars(engine).update(marks)
+
+
+@LLM_ENGINE.wrap("LLMEngine.__init__")
+def init(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """No limit of a client; a note on a start that failed."""
+    try:
+        stock(vllm_config, *args, **kwargs)
+    except RuntimeError as error:
+        from vllm.score.launch.reasons import unguarded_script_note
+
+        if note := unguarded_script_note(error):
+            error.add_note(note)
+        raise
+    setattr(self.input_processor, NO_CLIENT_LIMIT, True)
+
+
+@LLM_ENGINE.wrap("LLMEngine.add_request")
+def add_request(
+    stock: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Admit a score request, or refuse it."""
+    if getattr(params, "score_mode", False):
+        params = _at_once(_let_in(self, params, self.has_unfinished_requests))
+    return stock(request_id, prompt, params, *args, **kwargs)
+
+
+@ASYNC_LLM.wrap("AsyncLLM.add_request")
+async def add_request_async(
+    stock: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The same, for an engine that is waited for."""
+    if getattr(params, "score_mode", False):
+        unfinished = self.output_processor.has_unfinished_requests
+        params = await _let_in(self, params, unfinished)
+    return await stock(request_id, prompt, params, *args, **kwargs)
+
+
+@LLM_ENGINE.wrap("LLMEngine.collective_rpc")
+def collective_rpc(stock: Any, self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Note that the model may have changed."""
+    with _touching(self):
+        return stock(method, *args, **kwargs)
+
+
+@ASYNC_LLM.wrap("AsyncLLM.collective_rpc")
+async def collective_rpc_async(
+    stock: Any, self: Any, method: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The same."""
+    with _touching(self):
+        return await stock(method, *args, **kwargs)
+
+
+# --- the way out
+
+
 @OUTPUTS.wrap("RequestState.from_new_request")
 def from_new_request(
     stock: Any, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any
@@ -245,17 +412,9 @@ def from_new_request(
 
 
 @OUTPUTS.wrap("RequestState._new_request_output")
-def new_request_output(
-    stock: Any,
-    self: Any,
-    external_req_id: str,
-    outputs: Any,
-    finished: bool,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def new_request_output(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Turn the engine's array into `scores`, and the view in `prompt_logprobs`."""
-    output = stock(external_req_id, outputs, finished, *args, **kwargs)
+    output = stock(*args, **kwargs)
     spec = getattr(self, "score_spec", None)
     if spec is not None:
         attach_scores(output, spec, self.score_tokenizer)

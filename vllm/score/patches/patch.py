@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -15,8 +15,6 @@ import wrapt
 from vllm.score.armed import UPSTREAM_VERSION, Role
 
 State = Literal["not imported", "applied", "failed"]
-# (namespace, name, object as it is stored); the namespace is live.
-Place = tuple[Mapping[str, Any], str, Any]
 Hook = Callable[[ModuleType], None]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,30 +77,23 @@ class Patch:
             return f"written for vLLM {UPSTREAM_VERSION}*"
         for dotted, expected in self.contract.items():
             try:
-                *_, found = _place(module, dotted)
+                *_, found = wrapt.resolve_path(module, dotted)
             except AttributeError:
                 return f"{dotted} does not exist"
             function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
-            parameters = inspect.signature(function).parameters
-            names = tuple(parameters)
+            names = tuple(inspect.signature(function).parameters)
             if names[: len(expected)] != expected:
                 return f"{dotted} takes {names}, not {expected}"
-            rest = list(parameters.values())[len(expected) :]
-            if dotted in self.wrappers and not _passes_on(self.wrappers[dotted], rest):
+            wrapper = self.wrappers.get(dotted)
+            if names != expected and wrapper is not None and not _passes_on(wrapper):
                 return f"{dotted} takes {names}, more than {expected}"
         return None
 
 
-def _passes_on(f: Callable[..., Any], rest: Sequence[inspect.Parameter]) -> bool:
-    """Whether `f` takes these parameters, too, by its `*args` and `**kwargs`."""
+def _passes_on(f: Callable[..., Any]) -> bool:
+    """Whether `f` takes any more parameters, by its `*args` and `**kwargs`."""
     kinds = {parameter.kind for parameter in inspect.signature(f).parameters.values()}
-    positional = inspect.Parameter.VAR_POSITIONAL in kinds
-    keyword = inspect.Parameter.VAR_KEYWORD in kinds
-    return all(
-        (positional or p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD))
-        and (keyword or p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL))
-        for p in rest
-    )
+    return {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
 
 
 def _calling(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,7 +117,7 @@ class Application:
     state: State = "not imported"
     reason: str = ""
     module: ModuleType | None = field(default=None, repr=False)
-    places: dict[str, Place] = field(default_factory=dict, repr=False)
+    places: dict[str, tuple[Any, str, Any]] = field(default_factory=dict, repr=False)
 
     def run(self, module: ModuleType, version: str) -> None:
         """Check the contract, apply, read back. Never raises: ordinary vLLM must go on."""
@@ -137,7 +128,7 @@ class Application:
             problem = self.patch.contract_problem(module, version)
             if problem is None:
                 self.patch.put_in_place(module)
-                self.places = {dotted: _place(module, dotted) for dotted in self.patch.contract}
+                self.places = {d: wrapt.resolve_path(module, d) for d in self.patch.contract}
                 problem = self._undone(module)
             elif self.patch.refuse is not None:
                 self.patch.refuse(module)
@@ -161,7 +152,7 @@ class Application:
             return "the module was imported a second time"
         # This runs for every score request: where nothing moved, there is nothing to look up.
         places = self.places.values()
-        if self.patch.holds is None and all(scope.get(name) is f for scope, name, f in places):
+        if self.patch.holds is None and all(vars(at).get(name) is f for at, name, f in places):
             return None
         try:
             return self._undone(self.module)
@@ -174,7 +165,7 @@ class Application:
         for dotted, (_, _, wrapper) in self.places.items():
             if not isinstance(wrapper, wrapt.FunctionWrapper):
                 return f"{dotted} is not wrapped"
-            if not _calls(_place(module, dotted)[2], wrapper):
+            if not _calls(wrapt.resolve_path(module, dotted)[2], wrapper):
                 return f"{dotted} was replaced after it was wrapped"
         return None
 
@@ -188,20 +179,6 @@ def _calls(function: Any, wrapper: Any) -> bool:
             return True
         function = getattr(function, "__wrapped__", None)
     return False
-
-
-def _place(owner: Any, dotted: str) -> Place:
-    """Where an attribute is stored."""
-    scope: Mapping[str, Any] = {}
-    name = ""
-    for name in dotted.split("."):
-        owners = owner.__mro__ if isinstance(owner, type) else (owner,)
-        found = next((o for o in owners if name in vars(o)), None)
-        if found is None:
-            raise AttributeError(f"{owner!r} has no attribute {name!r}")
-        scope = vars(found)
-        owner = scope[name]
-    return scope, name, owner
 
 
 # --- when: once the module is completely imported

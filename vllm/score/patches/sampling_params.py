@@ -20,6 +20,9 @@ from vllm.score.engine.request import ScoreSpec, check_options
 from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.patches.patch import Patch
 
+# Fields of a score request, which an ordinary one must leave alone; None means the default, too.
+DEFAULTS = {"score_statistics": None, "score_temperature": 1.0, "score_top_p": 1.0}
+
 
 def apply(module: ModuleType) -> None:
     """Put the subclass in the stock class's place."""
@@ -58,11 +61,6 @@ def apply(module: ModuleType) -> None:
                     "score_statistics, score_temperature and score_top_p need score_mode=True.",
                     parameter="score_statistics",
                 )
-            if self.max_tokens is not None and self.max_tokens < 0:
-                raise Invalid(
-                    f"max_tokens must be at least 0, got {self.max_tokens}.",
-                    parameter="max_tokens",
-                )
             if self.max_tokens != 0:
                 return base._verify_args(self)
             if not self.score_mode:
@@ -76,27 +74,19 @@ def apply(module: ModuleType) -> None:
         def _verify_score_mode(self) -> None:
             if self._score is not None:
                 return
-            problem = front_end_problem()
-            if problem is not None:
+            if (problem := front_end_problem()) is not None:
                 raise ScoreModeUnavailable(problem)
             check_options(self)
 
         @staticmethod
-        def from_optional(
-            *args: Any,
-            score_mode: bool | None = False,
-            score_statistics: list[str] | None = None,
-            score_temperature: float | None = 1.0,
-            score_top_p: float | None = 1.0,
-            **kwargs: Any,
-        ) -> Any:
+        def from_optional(*args: Any, score_mode: bool | None = False, **kwargs: Any) -> Any:
+            given = {name: kwargs.pop(name, None) for name in DEFAULTS}
             if score_mode and kwargs.get("max_tokens") == 0:
                 del kwargs["max_tokens"]
             params = base.from_optional(*args, **kwargs)
             params.score_mode = bool(score_mode)
-            params.score_statistics = score_statistics
-            params.score_temperature = 1.0 if score_temperature is None else score_temperature
-            params.score_top_p = 1.0 if score_top_p is None else score_top_p
+            for name, default in DEFAULTS.items():
+                setattr(params, name, default if given[name] is None else given[name])
             params._verify_args()
             return params
 
@@ -104,10 +94,8 @@ def apply(module: ModuleType) -> None:
             text: str = base.__repr__(self)
             if not self.score_mode:
                 return text
-            return (
-                f"{text[:-1]}, score_mode=True, score_statistics={self.score_statistics}, "
-                f"score_temperature={self.score_temperature}, score_top_p={self.score_top_p})"
-            )
+            ours = (f"{name}={getattr(self, name)}" for name in ("score_mode", *DEFAULTS))
+            return f"{text[:-1]}, {', '.join(ours)})"
 
     _take_place(module, SamplingParams)
 

@@ -93,16 +93,9 @@ def _score_v1(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, i
             scores = RequestScores(params._score)
             setattr(request, BUFFER, scores)
         scores.spoiled |= spoils and request.lora_request is None
-        row = runner.input_batch.req_id_to_index[request_id]
-        scheduled.append(
-            ScheduledRows(
-                request_id,
-                scores,
-                request.num_computed_tokens,
-                num_tokens,
-                int(runner.query_start_loc.np[row]),
-            )
-        )
+        first = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+        begin = request.num_computed_tokens
+        scheduled.append(ScheduledRows(request_id, scores, begin, num_tokens, first))
     if not scheduled:
         return {}
     ready = score_step(scheduled, hidden_states, runner.model.compute_logits)

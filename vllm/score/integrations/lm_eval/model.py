@@ -185,7 +185,7 @@ class VLLMScoreLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside the results."""
-        from vllm.score.patches.status import versions
+        from vllm.score.patches.engine_core import versions
 
         config = self.model.llm_engine.model_config
         return {
