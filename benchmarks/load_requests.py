@@ -45,7 +45,7 @@ INVALID: tuple[tuple[dict[str, Any], str], ...] = (
     ({"logprobs": 1}, "logprobs=1"),
     ({"stream": True, "prompt": [10**9]}, "outside the vocabulary"),
     ({"prompt_logprobs": 1000}, "max_logprobs=20"),
-    ({"score_mode": "yes"}, "score_mode must be true or false"),
+    ({"score_mode": "yes"}, "score_mode must be True or False"),
 )
 
 

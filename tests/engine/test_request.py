@@ -219,7 +219,7 @@ def test_any_split_scores_each_row_once(length, chunks, data):
         num_tokens = min(chunk, length - begin)
         if num_tokens == 0:
             break
-        low, high = ScheduledRows("", scores, begin, num_tokens, length, 0).rows
+        low, high = ScheduledRows("", scores, begin, num_tokens, 0).rows
         assert low >= high or (begin <= low and high <= begin + num_tokens)
         seen += range(low, high)
         begin += num_tokens
@@ -237,7 +237,9 @@ def test_whole_vocabulary_by_default_and_its_bound(monkeypatch):
     with pytest.raises(ValueError, match="with 100 in use"):
         admit([1, 2, 3], None, params(), FACTS, bytes_in_use=100)
     monkeypatch.setenv("VLLM_SCORE_FULL_VOCAB_BYTES", "many")
-    with pytest.raises(ValueError, match="VLLM_SCORE_FULL_VOCAB_BYTES='many'"):
+    with pytest.raises(
+        ValueError, match="VLLM_SCORE_FULL_VOCAB_BYTES must be a whole number, got 'many'"
+    ):
         spec_of([1, 2, 3])
 
 
@@ -256,7 +258,7 @@ def test_a_server_keeps_its_limit():
         spec_of([1, 2, 3], [[1, 2, 3, 4, 5, 6]], facts=server)
     with pytest.raises(ValueError, match="prompt_logprobs is 101, the vocabulary has 100"):
         spec_of([1, 2, 3], prompt_logprobs=101)
-    unlimited = ModelFacts(vocab_size=100, max_model_len=32, max_logprobs=-1)
+    unlimited = ModelFacts(vocab_size=100, max_model_len=32, max_logprobs=None)
     assert spec_of([1, 2, 3], facts=unlimited).layout.top == -1
 
 

@@ -22,7 +22,7 @@ hidden = torch.randn(rows, 16, dtype=torch.bfloat16)
 
 def run(count):
     scores = RequestScores(ScoreSpec(np.zeros((count, 1), np.int32), 0, layout, vocab))
-    step = ScheduledRows("a", scores, 0, count, count, 0)
+    step = ScheduledRows("a", scores, 0, count, 0)
     done = score_step([step], hidden, lambda h: h @ weight.T)["a"]
     assert all(torch.isfinite(row).all() for row in done)
     return done

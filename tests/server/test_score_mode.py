@@ -165,7 +165,7 @@ def test_the_openai_client(server: str, complete: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"score_mode": "yes"}, "score_mode must be true or false, got 'yes'"),
+        ({"score_mode": "yes"}, "score_mode must be True or False, got 'yes'"),
         ({"score_mode": False, "target_token_ids": [4]}, "target_token_ids needs score_mode=true"),
         ({"score_mode": None, "score_temperature": 2}, "score_temperature needs score_mode=true"),
         ({"target_token_ids": []}, "target_token_ids is empty"),
@@ -180,7 +180,10 @@ def test_the_openai_client(server: str, complete: Any) -> None:
         ({"prompt_logprobs": -1}, "max_logprobs=20"),
         ({"prompt_logprobs": 21}, "max_logprobs=20"),
         ({"score_statistics": ["ranks"]}, "did you mean 'rank'?"),
-        ({"score_statistics": "rank"}, "score_statistics must be a list of names"),
+        (
+            {"score_statistics": "rank"},
+            "score_statistics must be a list, each entry a text, got 'rank'",
+        ),
         ({"score_temperature": "hot"}, "score_temperature must be a number"),
         ({"score_top_p": 0}, "score_top_p must be a number above 0 and of at most 1, got 0"),
         ({"score_top_p": True}, "score_top_p must be a number above 0 and of at most 1, got True"),

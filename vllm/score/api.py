@@ -1,26 +1,41 @@
-"""`score`: the one way from Python to the scores; everything above the engine goes through it."""
+"""`score`: the one way from Python to the scores; everything above the engine goes through it.
+
+Every request is checked before the first is sent. They are sent in the order in which the engine
+computes shared contexts once, and so many at a time that it is never short of work.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+import numpy as np
 from pydantic import Field
 
+from vllm.score.armed import require_score_mode
 from vllm.score.checks import Whole, check
+from vllm.score.engine.configuration import check_configuration, check_llm, confuses_adapters
+from vllm.score.engine.request import AdmittedRequest, ModelFacts, admit
 from vllm.score.errors import ScoreModeError
-from vllm.score.results import TokenScores
+from vllm.score.results import FailedScores, TokenScores
 from vllm.score.tokens import encode_inputs, own_prefix_note
 
 if TYPE_CHECKING:
-    import numpy as np
     from tqdm import tqdm
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
-    from vllm.score.engine.request import AdmittedRequest
+
+# Enough to keep any engine full, few enough that a long list costs no memory before its turn.
+MAX_REQUESTS_IN_FLIGHT = 4096
+MAX_TOKENS_IN_FLIGHT = 1 << 20
+# Shorter prefixes are not worth another order: they fill no block of the cache.
+SHARED_TOKENS = 16
+# Sent before the engine begins, at most: more would keep it waiting for us.
+HELD_REQUESTS = 256
 
 NOTES = "notes"  # of a prompt, for its result
 
@@ -84,10 +99,6 @@ def score(
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
-    from vllm.score.armed import require_score_mode
-    from vllm.score.engine.configuration import check_llm
-    from vllm.score.engine.feed import run_requests
-    from vllm.score.engine.output import FailedScores
 
     require_score_mode()
     check_llm(llm)
@@ -99,7 +110,7 @@ def score(
         score_statistics=statistics or None,
         score_temperature=temperature,
         score_top_p=top_p,
-        prompt_logprobs=None if full_vocabulary else top,
+        prompt_logprobs=-1 if full_vocabulary else top,
         skip_reading_prefix_cache=bool(skip_prefix_cache or reproducible),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -111,9 +122,8 @@ def score(
     with _progress(use_tqdm, sum(len(request.ids) for request in admitted)) as bar:
         for order in _orders(llm, admitted, params.skip_reading_prefix_cache, adapters):
             while left := [i for i in order if i not in results]:
-                running = run_requests(llm, admitted, left, adapters, reproducible)
                 # At an error the rest is aborted now, not when the traceback is let go.
-                with closing(running):
+                with closing(run_requests(llm, admitted, left, adapters, reproducible)) as running:
                     for index, output in running:
                         found = output.scores
                         if retry_nan and isinstance(found, FailedScores) and found.nan:
@@ -138,7 +148,11 @@ def _prompts(llm: LLM, requests: Any) -> list[dict[str, Any]]:
             f"requests must be a list, got one {type(requests).__name__}; write [request]."
         )
     prompts = [_prompt(i, request) for i, request in enumerate(requests)]
-    texts = {i: prompt.pop("prompt") for i, prompt in enumerate(prompts) if "prompt" in prompt}
+    texts = {
+        i: prompt["prompt"]
+        for i, prompt in enumerate(prompts)
+        if prompt.get("prompt_token_ids") is None and isinstance(prompt.get("prompt"), str)
+    }
     if texts:
         tokenizer = llm.get_tokenizer()
         names = [f"requests[{i}]" for i in texts]
@@ -151,7 +165,7 @@ def _prompts(llm: LLM, requests: Any) -> list[dict[str, Any]]:
 
 
 def _prompt(index: int, request: Any) -> dict[str, Any]:
-    """A request as a dict with either "prompt" (a text) or "prompt_token_ids"."""
+    """A request as a dict with the keys of a `ScoreRequest`."""
     if isinstance(request, str):
         return {"prompt": request}
     if not isinstance(request, Mapping):
@@ -162,11 +176,7 @@ def _prompt(index: int, request: Any) -> dict[str, Any]:
             f"requests[{index}] has the keys {sorted(unknown)}, which are not supported; use "
             "prompt or prompt_token_ids, and target_token_ids."
         )
-    prompt = dict(request)
-    ids, text = prompt.pop("prompt_token_ids", None), prompt.pop("prompt", None)
-    if ids is None and isinstance(text, str):
-        return {**prompt, "prompt": text}
-    return {**prompt, "prompt_token_ids": ids}
+    return dict(request)
 
 
 def _adapters(
@@ -190,27 +200,18 @@ def _admitted(
     llm: LLM, prompts: list[dict[str, Any]], params: SamplingParams
 ) -> list[AdmittedRequest]:
     """Each request checked, the first malformed one refused by its index before any runs."""
-    from vllm.score.engine.configuration import check_configuration
-    from vllm.score.engine.request import ModelFacts, admit
-
     check_configuration(llm.llm_engine.vllm_config)
     facts = ModelFacts.of(llm.llm_engine.input_processor)
-    full_vocabulary = params.prompt_logprobs is None
     admitted: list[AdmittedRequest] = []
     bytes_in_use = 0
     for i, prompt in enumerate(prompts):
-        ids, targets = prompt["prompt_token_ids"], prompt.get("target_token_ids")
-        if full_vocabulary and targets is not None:
-            raise ScoreModeError(
-                f"requests[{i}]: full_vocabulary=True and target_token_ids exclude each other."
-            )
+        ids, targets = prompt.get("prompt_token_ids"), prompt.get("target_token_ids")
         try:
             request = admit(ids, targets, params, facts, bytes_in_use, prompt.get(NOTES, ()))
         except ValueError as error:
             raise ScoreModeError(f"requests[{i}]: {error}") from error
         admitted.append(request)
-        if full_vocabulary:
-            bytes_in_use += 4 * math.prod(request.spec.result_shape)
+        bytes_in_use += request.spec.full_vocabulary_bytes
     return admitted
 
 
@@ -221,15 +222,123 @@ def _orders(
     adapters: Sequence[LoRARequest | None],
 ) -> list[list[int]]:
     """The requests that are sent together, those with a common context after each other."""
-    from vllm.score.engine.configuration import confuses_adapters
-    from vllm.score.engine.feed import shared_prefix_order
-
     order = list(range(len(requests)))
     if not skip_prefix_cache:
         order = shared_prefix_order([request.ids for request in requests])
     if not any(adapters) or not confuses_adapters(llm.llm_engine.vllm_config):
         return [order]
     return [[i for i in order if (adapters[i] is None) is without] for without in (True, False)]
+
+
+def shared_prefix_order(prompts: Sequence[np.ndarray]) -> list[int]:
+    """Indices of `prompts`, those that share a prefix next to each other.
+
+    The engine computes a prefix once while its blocks stay in the cache, from the step on in which
+    they are first computed. Neighbours find them there however small the cache is.
+
+    Groups that share at least `SHARED_TOKENS` tokens stay in the order of their first members. In
+    a group the order is that of the token ids, so that longer shared prefixes are adjacent too.
+    The order is unchanged where nothing is shared.
+
+    Args:
+        prompts: arrays of token ids, [n] each, of one dtype.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        # Prompts too short to share so much are groups of their own.
+        long_enough = len(prompt) >= SHARED_TOKENS
+        prefix = prompt[:SHARED_TOKENS].tobytes() if long_enough else b"%d" % i
+        groups.setdefault(prefix, []).append(i)
+
+    # Bytes compare fast; big-endian ones compare like the numbers.
+    def key(i: int) -> bytes:
+        return prompts[i].astype(">i4").tobytes()
+
+    groups_in_order = (g if len(g) == 1 else sorted(g, key=key) for g in groups.values())
+    return list(chain.from_iterable(groups_in_order))
+
+
+def run_requests(
+    llm: LLM,
+    requests: Sequence[AdmittedRequest],
+    order: Sequence[int],
+    adapters: Sequence[LoRARequest | None],
+    queue_first: bool,
+) -> Generator[tuple[int, Any], None, None]:
+    """Yield (index, output) as requests finish; whatever is unfinished at an error is aborted.
+
+    Args:
+        requests: of a call, with equal options.
+        order: indices of `requests`, in which they are sent.
+        adapters: of each request.
+        queue_first: let the engine begin only when all requests have reached it.
+
+    Raises:
+        ScoreModeError: the engine is busy.
+    """
+    engine = llm.llm_engine
+    if engine.has_unfinished_requests():
+        raise ScoreModeError("llm has unfinished requests; score() needs an idle engine.")
+    waiting = deque(order)
+    running: dict[str, tuple[int, str]] = {}  # index and internal id by request id
+    tokens_in_flight = 0
+    # What the engine has to compute of the requests sent so far, up to a step's work.
+    work, step = 0, engine.vllm_config.scheduler_config.max_num_batched_tokens
+    last = np.zeros(0, dtype=np.int64)
+    hold = _held(engine)
+    try:
+        while waiting or running:
+            while (
+                waiting
+                and len(running) < MAX_REQUESTS_IN_FLIGHT
+                and tokens_in_flight < MAX_TOKENS_IN_FLIGHT
+            ):
+                index = waiting.popleft()
+                request, request_id = requests[index], str(next(llm.request_counter))
+                internal_id = engine.add_request(
+                    request_id, request.prompt, request.params, lora_request=adapters[index]
+                )
+                running[request_id] = index, internal_id
+                tokens_in_flight += len(request.ids)
+                if not queue_first and work < step:
+                    skips = request.params.skip_reading_prefix_cache
+                    work += len(request.ids) - (0 if skips else common_prefix(last, request.ids))
+                    last = request.ids
+                    if work >= step or len(running) >= HELD_REQUESTS:
+                        hold.close()
+            hold.close()
+            for output in engine.step():
+                if output.finished and output.request_id in running:
+                    index, _ = running.pop(output.request_id)
+                    tokens_in_flight -= len(requests[index].ids)
+                    yield index, output
+    finally:
+        hold.close()
+        if running:
+            engine.abort_request([own_id for _, own_id in running.values()], internal=True)
+
+
+def _held(engine: Any) -> ExitStack:
+    """Keep an engine in another process from its first step until the `close` of what is returned.
+
+    It would begin with the one request that arrives first: a step for a single context, and
+    another batch each time.
+    """
+    hold = ExitStack()
+    # An engine in this process runs only when it is told to; ranks of data parallelism pause and
+    # go on together, which is not ours to do.
+    alone = engine.vllm_config.parallel_config.data_parallel_size == 1
+    if alone and not hasattr(engine.engine_core, "engine_core"):
+        engine.sleep(level=0, mode="keep")
+        hold.callback(engine.wake_up, tags=["scheduling"])
+    return hold
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of tokens that two arrays of ids, [n] and [m], begin with in common."""
+    shorter = min(len(a), len(b))
+    different = a[:shorter] != b[:shorter]
+    return int(different.argmax()) if different.any() else shorter
 
 
 def _progress(use_tqdm: bool | Callable[..., tqdm], tokens: int) -> Any:

@@ -26,6 +26,7 @@ from pydantic import Field
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
+from vllm.score.api import shared_prefix_order
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, Number, Whole, check
 from vllm.score.continuations import MergedContinuations
@@ -43,7 +44,6 @@ from vllm.score.eig.reasoner import (
     ends_everything,
 )
 from vllm.score.engine.configuration import check_configuration, check_llm
-from vllm.score.engine.feed import shared_prefix_order
 from vllm.score.engine.request import AdmittedRequest, ModelFacts, admit
 from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores

@@ -8,13 +8,14 @@ from typing import Any
 
 from vllm.score.engine.request import InvalidScoreRequest
 from vllm.score.errors import ScoreModeError
+from vllm.score.ops.statistics import MAX_EXACT_ID
 
 # Llama 4 scales its attention in vLLM where max_model_len is above this, unless its generation
 # config says whether to.
 _LLAMA4_PLAIN_ATTENTION = 32768
 
-# Parts of a model that are called outside of the compiled graph.
-_OUTSIDE = ("lm_head", "logits_processor")
+# Parts of a model that are called outside of the compiled graph, and the model itself.
+_OUTSIDE = ("", "lm_head", "logits_processor")
 
 
 def unsupported_configuration(config: Any) -> str | None:
@@ -47,9 +48,10 @@ def unsupported_configuration(config: Any) -> str | None:
             speculative is not None and speculative.method != "ngram",
             "of the speculative methods only 'ngram' is supported yet; start without it",
         ),
+        (bool(model.return_sampling_mask), "engines that return sampling masks are not supported"),
         (
-            bool(model.return_sampling_mask),
-            "engines that return sampling masks are not supported",
+            model.get_vocab_size() > MAX_EXACT_ID,
+            f"vocabularies of more than {MAX_EXACT_ID:,} tokens are not supported",
         ),
     )
     sentence = next((sentence for refused, sentence in checks if refused), None)
@@ -84,7 +86,7 @@ def confuses_adapters(config: Any) -> bool:
       to read no cached prefixes;
     * in the V1 runner (`vllm.score.patches`) a step with both kinds marks the scores of those
       without an adapter as `spoiled`: they are NaN;
-    * the error for NaN (`vllm.score.engine.output`) names it among the causes.
+    * the error for NaN (`vllm.score.results`) names it among the causes.
     """
     from vllm.platforms import current_platform
 
@@ -111,7 +113,10 @@ def with_room_for_one_more(settings: Mapping[str, Any]) -> dict[str, Any]:
     config = model_config(settings)
     length = int(config.max_model_len)
     larger = {**settings, "max_model_len": length + 1}
-    if _changes_the_model(config, length) or _breaks_the_batches(settings, length):
+    # Whole prompts must fit into the batches where they may not be cut.
+    cut = settings.get("enable_chunked_prefill") is not False
+    batch = None if cut else settings.get("max_num_batched_tokens")
+    if _changes_the_model(config, length) or (batch is not None and int(batch) <= length):
         return dict(settings)
     try:
         config.get_and_verify_max_len(length + 1)
@@ -153,13 +158,6 @@ def _changes_the_model(config: Any, length: int) -> bool:
     return longrope and length in originals
 
 
-def _breaks_the_batches(settings: Mapping[str, Any], length: int) -> bool:
-    """Whether the batches hold max_model_len tokens, which must be a whole prompt, and no more."""
-    batch = settings.get("max_num_batched_tokens")
-    whole = settings.get("enable_chunked_prefill") is False
-    return whole and batch is not None and int(batch) <= length
-
-
 def dead_hooks_warning(worker: Any, model: Any) -> str | None:
     """Names hooked modules inside a compiled model, whose hooks are not run; else None."""
     from vllm.config import CompilationMode
@@ -169,8 +167,7 @@ def dead_hooks_warning(worker: Any, model: Any) -> str | None:
     hooked = [
         name
         for name, module in model.named_modules()
-        if name
-        and name.rpartition(".")[2] not in _OUTSIDE
+        if name.rpartition(".")[2] not in _OUTSIDE
         and (module._forward_hooks or module._forward_pre_hooks)
     ]
     if not hooked:
@@ -189,9 +186,8 @@ def int8_warning(model: Any) -> str | None:
         model: the worker's, a `torch.nn.Module`.
     """
     kernels = (getattr(getattr(m, "scheme", None), "kernel", None) for m in model.modules())
-    if not any(type(kernel).__name__ == "CPUInt8ScaledMMLinearKernel" for kernel in kernels):
-        return None
-    error = cpu_int8_error()
+    used = any(type(kernel).__name__ == "CPUInt8ScaledMMLinearKernel" for kernel in kernels)
+    error = cpu_int8_error() if used else 0.0
     if error == 0:
         return None
     return (

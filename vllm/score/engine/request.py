@@ -7,9 +7,8 @@ nothing is lost, a token of work is saved, and a prompt may be as long as the mo
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -21,7 +20,7 @@ from pydantic import Field
 from vllm.exceptions import VLLMValidationError
 from vllm.score.checks import Flag, Fraction, Number, Whole, check
 from vllm.score.errors import ScoreModeError
-from vllm.score.ops.statistics import FULL_VOCABULARY, MAX_EXACT_ID, RowLayout, check_statistics
+from vllm.score.ops.statistics import FULL_VOCABULARY, RowLayout, check_statistics
 from vllm.score.tokens import own_prefix_note, prefix_once, read_token_id_rows, read_token_ids
 
 FULL_VOCABULARY_BYTES_VARIABLE = "VLLM_SCORE_FULL_VOCAB_BYTES"
@@ -57,6 +56,7 @@ REFUSED_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("allowed_token_ids", None, _UNCONSTRAINED),
     ("bad_words", [], _UNCONSTRAINED),
     ("trace_decode_token_ids", None, _NOTHING),
+    ("kv_transfer_params", {}, "a transferred prefix has no hidden states to score; leave it out"),
 )
 
 _OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -85,7 +85,7 @@ class InvalidScoreRequest(VLLMValidationError, ScoreModeError):
 
 @contextmanager
 def refusing(field: str) -> Iterator[None]:
-    """Raise what is wrong with a field of a request as InvalidScoreRequest."""
+    """Raise what is wrong with a field of a request as InvalidScoreRequest; also a decorator."""
     try:
         yield
     except ScoreModeError as error:
@@ -114,17 +114,21 @@ def check_options(params: Any) -> None:
     for field, kind in _OPTIONS:
         setattr(params, field, check_field(field, getattr(params, field), kind))
     for field, accepted, remedy in REFUSED_OPTIONS:
-        value = getattr(params, field)
+        value = getattr(params, field, (params.extra_args or {}).get(field))
         if value is not None and value != accepted:
             raise InvalidScoreRequest(
                 f"{field}={value!r} cannot be combined with score_mode=True: {remedy}.",
                 parameter=field,
             )
-    if (params.extra_args or {}).get("kv_transfer_params"):
-        raise InvalidScoreRequest(
-            "kv_transfer_params cannot be combined with score_mode=True: a transferred prefix has "
-            "no hidden states to score.",
-            parameter="extra_args",
+
+
+@refusing("truncate_prompt_tokens")
+def check_truncation(length: int | None) -> None:
+    """Refuse that a prompt with targets is cut."""
+    if length is not None:
+        raise ScoreModeError(
+            f"truncate_prompt_tokens={length} would shift {TARGETS}: truncate the prompt and the "
+            "targets yourself."
         )
 
 
@@ -202,6 +206,17 @@ class ScoreSpec(msgspec.Struct, frozen=True, eq=False):
         """(m, columns)."""
         return len(self.targets), self.layout.width(self.vocab_size)
 
+    @property
+    def end(self) -> int:
+        """Behind the last scored position of the engine's prompt, which is its last one."""
+        return self.start + len(self.targets)
+
+    @property
+    def full_vocabulary_bytes(self) -> int:
+        """Bytes of a whole vocabulary's result; 0 of others."""
+        rows, width = self.result_shape
+        return 4 * rows * width if self.layout.top == FULL_VOCABULARY else 0
+
 
 class AdmittedRequest(NamedTuple):
     """A checked request, as `add_request` of an engine takes it.
@@ -226,7 +241,7 @@ class AdmittedRequest(NamedTuple):
 
 
 def admit(
-    prompt_token_ids: Sequence[int],
+    prompt_token_ids: Any,
     target_token_ids: Any,
     params: Any,
     facts: ModelFacts,
@@ -249,7 +264,7 @@ def admit(
         InvalidScoreRequest: (a ValueError) naming the field, the value and the remedy.
     """
     ids = _prompt_ids(prompt_token_ids, facts)
-    top = _top(params.prompt_logprobs, target_token_ids is not None)
+    top = _top(params.prompt_logprobs, target_token_ids is not None, facts.vocab_size)
     if target_token_ids is None:
         targets, flat = ids[1:, None].astype(np.int32), True
     else:
@@ -276,8 +291,7 @@ def admit(
         notes=notes,
         view_ranks=view_ranks,
     )
-    if top == FULL_VOCABULARY:
-        _check_bytes(spec, bytes_in_use)
+    _check_bytes(spec, bytes_in_use)
     params = copy.copy(params)
     params._score = spec
     return AdmittedRequest(ids, params)
@@ -307,98 +321,74 @@ def admit_tokenised(
     return admit(ids, engine_input.get(TARGETS), params, facts, bytes_in_use, notes, view)
 
 
+@refusing("prompt_token_ids")
 def _prompt_ids(given: Any, facts: ModelFacts) -> np.ndarray:
     """The checked ids of a prompt, int64 [n]."""
-    if facts.vocab_size > MAX_EXACT_ID:
-        raise InvalidScoreRequest(
-            f"the model's vocabulary of {facts.vocab_size} exceeds score mode's {MAX_EXACT_ID}."
-        )
-    field = "prompt_token_ids"
-    with refusing(field):
-        ids = read_token_ids(given, facts.vocab_size, field)
+    ids = read_token_ids(given, facts.vocab_size, "prompt_token_ids")
     if len(ids) == 0:
-        raise InvalidScoreRequest(
-            "the prompt has no token; give a text that is not empty, or at least one token id.",
-            parameter=field,
+        raise ScoreModeError(
+            "the prompt has no token; give a text that is not empty, or at least one token id."
         )
     if len(ids) > facts.max_model_len:
-        raise InvalidScoreRequest(
-            f"{field} has {len(ids)} tokens, the engine's max_model_len is {facts.max_model_len}: "
-            "shorten the prompt or score it in windows (vllm.score.perplexity).",
-            parameter=field,
+        raise ScoreModeError(
+            f"prompt_token_ids has {len(ids)} tokens, the engine's max_model_len is "
+            f"{facts.max_model_len}: shorten the prompt or score it in windows "
+            "(vllm.score.perplexity)."
         )
     return ids
 
 
+@refusing(TARGETS)
 def _targets(given: Any, prompt_len: int, vocab_size: int) -> tuple[np.ndarray, bool]:
     """The checked targets, int32 [m, k], and whether they were a flat list."""
-    with refusing(TARGETS):
-        rows = read_token_id_rows(given, vocab_size, TARGETS)
+    rows = read_token_id_rows(given, vocab_size, TARGETS)
     if len(rows) == 0:
-        raise InvalidScoreRequest(
-            f"{TARGETS} is empty: leave it out to score the whole prompt.", parameter=TARGETS
-        )
+        raise ScoreModeError(f"{TARGETS} is empty: leave it out to score the whole prompt.")
     if len(rows) > prompt_len - 1:
-        raise InvalidScoreRequest(
+        raise ScoreModeError(
             f"{TARGETS} has {len(rows)} rows, but a prompt of {prompt_len} tokens has "
-            f"{prompt_len - 1} positions with a context; the targets are aligned to its end.",
-            parameter=TARGETS,
+            f"{prompt_len - 1} positions with a context; the targets are aligned to its end."
         )
     flat = rows.ndim == 1
     return (rows[:, None] if flat else rows).astype(np.int32), flat
 
 
-def _top(prompt_logprobs: int | None, with_targets: bool) -> int:
+@refusing("prompt_logprobs")
+def _top(prompt_logprobs: int | None, with_targets: bool, vocab_size: int) -> int:
     """How many most likely tokens are to come back; without targets None is the vocabulary."""
     if with_targets and prompt_logprobs == FULL_VOCABULARY:
-        raise InvalidScoreRequest(
-            "prompt_logprobs=-1 (the whole vocabulary) and target_token_ids exclude each other: "
-            "leave one of them out.",
-            parameter="prompt_logprobs",
+        raise ScoreModeError(
+            "the whole vocabulary (prompt_logprobs=-1, full_vocabulary=True) and target_token_ids "
+            "exclude each other: leave one of them out."
         )
-    if prompt_logprobs is None:
-        return 0 if with_targets else FULL_VOCABULARY
-    return int(prompt_logprobs)
+    top = (0 if with_targets else FULL_VOCABULARY) if prompt_logprobs is None else prompt_logprobs
+    if top > vocab_size:
+        raise ScoreModeError(f"prompt_logprobs is {top}, the vocabulary has {vocab_size} tokens.")
+    return top
 
 
 def _check_values_per_position(top: int, candidates: int, facts: ModelFacts) -> None:
-    if top > facts.vocab_size:
-        raise InvalidScoreRequest(
-            f"prompt_logprobs is {top}, the vocabulary has {facts.vocab_size} tokens.",
-            parameter="prompt_logprobs",
-        )
-    limit = math.inf if facts.max_logprobs in (None, -1) else facts.max_logprobs
+    """Keep to the number of values that a server allows its clients."""
     asked = facts.vocab_size if top == FULL_VOCABULARY else max(top, candidates)
-    if asked > limit:
+    if facts.max_logprobs is not None and asked > facts.max_logprobs:
         field = TARGETS if 0 <= top < asked else "prompt_logprobs"
         raise InvalidScoreRequest(
             f"{field} asks for {asked} values per position, this server allows max_logprobs="
-            f"{limit}: name the tokens in target_token_ids, or start the server with a larger "
-            "--max-logprobs.",
+            f"{facts.max_logprobs}: name the tokens in target_token_ids, or start the server with "
+            "a larger --max-logprobs.",
             parameter=field,
         )
 
 
-def full_vocabulary_limit() -> int:
-    """Bytes that the full-vocabulary results of unfinished requests may take together."""
-    text = os.environ.get(FULL_VOCABULARY_BYTES_VARIABLE, str(DEFAULT_FULL_VOCABULARY_BYTES))
-    try:
-        return int(text)
-    except ValueError:
-        raise InvalidScoreRequest(
-            f"{FULL_VOCABULARY_BYTES_VARIABLE}={text!r} is not a whole number of bytes.",
-            parameter=FULL_VOCABULARY_BYTES_VARIABLE,
-        ) from None
-
-
+@refusing(TARGETS)
 def _check_bytes(spec: ScoreSpec, bytes_in_use: int) -> None:
-    rows, width = spec.result_shape
-    needed, limit = 4 * rows * width, full_vocabulary_limit()
-    if bytes_in_use + needed > limit:
-        raise InvalidScoreRequest(
-            f"the whole vocabulary of {spec.vocab_size} tokens at {rows} positions takes "
-            f"{needed:,} bytes, with {bytes_in_use:,} in use by unfinished requests more than the "
-            f"limit of {limit:,} bytes: name the tokens that you need in target_token_ids, send "
-            f"fewer requests at once, or raise {FULL_VOCABULARY_BYTES_VARIABLE}.",
-            parameter=TARGETS,
+    """Keep to the bytes that whole-vocabulary results of unfinished requests may take together."""
+    needed, name = spec.full_vocabulary_bytes, FULL_VOCABULARY_BYTES_VARIABLE
+    limit = check(name, os.environ.get(name, DEFAULT_FULL_VOCABULARY_BYTES), int)
+    if needed and bytes_in_use + needed > limit:
+        raise ScoreModeError(
+            f"the whole vocabulary of {spec.vocab_size} tokens at {spec.result_shape[0]} positions "
+            f"takes {needed:,} bytes, with {bytes_in_use:,} in use by unfinished requests more "
+            f"than the limit of {limit:,} bytes: name the tokens that you need in {TARGETS}, send "
+            f"fewer requests at once, or raise {name}."
         )

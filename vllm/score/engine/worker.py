@@ -56,15 +56,11 @@ class RequestScores:
 
     def assemble(self) -> torch.Tensor:
         """Float32 [m, width]; NaN where a row was not computed."""
-        end = self.spec.start
-        for first, part in self.parts:
-            if first == end:
-                end += len(part)
-        if self.spoiled or not self.parts or end != self.spec.start + len(self.spec.targets):
+        rows = [part for _, part in self.parts]  # in order, none twice
+        if self.spoiled or not rows or sum(map(len, rows)) < len(self.spec.targets):
             return torch.full(self.spec.result_shape, float("nan"))
         if self.buffer is not None:
             return self.buffer
-        rows = [part for _, part in self.parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -75,7 +71,6 @@ class ScheduledRows:
     Attributes:
         begin: prompt positions computed before the step.
         num_tokens: computed in it.
-        prompt_len: of the engine's prompt.
         first_index: of the request's first hidden state in the step.
     """
 
@@ -83,20 +78,18 @@ class ScheduledRows:
     scores: RequestScores
     begin: int
     num_tokens: int
-    prompt_len: int
     first_index: int
 
     @property
     def complete(self) -> bool:
         """Whether the prompt is computed with this step."""
-        return self.begin + self.num_tokens >= self.prompt_len
+        return self.begin + self.num_tokens >= self.scores.spec.end
 
     @property
     def rows(self) -> tuple[int, int]:
         """The scored rows ``[low, high)`` of the step; ``low >= high`` when there are none."""
-        start = self.scores.spec.start
-        end = start + len(self.scores.spec.targets)
-        return max(self.begin, start), min(self.begin + self.num_tokens, end)
+        spec = self.scores.spec
+        return max(self.begin, spec.start), min(self.begin + self.num_tokens, spec.end)
 
     @property
     def index(self) -> np.ndarray:

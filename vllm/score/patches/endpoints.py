@@ -36,6 +36,7 @@ vllm.entrypoints.openai.responses.protocol
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -120,11 +121,9 @@ def response(
 ) -> Any:
     """Add the scores to an answer."""
     answer = stock(final_res_batch, request, *args, **kwargs)
-    fields = score_fields(request)
-    if fields is not None:
-        names = fields.score_statistics or []
+    if score_fields(request) is not None:
         for choice, output in zip(answer.choices, final_res_batch, strict=True):
-            choice.scores = scores_object(scores_of(output), names)
+            choice.scores = scores_object(scores_of(output))
     return answer
 
 
@@ -132,7 +131,7 @@ def response(
 def stream(stock: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """Add the scores to the events of a stream."""
     if score_fields(request) is not None:
-        stock = events_with_scores(stock)
+        stock = partial(events_with_scores, stock)
     return stock(request, *args, **kwargs)
 
 

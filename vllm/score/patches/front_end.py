@@ -65,7 +65,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.score.engine.configuration import check_configuration, confuses_adapters
-from vllm.score.engine.output import ANY_ID, EveryId, FailedScores, attach_scores, decoder
 from vllm.score.engine.request import (
     NO_CLIENT_LIMIT,
     NO_VIEW,
@@ -75,11 +74,12 @@ from vllm.score.engine.request import (
     ScoreSpec,
     admit_tokenised,
     check_prompt,
+    check_truncation,
 )
 from vllm.score.errors import ScoreModeUnavailable
-from vllm.score.ops.statistics import FULL_VOCABULARY
 from vllm.score.patches.engine_core import first_problem
 from vllm.score.patches.patch import Patch
+from vllm.score.results import ANY_ID, EveryId, FailedScores, attach_scores
 
 RENDERER = Patch("vllm.renderers.base", ("front end",))
 INPUTS = Patch("vllm.v1.engine.input_processor", ("front end",))
@@ -125,13 +125,7 @@ async def process_singleton_async(
 def _with_targets(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
     if not isinstance(prompt, dict) or prompt.get(TARGETS) is None:
         return engine_input
-    truncated = getattr(tok_params, "truncate_prompt_tokens", None)
-    if truncated is not None:
-        raise InvalidScoreRequest(
-            f"truncate_prompt_tokens={truncated} would shift {TARGETS}: truncate the prompt and "
-            "the targets yourself.",
-            parameter="truncate_prompt_tokens",
-        )
+    check_truncation(getattr(tok_params, "truncate_prompt_tokens", None))
     engine_input[TARGETS] = prompt[TARGETS]
     return engine_input
 
@@ -210,14 +204,11 @@ class BytesLease:
     """
 
     def __init__(self, processor: Any, spec: ScoreSpec) -> None:
-        rows, width = spec.result_shape
-        size = 4 * rows * width if spec.layout.top == FULL_VOCABULARY else 0
-
         def count(change: int) -> None:
             setattr(processor, BYTES_IN_USE, getattr(processor, BYTES_IN_USE, 0) + change)
 
-        count(size)
-        weakref.finalize(self, count, -size)
+        count(spec.full_vocabulary_bytes)
+        weakref.finalize(self, count, -spec.full_vocabulary_bytes)
         self._processor = processor
 
     def found_nan(self) -> None:
@@ -426,7 +417,7 @@ def new_request_output(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     output = stock(*args, **kwargs)
     spec = getattr(self, "score_spec", None)
     if spec is not None:
-        attach_scores(output, spec, decoder(self.score_tokenizer))
+        attach_scores(output, spec, self.score_tokenizer)
         if isinstance(output.scores, FailedScores) and output.scores.nan:
             self.score_lease.found_nan()
     return output

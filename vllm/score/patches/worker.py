@@ -94,8 +94,8 @@ def _score_v1(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, i
             setattr(request, BUFFER, scores)
         scores.spoiled |= spoils and request.lora_request is None
         first = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
-        begin, prompt_len = request.num_computed_tokens, len(request.prompt_token_ids)
-        scheduled.append(ScheduledRows(request_id, scores, begin, num_tokens, prompt_len, first))
+        begin = request.num_computed_tokens
+        scheduled.append(ScheduledRows(request_id, scores, begin, num_tokens, first))
     if not scheduled:
         return {}
     ready = score_step(scheduled, hidden_states, runner.model.compute_logits)
@@ -154,7 +154,6 @@ def compute(
             requests[request_id],
             int(input_batch.num_computed_prefill_tokens_np[i]),
             int(input_batch.num_scheduled_tokens[i]),
-            int(prompt_lens[input_batch.idx_mapping_np[i]]),
             int(input_batch.query_start_loc_np[i]),
         )
         for i, request_id in enumerate(input_batch.req_ids)

@@ -5,16 +5,14 @@ plain lists.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
 
 from vllm.exceptions import GenerationError
-from vllm.score.engine.output import EveryId
 from vllm.score.errors import ScoreModeError
-from vllm.score.results import TokenScores
-from vllm.score.server.request import score_fields
+from vllm.score.results import EveryId, PromptLogprobsView, TokenScores
 
 # What the stock server sends for minus infinity, which JSON does not know.
 LOWEST = -9999.0
@@ -36,11 +34,11 @@ def scores_of(output: Any) -> TokenScores:
     return scores
 
 
-def stock_prompt_logprobs(scores: TokenScores, tokenizer: Any) -> list[Any]:
+def stock_prompt_logprobs(view: PromptLogprobsView, tokenizer: Any) -> list[Any]:
     """What stock vLLM returns as `prompt_logprobs`, made by its own code.
 
     Args:
-        scores: of all tokens of a prompt but the first, with the statistic `rank`.
+        view: of the scores of all tokens of a prompt but the first, with their ranks.
         tokenizer: for the texts of the tokens; None leaves them out.
 
     Returns:
@@ -53,11 +51,9 @@ def stock_prompt_logprobs(scores: TokenScores, tokenizer: Any) -> list[Any]:
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.outputs import LogprobsTensors
 
-    assert scores.token_ids is not None
-    ids, values = scores.token_ids[:, None], scores.logprobs[:, None]
-    if scores.top_token_ids is not None and scores.top_logprobs is not None:
-        ids = np.hstack([ids, scores.top_token_ids])
-        values = np.hstack([values, scores.top_logprobs])
+    s = view.scores
+    ids = np.column_stack([a for a in (s.token_ids, s.top_token_ids) if a is not None])
+    values = np.column_stack([a for a in (s.logprobs, s.top_logprobs) if a is not None])
     processor = LogprobsProcessor(
         tokenizer=None if tokenizer is None else EveryId(tokenizer),
         logprobs=None,
@@ -66,11 +62,7 @@ def stock_prompt_logprobs(scores: TokenScores, tokenizer: Any) -> list[Any]:
         num_logprobs=None,
         num_prompt_logprobs=ids.shape[1] - 1,
     )
-    tensors = LogprobsTensors(
-        torch.from_numpy(ids),
-        torch.from_numpy(np.ascontiguousarray(values)),
-        torch.from_numpy(scores.statistics["rank"]),
-    )
+    tensors = LogprobsTensors(*map(torch.from_numpy, (ids, values, view.ranks)))
     processor.update_from_output(
         EngineCoreOutput("", new_token_ids=[], new_prompt_logprobs_tensors=tensors)
     )
@@ -78,12 +70,8 @@ def stock_prompt_logprobs(scores: TokenScores, tokenizer: Any) -> list[Any]:
     return found
 
 
-def scores_object(scores: TokenScores, statistics: Sequence[str]) -> dict[str, Any]:
+def scores_object(scores: TokenScores) -> dict[str, Any]:
     """The `scores` of a choice: the fields of `TokenScores` as lists, ready for JSON.
-
-    Args:
-        scores: of one request.
-        statistics: the names that were asked for.
 
     Returns:
         ``start`` (prompt position of the first score), ``token_ids`` [m] or [m][k] (null for the
@@ -91,60 +79,54 @@ def scores_object(scores: TokenScores, statistics: Sequence[str]) -> dict[str, A
         ``top_token_ids`` and ``top_logprobs`` [m][N] when `prompt_logprobs` asked for N;
         ``notes`` where there are any.
     """
-    found: dict[str, Any] = {
+    found = {
         "start": scores.start,
-        "token_ids": None if scores.token_ids is None else scores.token_ids.tolist(),
-        "logprobs": _finite(scores.logprobs),
-        "statistics": {name: _finite(scores.statistics[name]) for name in statistics},
+        "token_ids": _listed(scores.token_ids),
+        "logprobs": _listed(scores.logprobs),
+        "statistics": {name: _listed(values) for name, values in scores.statistics.items()},
     }
-    if scores.top_token_ids is not None and scores.top_logprobs is not None:
-        found["top_token_ids"] = scores.top_token_ids.tolist()
-        found["top_logprobs"] = _finite(scores.top_logprobs)
-    if scores.notes:
-        found["notes"] = list(scores.notes)
-    return found
+    more = {
+        "top_token_ids": _listed(scores.top_token_ids),
+        "top_logprobs": _listed(scores.top_logprobs),
+        "notes": list(scores.notes) or None,
+    }
+    return found | {name: value for name, value in more.items() if value is not None}
 
 
-def _finite(values: np.ndarray) -> list[Any]:
-    if values.dtype.kind == "f":
+def _listed(values: np.ndarray | None) -> Any:
+    if values is not None and values.dtype.kind == "f":
         values = np.nan_to_num(values, nan=np.nan, neginf=LOWEST, posinf=-LOWEST)
-    listed: list[Any] = values.tolist()
-    return listed
+    return None if values is None else values.tolist()
 
 
-def events_with_scores(stock: Callable[..., AsyncGenerator[str, None]]) -> Any:
-    """`completion_stream_generator` for score requests: each choice of an event with its scores.
+async def events_with_scores(
+    stock: Callable[..., AsyncGenerator[str, None]],
+    request: Any,
+    engine_inputs: Any,
+    result_generator: AsyncIterator[tuple[int, Any]],
+    *args: Any,
+    **kwargs: Any,
+) -> AsyncGenerator[str, None]:
+    """The events of a score request, each choice with its scores.
 
     Args:
-        stock: `completion_stream_generator`.
+        stock: `completion_stream_generator`, whose arguments follow.
     """
+    scores: dict[int, dict[str, Any]] = {}
 
-    async def events(
-        request: Any,
-        engine_inputs: Any,
-        result_generator: AsyncIterator[tuple[int, Any]],
-        *args: Any,
-        **kwargs: Any,
-    ) -> AsyncGenerator[str, None]:
-        fields = score_fields(request)
-        names = (fields and fields.score_statistics) or []
-        scores: dict[int, dict[str, Any]] = {}
+    async def noted() -> AsyncGenerator[tuple[int, Any], None]:
+        async for index, output in result_generator:  # one per prompt
+            scores[index] = scores_object(scores_of(output))
+            yield index, output
 
-        async def noted() -> AsyncGenerator[tuple[int, Any], None]:
-            async for index, output in result_generator:  # one per prompt
-                scores[index] = scores_object(scores_of(output), names)
-                yield index, output
-
-        remove: list[str] = []
-        if not request.echo:
-            # Stock sends no event for an empty text, but one for an echo of token ids.
-            if not request.return_token_ids:
-                remove = ["prompt_token_ids", "token_ids"]
-            request = request.model_copy(update={"echo": True, "return_token_ids": True})
-        async for event in stock(request, engine_inputs, noted(), *args, **kwargs):
-            yield _with_scores(event, scores, remove)
-
-    return events
+    remove: list[str] = []
+    if not request.echo:
+        # Stock sends no event for an empty text, but one for an echo of token ids.
+        if not request.return_token_ids:
+            remove = ["prompt_token_ids", "token_ids"]
+        request = request.model_copy(update={"echo": True, "return_token_ids": True})
+    async for event in stock(request, engine_inputs, noted(), *args, **kwargs):
+        yield _with_scores(event, scores, remove)
 
 
 def _with_scores(event: str, scores: dict[int, dict[str, Any]], remove: list[str]) -> str:

@@ -11,9 +11,9 @@ import wrapt
 
 from vllm.score.armed import front_end_problem
 from vllm.score.engine.configuration import unsupported_configuration
-from vllm.score.engine.output import ANY_ID
 from vllm.score.engine.request import AS_TOKENISED, InvalidScoreRequest
 from vllm.score.errors import ScoreModeUnavailable
+from vllm.score.results import ANY_ID
 from vllm.score.server.answer import scores_of, stock_prompt_logprobs
 from vllm.score.server.request import MARK, Echo, Explicit
 
@@ -49,13 +49,14 @@ async def _explicit(
         output = await _last(engine, prompt, params, request_id, options)
     except ScoreModeUnavailable as error:
         raise InvalidScoreRequest(str(error), parameter="score_mode") from error
-    scores = scores_of(output)
+    scores_of(output)
+    view = output.prompt_logprobs
     if not mark.stock_form:
         output.prompt_logprobs = None
     elif mark.targets:
-        output.prompt_logprobs = list(output.prompt_logprobs)
+        output.prompt_logprobs = list(view)
     else:
-        output.prompt_logprobs = stock_prompt_logprobs(scores, engine.renderer.tokenizer)
+        output.prompt_logprobs = stock_prompt_logprobs(view, engine.renderer.tokenizer)
     yield output
 
 
@@ -73,7 +74,6 @@ async def _echo(
         scoring = SamplingParams(
             score_mode=True,
             prompt_logprobs=mark.top,
-            score_statistics=["rank"],
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         setattr(scoring, AS_TOKENISED, True)
@@ -86,7 +86,8 @@ async def _echo(
             async for output in outputs:
                 yield output
         return
-    logprobs = stock_prompt_logprobs(scores_of(scored), engine.renderer.tokenizer)
+    scores_of(scored)
+    logprobs = stock_prompt_logprobs(scored.prompt_logprobs, engine.renderer.tokenizer)
     if not mark.generate:
         scored.prompt_logprobs = logprobs
         yield scored

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from vllm.score.armed import front_end_problem
-from vllm.score.checks import Fraction, Number
+from vllm.score.checks import Flag, Fraction, Number
 from vllm.score.engine.configuration import check_configuration
 from vllm.score.engine.request import (
     NO_VIEW,
@@ -35,15 +35,21 @@ from vllm.score.engine.request import (
     admit_tokenised,
     check_field,
     check_prompt,
+    check_truncation,
+    refusing,
 )
 from vllm.score.engine.request import InvalidScoreRequest as Invalid
-from vllm.score.errors import ScoreModeUnavailable
+from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
 
 MARK = "score_server"
-FIELDS = ("score_mode", TARGETS, "score_statistics", "score_temperature", "score_top_p")
-
-# From 1e-6 on: below it, float32 logits divided by the temperature overflow.
-Temperature = Annotated[Number, Field(ge=1e-6)]
+FIELDS: dict[str, Any] = {
+    "score_mode": Flag,
+    TARGETS: Any,
+    "score_statistics": list[str],
+    # Below it, float32 logits divided by the temperature overflow.
+    "score_temperature": Annotated[Number, Field(ge=1e-6)],
+    "score_top_p": Fraction,
+}
 
 
 @dataclass(frozen=True)
@@ -88,30 +94,18 @@ def score_fields(request: Any) -> ScoreFields | None:
     Raises:
         InvalidScoreRequest: a field has the wrong type, or stands without ``score_mode: true``.
     """
-    extra = request.model_extra
-    if not extra:
-        return None
-    given = {name: extra[name] for name in FIELDS if extra.get(name) is not None}
-    mode = given.pop("score_mode", False)
-    if not isinstance(mode, bool):
-        raise Invalid(f"score_mode must be true or false, got {mode!r}.", parameter="score_mode")
-    if not mode:
-        if given:
-            name = next(iter(given))
-            raise Invalid(f"{name} needs score_mode=true in the same request.", parameter=name)
-        return None
-    names = given.get("score_statistics", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise Invalid(
-            f"score_statistics must be a list of names, got {names!r}.",
-            parameter="score_statistics",
-        )
-    return ScoreFields(
-        given.get(TARGETS),
-        names or None,
-        check_field("score_temperature", given.get("score_temperature", 1.0), Temperature),
-        check_field("score_top_p", given.get("score_top_p", 1.0), Fraction),
-    )
+    extra = request.model_extra or {}
+    given = {
+        name: check_field(name, extra[name], kind)
+        for name, kind in FIELDS.items()
+        if extra.get(name) is not None
+    }
+    if given.pop("score_mode", False):
+        return ScoreFields(**given)
+    if given:
+        name = next(iter(given))
+        raise Invalid(f"{name} needs score_mode=true in the same request.", parameter=name)
+    return None
 
 
 def prepare(request: Any, fields: ScoreFields) -> None:
@@ -126,40 +120,36 @@ def prepare(request: Any, fields: ScoreFields) -> None:
     if problem is not None:
         raise Invalid(problem, parameter="score_mode")
     targets, asked = fields.target_token_ids is not None, request.logprobs
-    for refused, name, sentence in (
-        (
-            request.use_beam_search,
-            "use_beam_search",
+    if targets:
+        check_truncation(request.truncate_prompt_tokens)
+    if request.use_beam_search:
+        raise Invalid(
             "use_beam_search cannot be combined with score_mode=true: leave it out.",
-        ),
-        (
-            targets and request.truncate_prompt_tokens is not None,
-            "truncate_prompt_tokens",
-            f"truncate_prompt_tokens={request.truncate_prompt_tokens} would shift "
-            "target_token_ids: truncate the prompt and the targets yourself.",
-        ),
-        (
-            asked is not None and not request.echo,
-            "logprobs",
-            f"logprobs={asked} are those of generated tokens, and score_mode generates none: leave "
-            "it out (the answer has scores), or set echo=true.",
-        ),
-        (
-            asked is not None and targets,
-            "logprobs",
-            f"echo=true with logprobs={asked} needs a score of every prompt token: leave out "
-            "logprobs, or target_token_ids.",
-        ),
-        (
-            asked is not None and _alternatives(request) == -1,
-            "logprobs",
-            "logprobs cannot list the whole vocabulary beside score_mode=true: leave out logprobs "
-            "and set prompt_logprobs=-1.",
-        ),
-    ):
-        if refused:
-            raise Invalid(sentence, parameter=name)
+            parameter="use_beam_search",
+        )
+    if asked is not None:
+        _check_logprobs(request, asked, targets)
     request.max_tokens = 0
+
+
+@refusing("logprobs")
+def _check_logprobs(request: Any, asked: int, targets: bool) -> None:
+    """Refuse `logprobs` where there is nothing to fill them with."""
+    if not request.echo:
+        raise ScoreModeError(
+            f"logprobs={asked} are those of generated tokens, and score_mode generates none: leave "
+            "it out (the answer has scores), or set echo=true."
+        )
+    if targets:
+        raise ScoreModeError(
+            f"echo=true with logprobs={asked} needs a score of every prompt token: leave out "
+            "logprobs, or target_token_ids."
+        )
+    if _alternatives(request) == -1:
+        raise ScoreModeError(
+            "logprobs cannot list the whole vocabulary beside score_mode=true: leave out logprobs "
+            "and set prompt_logprobs=-1."
+        )
 
 
 def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: list[Any]) -> None:
@@ -171,7 +161,7 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
         InvalidScoreRequest: naming the field.
     """
     check_configuration(serving.engine_client.vllm_config)
-    targets = _targets_by_prompt(request, fields, len(engine_inputs))
+    targets = _targets_by_prompt(request.prompt, fields.target_token_ids, len(engine_inputs))
     params = request.to_sampling_params(0, serving.default_sampling_params)
     facts = ModelFacts.of(serving.engine_client.input_processor)
     tokenizer = serving.engine_client.renderer.tokenizer
@@ -182,30 +172,25 @@ def add_targets(serving: Any, request: Any, fields: ScoreFields, engine_inputs: 
         admit_tokenised(engine_input, params, facts, tokenizer)
 
 
-def _targets_by_prompt(request: Any, fields: ScoreFields, prompts: int) -> list[Any]:
-    """The targets of each prompt, None where there are none."""
-    given = fields.target_token_ids
+@refusing(TARGETS)
+def _targets_by_prompt(prompt: Any, given: Any, count: int) -> list[Any]:
+    """The targets of each of the prompts, None where there are none."""
     if given is None:
-        return [None] * prompts
-    prompt = request.prompt
+        return [None] * count
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [given]
-    if not isinstance(given, list) or len(given) != prompts:
-        count = f"{len(given)} entries" if isinstance(given, list) else repr(given)
-        raise Invalid(
-            f"target_token_ids must be a list with one entry for each of the {prompts} prompts, "
-            f"got {count}.",
-            parameter=TARGETS,
+    if not isinstance(given, list) or len(given) != count:
+        found = f"{len(given)} entries" if isinstance(given, list) else repr(given)
+        raise ScoreModeError(
+            f"{TARGETS} must be a list with one entry for each of the {count} prompts, got {found}."
         )
-    return list(given)
+    return given
 
 
-def _alternatives(request: Any) -> int:
-    """`prompt_logprobs` of the score request: as asked, else 0."""
-    asked = request.prompt_logprobs
-    if asked is None and request.echo:
-        asked = request.logprobs
-    return 0 if asked is None else int(asked)
+def _alternatives(request: Any) -> int | None:
+    """How many alternatives per token the stock fields ask for; None: for no stock form."""
+    asked: int | None = request.prompt_logprobs
+    return request.logprobs if asked is None and request.echo else asked
 
 
 def score_params(request: Any, fields: ScoreFields, stock: Any) -> Any:
@@ -218,17 +203,12 @@ def score_params(request: Any, fields: ScoreFields, stock: Any) -> Any:
     if targets and request.max_tokens != 0:  # which the completion endpoint sets
         raise Invalid("target_token_ids is only served by /v1/completions.", parameter=TARGETS)
     top = _alternatives(request)
-    asked = request.logprobs if request.echo else None
-    stock_form = (request.prompt_logprobs is not None or asked is not None) and top != -1
-    statistics = list(fields.score_statistics or [])
-    if stock_form and not targets and "rank" not in statistics:
-        statistics.append("rank")  # a part of the stock form
     stock.score_mode = True
-    stock.score_statistics = statistics or None
+    stock.score_statistics = fields.score_statistics or None
     stock.score_temperature = fields.score_temperature
     stock.score_top_p = fields.score_top_p
     stock.logprobs = None
-    stock.prompt_logprobs = top
+    stock.prompt_logprobs = top or 0
     # Not those of the model's generation config, which no client asked for.
     stock.stop_token_ids = list(request.stop_token_ids or [])
     stock.skip_reading_prefix_cache = None
@@ -236,6 +216,7 @@ def score_params(request: Any, fields: ScoreFields, stock: Any) -> Any:
         stock._verify_args()
     except ScoreModeUnavailable as error:
         raise Invalid(str(error), parameter="score_mode") from error
+    stock_form = top is not None and top != -1  # the whole vocabulary
     setattr(stock, MARK, Explicit(stock_form, targets))
     if not stock_form:
         setattr(stock, NO_VIEW, True)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from vllm.score import ScoreModeError
-from vllm.score.engine.output import ANY_ID, EveryId, decoder
-from vllm.score.results import PromptLogprobsView, TokenScores
+from vllm.score.results import ANY_ID, EveryId, PromptLogprobsView, TokenScores
 from vllm.score.server.answer import stock_prompt_logprobs
 
 WORDS = "the reader opens a file and returns its first line"
@@ -54,11 +53,11 @@ def test_alternatives_beyond_the_tokenizer(make: Any) -> None:
         top_token_ids=likeliest,
         top_logprobs=np.array([[-0.5, -1.0], [-0.2, -1.5]], dtype=np.float32),
     )
-    view = PromptLogprobsView(scores, ids, decoder(tokenizer), scores.statistics["rank"])
+    view = PromptLogprobsView(scores, ids, EveryId(tokenizer).text, scores.statistics["rank"])
     from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
     own = convert_ids_list_to_tokens(tokenizer, ids)
-    stock = stock_prompt_logprobs(scores, tokenizer)
+    stock = stock_prompt_logprobs(view, tokenizer)
     for rows in (view, stock):
         assert rows[0] is None
         texts = [{t: p.decoded_token for t, p in row.items()} for row in rows[1:]]
@@ -79,7 +78,6 @@ def test_known_ids_are_the_tokenizers(make: Any) -> None:
     assert every.decode(ids[0]) == tokenizer.decode(ids[0])
     assert every.convert_ids_to_tokens(ids) == tokenizer.convert_ids_to_tokens(ids)
     assert every.decode([*ids, len(tokenizer) + 5]) == tokenizer.decode(ids)
-    assert decoder(None) is None
 
 
 @pytest.mark.engine

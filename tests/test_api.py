@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.score.engine.feed import SHARED_TOKENS, common_prefix, shared_prefix_order
+from vllm.score.api import SHARED_TOKENS, common_prefix, shared_prefix_order
 
 # Few different ids, so that prefixes of every length are shared.
 IDS = st.lists(st.integers(0, 2), max_size=12)
