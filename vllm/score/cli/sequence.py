@@ -16,7 +16,7 @@ from vllm.score.cli.common import check_output
 from vllm.score.cli.inputs import read_pairs
 from vllm.score.cli.model import Model
 from vllm.score.launch.output import long_step, say, shows_bars
-from vllm.score.report.numbers import json_safe
+from vllm.score.report.table import json_safe
 from vllm.score.sequence import table
 from vllm.score.sequence.boundary import RULES
 from vllm.score.sequence.scorer import prepare_pairs, score_prepared

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm.score.data.streams import atomic_write
-from vllm.score.report.numbers import count, head, json_safe, significant, tail
-from vllm.score.report.table import plain_table
+from vllm.score.report.table import count, head, json_safe, plain_table, significant, tail
 
 WRITABLE = (".csv", ".jsonl", ".parquet")
 _CHARACTERS = 18  # of a text, in an 80-column table
