@@ -16,8 +16,7 @@ from tests.integrations.tasks import ROLLING, SENTENCES
 from vllm.score.data import as_source
 from vllm.score.perplexity import Job, PerplexityResult, Settings, prepare
 from vllm.score.perplexity.conventions import LM_EVAL_HF, LM_EVAL_VLLM
-from vllm.score.perplexity.run import score_job
-from vllm.score.perplexity.scoring import engine_scorer
+from vllm.score.perplexity.run import engine_scorer, score_job
 
 pytestmark = pytest.mark.engine
 

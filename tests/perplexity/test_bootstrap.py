@@ -122,15 +122,9 @@ def test_few_terms_have_a_mean_only() -> None:
     assert (found.mean, found.standard_error, found.interval) == (14.0, None, None)
 
 
-def test_impossible_arguments() -> None:
+def test_no_terms_have_no_mean() -> None:
     with pytest.raises(ScoreModeError, match="no terms"):
         BlockBootstrap().estimate()
-    with pytest.raises(ScoreModeError, match="level is 1"):
-        bootstrap = BlockBootstrap()
-        bootstrap.add(np.ones(3))
-        bootstrap.estimate(level=1)
-    with pytest.raises(ScoreModeError, match="max_cells is 2"):
-        BlockBootstrap(max_cells=2)
 
 
 def test_the_seed_fixes_the_interval() -> None:

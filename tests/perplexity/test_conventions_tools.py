@@ -21,8 +21,7 @@ from vllm.score.data import as_source
 from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity import PerplexityResult, Settings, prepare
 from vllm.score.perplexity.metrics import EXACT, GUIDE_CURRENT, GUIDE_UNTIL_2024
-from vllm.score.perplexity.run import score_job
-from vllm.score.perplexity.scoring import engine_scorer
+from vllm.score.perplexity.run import engine_scorer, score_job
 
 pytestmark = pytest.mark.engine
 

@@ -1,4 +1,4 @@
-"""The losses in short, against numpy over all of them."""
+"""The losses of a run: where they are, which are high, how they are distributed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.score.report import losses as module
-from vllm.score.report.losses import LossSummary, summarize, summarize_batches
+from vllm.score.report import plots
+from vllm.score.report.plots import losses_of
 
 
-def batches(logprobs: np.ndarray, cuts: list[int]) -> list[pa.RecordBatch]:
-    """Tokens 1, 2, ... of a text "t1 t2 ...", in batches that end at `cuts`."""
+def table_of(logprobs: np.ndarray) -> pa.Table:
+    """Tokens 1, 2, ... of a text "t1 t2 ..."."""
     positions = np.arange(1, len(logprobs) + 1)
-    table = pa.table(
+    return pa.table(
         {
             "position": positions,
             "token_id": positions * 2,
@@ -27,13 +27,6 @@ def batches(logprobs: np.ndarray, cuts: list[int]) -> list[pa.RecordBatch]:
             "window": positions // 5,
         }
     )
-    ends = sorted({min(cut, len(logprobs)) for cut in cuts} | {len(logprobs)})
-    starts = [0, *ends[:-1]]
-    return [
-        batch
-        for start, end in zip(starts, ends, strict=True)
-        for batch in table.slice(start, end - start).to_batches()
-    ]
 
 
 def some_logprobs(tokens: int, seed: int) -> np.ndarray:
@@ -49,69 +42,59 @@ def some_logprobs(tokens: int, seed: int) -> np.ndarray:
 def test_equal_to_numpy_however_the_tokens_are_cut(tokens, cuts, seed):
     logprobs = some_logprobs(tokens, seed)
     losses = -logprobs.astype(np.float64)
-    summary = summarize_batches(batches(logprobs, cuts), tokens)
+    table = table_of(logprobs)
+    ends = sorted({min(cut, tokens) for cut in cuts} | {tokens})
+    pieces = [table.slice(begin, end - begin) for begin, end in pairwise([0, *ends])]
+    found = losses_of(pa.concat_tables(pieces))
+    assert found.nats.tolist() == losses.tolist()
+    assert found.positions.tolist() == list(range(1, tokens + 1))
 
-    assert summary.mean == pytest.approx(losses.mean(), rel=1e-12)
-    lower_median = np.sort(losses)[(tokens - 1) // 2]
-    assert summary.median == pytest.approx(lower_median, abs=1e-3)
-    assert summary.largest == losses.max()
-
-    order = np.argsort(-losses, kind="stable")[: module.HARDEST]
-    assert [token.position for token in summary.hardest] == (order + 1).tolist()
-    assert [token.loss for token in summary.hardest] == losses[order].tolist()
-    for token in summary.hardest:
+    order = np.argsort(-losses, kind="stable")[: plots.HARDEST]
+    assert [token.position for token in found.hardest] == (order + 1).tolist()
+    assert [token.loss for token in found.hardest] == losses[order].tolist()
+    for token in found.hardest:
         before = "".join(f"t{position} " for position in range(1, token.position))
-        assert token.context == before[-module.CONTEXT_CHARACTERS :]
+        assert token.context == before[-plots.CONTEXT_CHARACTERS :]
         assert token.text == f"t{token.position} "
         assert token.token_id == 2 * token.position
 
 
-@settings(deadline=None, max_examples=40)
-@given(tokens=st.integers(1, 9000), cut=st.integers(1, 9000))
-def test_blocks_hold_each_token_once(tokens, cut):
-    logprobs = some_logprobs(tokens, seed=0)
-    losses = -logprobs.astype(np.float64)
-    summary = summarize_batches(batches(logprobs, [cut]), tokens)
-
-    parts = np.array_split(losses, len(summary.block_mean))
-    assert len(parts) == max(1, min(module.MOST_BLOCKS, tokens // module.SMALLEST_BLOCK))
-    lengths = {len(part) for part in parts}
+@pytest.mark.parametrize("tokens", [1, 15, 31, 32, 33, 3199, 3200, 3217, 8999])
+def test_blocks_hold_each_token_once(tokens):
+    losses = losses_of(table_of(some_logprobs(tokens, seed=0)))
+    positions, nats = zip(*losses.blocks(), strict=True)
+    assert len(nats) == max(1, min(plots.MOST_BLOCKS, tokens // plots.SMALLEST_BLOCK))
+    lengths = {len(block) for block in nats}
     assert max(lengths) - min(lengths) <= 1
-    # array_split puts the longer parts first, the summary spreads them: compare what must agree.
-    begins = np.linspace(0, tokens, len(parts) + 1).astype(int)
-    for index, (begin, end) in enumerate(pairwise(begins)):
-        block = losses[begin:end]
-        assert summary.block_mean[index] == pytest.approx(block.mean(), rel=1e-12)
-        assert summary.block_low[index] == pytest.approx(np.percentile(block, 10), rel=1e-12)
-        assert summary.block_high[index] == pytest.approx(np.percentile(block, 90), rel=1e-12)
-        assert summary.block_position[index] == pytest.approx(1 + (begin + end - 1) / 2)
-    if tokens <= module.MOST_POINTS:
-        assert summary.losses.tolist() == losses.tolist()
-    else:
-        assert summary.losses.size == 0
+    assert np.concatenate(nats).tolist() == losses.nats.tolist()
+    assert np.concatenate(positions).tolist() == losses.positions.tolist()
 
 
 @settings(deadline=None, max_examples=40)
 @given(tokens=st.integers(1, 5000), seed=st.integers(0, 9), bins=st.integers(1, 80))
-def test_the_histogram_is_numpys(tokens, seed, bins):
+def test_the_histogram_counts_the_tokens(tokens, seed, bins):
     logprobs = some_logprobs(tokens, seed)
     losses = -logprobs.astype(np.float64)
-    edges, shares = summarize_batches(batches(logprobs, []), tokens).histogram(bins)
+    edges, shares = losses_of(table_of(logprobs)).histogram(bins)
 
-    assert len(edges) == bins + 1
+    assert len(edges) == bins + 1 and edges[0] == 0
     found = [np.count_nonzero((losses >= low) & (losses < high)) for low, high in pairwise(edges)]
     # A loss within rounding of an edge may fall to either side.
-    assert np.abs(np.cumsum(shares) * tokens - np.cumsum(found)).max() <= 1
+    assert np.abs(np.cumsum(shares) * tokens - np.cumsum(found)).max() < 1.5
     assert round(shares.sum() * tokens) >= 0.999 * tokens
 
 
 def test_a_few_far_out_do_not_stretch_the_histogram():
     logprobs = np.concatenate([some_logprobs(20_000, seed=1), [-90.0, -99.99, -250.0]])
-    summary = summarize_batches(batches(logprobs, []), len(logprobs))
-    edges, shares = summary.histogram()
+    edges, shares = losses_of(table_of(logprobs)).histogram()
     assert edges[-1] < 30
-    assert summary.largest == 250
     assert 0 < 1 - shares.sum() < 1e-3
+
+
+def test_certain_tokens_have_a_histogram_too():
+    edges, shares = losses_of(table_of(np.array([0.0, 1e-6]))).histogram(10)
+    assert edges[-1] > 0
+    assert shares.tolist() == [1, *[0] * 9]
 
 
 def test_tokens_that_were_not_scored_end_a_context():
@@ -124,8 +107,7 @@ def test_tokens_that_were_not_scored_end_a_context():
             "window": [0, 0, 1, 1],
         }
     )
-    hardest = summarize_batches(table.to_batches(), 4).hardest
-    assert [(token.text, token.context) for token in hardest] == [
+    assert [(token.text, token.context) for token in losses_of(table).hardest] == [
         (None, "five "),
         ("five ", ""),
         ("two ", "one "),
@@ -135,14 +117,11 @@ def test_tokens_that_were_not_scored_end_a_context():
 
 @pytest.mark.engine
 def test_of_a_run(result: Any, expected: Any) -> None:
-    summary = summarize(result)
-    assert isinstance(summary, LossSummary)
-    assert summary.tokens == len(expected.losses)
-    assert summary.mean == pytest.approx(expected.losses.mean(), rel=1e-6)
-    assert summary.positions.tolist() == expected.positions.tolist()
-    assert summary.losses == pytest.approx(expected.losses, abs=5e-5)
-    highest = np.sort(expected.losses)[::-1][: module.HARDEST]
-    assert [token.loss for token in summary.hardest] == pytest.approx(highest, abs=5e-5)
-    for token in summary.hardest:
+    losses = losses_of(result.tokens())
+    assert losses.positions.tolist() == expected.positions.tolist()
+    assert losses.nats == pytest.approx(expected.losses, abs=5e-5)
+    highest = np.sort(expected.losses)[::-1][: plots.HARDEST]
+    assert [token.loss for token in losses.hardest] == pytest.approx(highest, abs=5e-5)
+    for token in losses.hardest:
         assert expected.losses[token.position - 1] == pytest.approx(token.loss, abs=5e-5)
         assert expected.token_ids[token.position - 1] == token.token_id

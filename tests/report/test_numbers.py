@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.score.report.numbers import PART, head, significant, tail, visible, visible_token
+from vllm.score.report.table import PART, head, significant, tail, visible, visible_token
 
 
 @given(st.floats(1e-3, 1e300), st.integers(3, 6))

@@ -14,10 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from tests.report.test_losses import batches, some_logprobs
+from tests.report.test_losses import some_logprobs, table_of
 from vllm.score.errors import ScoreModeError
 from vllm.score.report import plots
-from vllm.score.report.losses import summarize, summarize_batches
+from vllm.score.report.plots import losses_of
 
 pytestmark = pytest.mark.engine
 
@@ -69,7 +69,7 @@ def page(result: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_curve_is_the_mean_of_each_block(result, expected):
     axes = Figure().add_subplot()
-    plots.draw_along_text(axes, summarize(result))
+    plots.draw_along_text(axes, losses_of(result.tokens()))
     drawn = {line.get_label(): line for line in axes.lines}
     points = drawn["each token"].get_ydata()
     assert np.asarray(points) == pytest.approx(expected.losses, abs=5e-5)
@@ -83,7 +83,7 @@ def test_the_curve_is_the_mean_of_each_block(result, expected):
 
 def test_the_bars_are_the_highest_losses(result, expected):
     text_axes, bar_axes = Figure().subplots(1, 2)
-    plots.draw_hardest(text_axes, bar_axes, summarize(result))
+    plots.draw_hardest(text_axes, bar_axes, losses_of(result.tokens()))
     widths = [bar.get_width() for bar in bar_axes.patches]
     highest = np.sort(expected.losses)[::-1][: plots.HARDEST_DRAWN]
     assert widths == pytest.approx(highest, abs=5e-5)
@@ -91,7 +91,7 @@ def test_the_bars_are_the_highest_losses(result, expected):
 
 
 def test_every_axis_has_a_name_and_a_unit(result):
-    figure = plots.draw_all(result, summarize(result))
+    figure = plots.draw_all(result, losses_of(result.tokens()))
     along, distribution, _, bars = figure.axes
     assert along.get_xlabel() == "position in the text (tokens)"
     assert along.get_ylabel() == "loss (nats per token)"
@@ -103,13 +103,24 @@ def test_every_axis_has_a_name_and_a_unit(result):
 
 @pytest.mark.parametrize("tokens", [1, 40, 1500, 20_000])
 def test_title_and_legend_do_not_overlap(result, tokens):
-    summary = summarize_batches(batches(some_logprobs(tokens, seed=0), []), tokens)
-    for figure in (plots.draw_all(result, summary), plots.draw_curves(summary)):
-        figure.draw_without_rendering()
-        axes = figure.axes[0]
-        title = next(text for text in (axes.title, axes._left_title) if text.get_text())
-        legend = axes.get_legend()
-        assert not title.get_window_extent().overlaps(legend.get_window_extent())
+    losses = losses_of(table_of(some_logprobs(tokens, seed=0)))
+    figure = plots.draw_all(result, losses)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    title = next(text for text in (axes.title, axes._left_title) if text.get_text())
+    legend = axes.get_legend()
+    assert not title.get_window_extent().overlaps(legend.get_window_extent())
+
+
+def test_the_band_is_the_spread_within_each_block():
+    losses = losses_of(table_of(some_logprobs(5000, seed=3)))
+    axes = Figure().add_subplot()
+    plots.draw_along_text(axes, losses)
+    (band,) = axes.collections
+    drawn = set(band.get_paths()[0].vertices[:, 1].round(9))
+    for _, nats in losses.blocks():
+        low, high = np.percentile(nats, [10, 90]).round(9)
+        assert {low, high} <= drawn
 
 
 def test_a_picture_is_written(result, tmp_path: Path, recwarn):

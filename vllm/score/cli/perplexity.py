@@ -50,16 +50,13 @@ def perplexity(options: Namespace, results: TextIO) -> None:
         embedded.append(embedded_model(progress=progress))
         return embedded[0].directory
 
-    source = None
-    if is_named or model.name is not None:
-        source = open_text(options)
-        if options.limit is None:
-            source.check()
+    source = open_text(options) if is_named or model.name is not None else None
+    if source is not None and options.limit is None:
+        source.check()
     model.read(make)
-    if source is None:
-        source = file_source(embedded[0].held_out_text)
+    source = source or file_source(embedded[0].held_out_text)
     _check_fits(model, *sizes)
-    job = prepare(settings, source, model.tokenizer)
+    job = prepare(settings, source, model.tokenizer, checked=True)
     llm = model.start(known.longest_prompt(*sizes), known.longest_window(*sizes))
     bars = shows_bars(progress)
     with long_step(f"Scoring {source.name}", "Scored", progress and not bars):

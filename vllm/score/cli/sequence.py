@@ -22,8 +22,7 @@ from vllm.score.cli.inputs import read_pairs
 from vllm.score.cli.model import Model
 from vllm.score.data.streams import atomic_write
 from vllm.score.launch.output import long_step, say, shows_bars
-from vllm.score.report.numbers import count, head, json_safe, significant, tail
-from vllm.score.report.table import plain_table
+from vllm.score.report.table import count, head, json_safe, plain_table, significant, tail
 from vllm.score.sequence.boundary import RULES
 from vllm.score.sequence.scorer import prepare_pairs, score_prepared
 from vllm.score.tiny.embedded import embedded_model

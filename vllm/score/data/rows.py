@@ -12,10 +12,10 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -116,36 +116,30 @@ def check_table(path: Path, content: str) -> None:
 
 
 def read_rows(
-    paths: Sequence[Path],
-    columns: Columns,
-    content: str,
-    *,
-    skipped: Skipped | None = None,
-    digests: Iterable[Any] = repeat(None),
+    paths: Sequence[Path], columns: Columns, content: str, *, skipped: Skipped | None = None
 ) -> Iterator[Row]:
     """The rows of one or several files, at least one row.
 
     Args:
         content: what the rows are, for errors ("pairs").
         skipped: rows without a required value are counted here and left out; None: an error.
-        digests: for each file a hash that is given its bytes, or None.
 
     Raises:
         ScoreModeError: a file is not there, damaged or no table; it lacks a required column, or
             has a wanted one twice; a row lacks a required value; there are no rows, or all are
             left out.
     """
-    any_row, all_skipped = False, True
-    for path, digest in zip(paths, digests, strict=False):
+    any_row = any_value = False
+    for path in paths:
         check_table(path, content)
         columns_seen: set[str] = set()
-        first: Row | None = None
-        for row in _file_rows(path, columns, digest):
-            any_row, first = True, first or row
+        row: Row | None = None
+        for row in _file_rows(path, columns):
+            any_row = True
             columns_seen.update(row.fields)
             without = _without_value(row, columns.required, skipped)
             if without is None:
-                all_skipped = False
+                any_value = True
                 yield row
             elif skipped is not None:
                 skipped.add(row.where, without)
@@ -154,19 +148,14 @@ def read_rows(
                 raise no_column(row.where, without, row.columns, remedy)
             else:
                 raise _no_value(row, without)
-        if first is not None:
-            for column in columns.required:
-                if column not in columns_seen:
-                    name = f"file {str(path)!r}"
-                    raise no_column(name, column, first.columns, columns.remedy)
-    names = ", ".join(str(path) for path in paths)
-    if not any_row:
-        raise ScoreModeError(f"file {names!r} has no rows; name a file with {content}")
-    if all_skipped:
+        for column in columns.required:
+            if row is not None and column not in columns_seen:
+                raise no_column(f"file {str(path)!r}", column, row.columns, columns.remedy)
+    if not any_value:
+        names = ", ".join(str(path) for path in paths)
         listed = " or ".join(map(repr, columns.required))
-        raise ScoreModeError(
-            f"file {names!r} has no row with a value in {listed}; name a file with {content}"
-        )
+        missing = f"row with a value in {listed}" if any_row else "rows"
+        raise ScoreModeError(f"file {names!r} has no {missing}; name a file with {content}")
 
 
 def _without_value(row: Row, required: Sequence[str], skipped: Skipped | None) -> str | None:
@@ -190,13 +179,23 @@ def no_column(where: str, column: str, columns: Sequence[str], remedy: str) -> S
     return ScoreModeError(f"column {column!r} is not in {where}; {its}; {remedy}")
 
 
-def _file_rows(path: Path, columns: Columns, digest: Any) -> Iterator[Row]:
+def _file_rows(path: Path, columns: Columns) -> Iterator[Row]:
     suffix = table_suffix(path)
     if suffix == ".parquet":
-        return _parquet(path, columns, digest)
-    if suffix in (".csv", ".tsv"):
-        return _csv(path, columns, digest, "\t" if suffix == ".tsv" else ",")
-    return _json(path, columns, digest, may_be_list=suffix == ".json")
+        yield from _parquet(path, columns)
+        return
+    is_csv = suffix in (".csv", ".tsv")
+    with open_bytes(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if is_csv else "\n")
+        try:
+            if is_csv:
+                yield from _csv(path, columns, text, "\t" if suffix == ".tsv" else ",")
+            else:
+                head = stream.peek(1).removeprefix(BOM.encode()).lstrip()
+                is_list = suffix == ".json" and head.startswith(b"[")
+                yield from _json(path, columns, text, is_list)
+        except UnicodeDecodeError:
+            raise _undecodable(path) from None
 
 
 def _wanted(path: Path, header: Sequence[str], columns: Columns) -> list[str]:
@@ -215,22 +214,20 @@ def _wanted(path: Path, header: Sequence[str], columns: Columns) -> list[str]:
     return [column for column in wanted if column in header]
 
 
-def _csv(path: Path, columns: Columns, digest: Any, delimiter: str) -> Iterator[Row]:
-    with open_bytes(path, digest) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        records = _records(path, csv.reader(text, delimiter=delimiter, strict=True))
-        _, header = next(records, (0, []))
-        if not header:
-            return
-        places = {column: header.index(column) for column in _wanted(path, header, columns)}
-        for number, (line, record) in enumerate(records, 1):
-            if len(record) > len(header):
-                raise ScoreModeError(
-                    f"file {str(path)!r}, line {line} has {len(record)} fields, the header has "
-                    f"{len(header)}; put a field that holds a {delimiter!r} into double quotes"
-                )
-            fields = {c: record[place] for c, place in places.items() if place < len(record)}
-            yield Row(path, number, line, fields, header[: len(record)])
+def _csv(path: Path, columns: Columns, text: IO[str], delimiter: str) -> Iterator[Row]:
+    records = _records(path, csv.reader(text, delimiter=delimiter, strict=True))
+    _, header = next(records, (0, []))
+    if not header:
+        return
+    places = {column: header.index(column) for column in _wanted(path, header, columns)}
+    for number, (line, record) in enumerate(records, 1):
+        if len(record) > len(header):
+            raise ScoreModeError(
+                f"file {str(path)!r}, line {line} has {len(record)} fields, the header has "
+                f"{len(header)}; put a field that holds a {delimiter!r} into double quotes"
+            )
+        fields = {c: record[place] for c, place in places.items() if place < len(record)}
+        yield Row(path, number, line, fields, header[: len(record)])
 
 
 def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -254,8 +251,6 @@ def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
                 f"file {str(path)!r}, the row at line {line} cannot be read: {reason}; put a field "
                 "with quotes or line breaks into double quotes, and double the quotes in it"
             ) from error
-        except UnicodeDecodeError:
-            raise _undecodable(path) from None
         finally:
             csv.field_size_limit(limit)
         if record:
@@ -269,39 +264,28 @@ def _undecodable(path: Path) -> ScoreModeError:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return _no_utf8(path, number, error)
+                return ScoreModeError(
+                    f"file {str(path)!r}, line {number}: byte {error.start} of the line is not "
+                    f"UTF-8 ({error.reason}); {CONVERT}"
+                )
     return ScoreModeError(f"file {str(path)!r} changed while it was read; run it again")
 
 
-def _no_utf8(path: Path, line: int, error: UnicodeDecodeError) -> ScoreModeError:
-    return ScoreModeError(
-        f"file {str(path)!r}, line {line}: byte {error.start} of the line is not UTF-8 "
-        f"({error.reason}); {CONVERT}"
-    )
-
-
-def _json(path: Path, columns: Columns, digest: Any, *, may_be_list: bool) -> Iterator[Row]:
+def _json(path: Path, columns: Columns, text: IO[str], is_list: bool) -> Iterator[Row]:
     wanted = dict.fromkeys((*columns.required, *columns.optional))
-    with open_bytes(path, digest) as stream:
-        head = stream.peek(1).removeprefix(BOM.encode()).lstrip()
-        is_list = may_be_list and head.startswith(b"[")
-        for number, (line, row) in enumerate((_items if is_list else _lines)(path, stream), 1):
-            if not isinstance(row, dict):
-                where = f"item {number}" if is_list else f"line {line}"
-                per = "item" if is_list else "line (a list of them is for a .json file)"
-                raise ScoreModeError(
-                    f"file {str(path)!r}, {where} is {row!r:.40}; give an object per {per}"
-                )
-            fields = {column: row[column] for column in wanted if column in row}
-            yield Row(path, number, line, fields, list(row))
+    for number, (line, row) in enumerate((_items if is_list else _lines)(path, text), 1):
+        if not isinstance(row, dict):
+            where = f"item {number}" if is_list else f"line {line}"
+            per = "item" if is_list else "line (a list of them is for a .json file)"
+            raise ScoreModeError(
+                f"file {str(path)!r}, {where} is {row!r:.40}; give an object per {per}"
+            )
+        fields = {column: row[column] for column in wanted if column in row}
+        yield Row(path, number, line, fields, list(row))
 
 
-def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, data in enumerate(stream, 1):
-        try:
-            line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise _no_utf8(path, number, error) from None
+def _lines(path: Path, text: IO[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text, 1):
         if not line.strip():
             continue
         try:
@@ -316,11 +300,10 @@ def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         yield number, row
 
 
-def _items(path: Path, stream: IO[bytes]) -> Iterator[tuple[None, Any]]:
+def _items(path: Path, text: IO[str]) -> Iterator[tuple[None, Any]]:
+    whole = text.read()
     try:
-        rows = json.loads(stream.read().decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise _undecodable(path) from None
+        rows = json.loads(whole)
     except (ValueError, RecursionError) as error:
         raise ScoreModeError(
             f"file {str(path)!r} is not JSON: {error}; give a list of objects, or an object per "
@@ -330,23 +313,19 @@ def _items(path: Path, stream: IO[bytes]) -> Iterator[tuple[None, Any]]:
         yield None, row
 
 
-def _parquet(path: Path, columns: Columns, digest: Any) -> Iterator[Row]:
+def _parquet(path: Path, columns: Columns) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _seekable(path, digest) as file:
+    with _seekable(path) as file:
         try:
             # A file object: of a name pyarrow makes an address where it can.
             table = pq.ParquetFile(file)
             header = table.schema_arrow.names
-            wanted = _wanted(path, header, columns)
-            number = 0
-            for batch in table.iter_batches(_BATCH_ROWS, columns=wanted):
-                values = {column: batch.column(column).to_pylist() for column in wanted}
-                for index in range(batch.num_rows):
-                    number += 1
-                    fields = {column: values[column][index] for column in wanted}
-                    yield Row(path, number, None, fields, header)
+            batches = table.iter_batches(_BATCH_ROWS, columns=_wanted(path, header, columns))
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, fields in enumerate(rows, 1):
+                yield Row(path, number, None, fields, header)
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, ScoreModeError):
                 raise
@@ -357,12 +336,10 @@ def _parquet(path: Path, columns: Columns, digest: Any) -> Iterator[Row]:
 
 
 @contextmanager
-def _seekable(path: Path, digest: Any) -> Iterator[IO[bytes]]:
+def _seekable(path: Path) -> Iterator[IO[bytes]]:
     """What Parquet can be read from: the file, or a temporary one with its decompressed bytes."""
-    compressed = is_compressed(path)
-    with tempfile.TemporaryFile() if compressed else path.open("rb") as file:
-        if compressed or digest is not None:
-            with open_bytes(path, digest, text=False) as stream:
-                if compressed:
-                    shutil.copyfileobj(stream, file)
+    with tempfile.TemporaryFile() if is_compressed(path) else path.open("rb") as file:
+        if is_compressed(path):
+            with open_bytes(path, text=False) as stream:
+                shutil.copyfileobj(stream, file)
         yield file

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import IO, Any
@@ -131,12 +131,6 @@ class SpooledSource(Source):
         self._rest = iter(pieces)
         self._spool: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._end = 0
-        self._checked = False
-
-    def check(self) -> None:
-        if not self._checked:
-            super().check()
-            self._checked = True
 
     def pieces(self) -> Iterator[Piece]:
         position = 0
@@ -204,7 +198,6 @@ class DatasetSource(_ColumnSource):
         skip_empty: bool = False,
     ) -> None:
         super().__init__(name, column, skip_empty)
-        self._sha256: str | None = None
         self._dataset = dataset
         names = dataset.column_names
         if names is None:  # a stream that has not been looked into
@@ -216,16 +209,13 @@ class DatasetSource(_ColumnSource):
         return enumerate(self._texts())
 
     def check(self) -> None:
-        self.content_sha256()
+        if hasattr(self._dataset, "__len__"):  # reading a stream twice may be costly
+            super().check()
 
     def content_sha256(self) -> str | None:
         if not hasattr(self._dataset, "__len__"):
-            return None  # a stream: reading it twice may be costly
-        if self._sha256 is None:
-            self._sha256 = _hash_documents(
-                check_encodable(text, f"document {document}") for document, text in self.pieces()
-            )
-        return self._sha256
+            return None
+        return _hash_documents(_utf8(text) for _, text in self.pieces())
 
     def _texts(self) -> Iterator[str]:
         skipped = self._new_pass()
@@ -248,53 +238,37 @@ class _FileSource(_ColumnSource):
     def __init__(self, paths: Sequence[Path], column: str | None, skip_empty: bool) -> None:
         super().__init__(", ".join(map(str, paths)), column, skip_empty)
         self._paths = list(paths)
-        self._checked: tuple[Any, str, int] | None = None  # state of the files, hash, bytes of text
+        self._size: int | None = None  # bytes of text
 
     def pieces(self) -> Iterator[Piece]:
-        return self._pieces(repeat(None))
-
-    def check(self) -> None:
-        state, size = self._state(), 0
-        if self._checked is not None and self._checked[0] == state:
-            return
-        digests = [hashlib.sha256() for _ in self._paths]
-        for document, text in self._pieces(digests):
-            size += len(check_encodable(text, f"document {document}"))
-        self._checked = state, _joint_hash(digests), size
-
-    def content_sha256(self) -> str | None:
-        if self._checked is not None and self._checked[0] == self._state():
-            return self._checked[1]
-        digests = []
-        for path in self._paths:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256"))
-        return _joint_hash(digests)
-
-    def size_bytes(self) -> int | None:
-        if self._checked is not None:
-            return self._checked[2]
-        if any(table_suffix(path) == ".parquet" or is_compressed(path) for path in self._paths):
-            return None
-        return sum(path.stat().st_size for path in self._paths)
-
-    def _pieces(self, digests: Iterable[Any]) -> Iterator[Piece]:
-        """digests: for each file a hash that is given its bytes, or None."""
         if table_suffix(self._paths[0]) is None:
-            for document, (path, digest) in enumerate(zip(self._paths, digests, strict=False)):
-                with open_bytes(path, digest) as stream:
+            for document, path in enumerate(self._paths):
+                with open_bytes(path) as stream:
                     for text in decode_utf8(stream, str(path)):
                         yield document, text
             return
         columns = Columns((self._column,), remedy=_NAME_ANOTHER)
-        rows = read_rows(self._paths, columns, _CONTENT, skipped=self._new_pass(), digests=digests)
+        rows = read_rows(self._paths, columns, _CONTENT, skipped=self._new_pass())
         for document, row in enumerate(rows):
             yield document, self._text(row.fields[self._column], row.where)
 
-    def _state(self) -> list[tuple[int, ...]]:
-        """What changes when a file does."""
-        found = (path.stat() for path in self._paths)
-        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
+    def check(self) -> None:
+        texts = (check_encodable(text, f"document {number}") for number, text in self.pieces())
+        self._size = sum(map(len, texts))
+
+    def content_sha256(self) -> str | None:
+        joint = hashlib.sha256()
+        for path in self._paths:
+            with path.open("rb") as file:
+                joint.update(hashlib.file_digest(file, "sha256").digest())
+        return joint.hexdigest()
+
+    def size_bytes(self) -> int | None:
+        if self._size is not None:
+            return self._size
+        if any(table_suffix(path) == ".parquet" or is_compressed(path) for path in self._paths):
+            return None
+        return sum(path.stat().st_size for path in self._paths)
 
 
 def as_source(value: Any, *, text_column: str | None = None, skip_empty: bool = False) -> Source:
@@ -428,7 +402,3 @@ def _hash_documents(documents: Iterable[bytes]) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
-
-
-def _joint_hash(digests: Iterable[Any]) -> str:
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()

@@ -118,12 +118,10 @@ def synchronise(directory: Path) -> None:
 
 
 @contextmanager
-def open_bytes(path: Path, digest: Any = None, *, text: bool = True) -> Iterator[io.BufferedReader]:
+def open_bytes(path: Path, *, text: bool = True) -> Iterator[io.BufferedReader]:
     """The content of a file, decompressed.
 
     Args:
-        digest: a hash that is given the file's own bytes as they are read, and the rest of them
-            when the context is left.
         text: refuse what is no text.
 
     Raises:
@@ -138,16 +136,11 @@ def open_bytes(path: Path, digest: Any = None, *, text: bool = True) -> Iterator
 
         def read(size: int) -> bytes:
             try:
-                data = file.read(size) or b""
+                return file.read(size) or b""
             except OSError as error:
                 raise ScoreModeError(f"{name} cannot be read: {error.strerror or error}") from error
-            if digest is not None:
-                digest.update(data)
-            return data
 
         yield decompressed(read, name, text=text)
-        while digest is not None and read(_READ):
-            pass
 
 
 def decompressed(
@@ -165,17 +158,17 @@ def decompressed(
     """
     stream: io.BufferedReader = io.BufferedReader(_Raw(read), _BUFFER)
     head = stream.peek(_HEAD)[:_HEAD]
-    codec = _codec(head)
-    if codec is None:
-        if text:
-            _check_kind(head, name)
-        return stream
-    stream = io.BufferedReader(_Raw(_decompress(stream, codec, name)), _BUFFER)
-    head = stream.peek(_HEAD)[:_HEAD]
-    if _codec(head) is not None:
-        raise ScoreModeError(f"{name} is compressed twice; decompress it once, and name the result")
-    if text:
-        _check_kind(head, f"{name}, decompressed by {codec},")
+    if (codec := _codec(head)) is not None:
+        stream = io.BufferedReader(_Raw(_decompress(stream, codec, name)), _BUFFER)
+        head = stream.peek(_HEAD)[:_HEAD]
+        if _codec(head) is not None:
+            raise ScoreModeError(
+                f"{name} is compressed twice; decompress it once, and name the result"
+            )
+        name = f"{name}, decompressed by {codec},"
+    for mark, kind, remedy in _KINDS if text else ():
+        if mark.match(head):
+            raise ScoreModeError(f"{name} is {kind}, no text in UTF-8; {remedy}")
     return stream
 
 
@@ -255,9 +248,3 @@ def _decompress(stream: io.BufferedReader, codec: str, name: str) -> Callable[[i
 
 def _codec(head: bytes) -> str | None:
     return next((codec for mark, codec in _CODECS if mark.match(head)), None)
-
-
-def _check_kind(head: bytes, name: str) -> None:
-    for mark, kind, remedy in _KINDS:
-        if mark.match(head):
-            raise ScoreModeError(f"{name} is {kind}, no text in UTF-8; {remedy}")

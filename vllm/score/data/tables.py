@@ -138,14 +138,10 @@ def offline_if_unreachable(name: str) -> Iterator[bool]:
 
 def hub_reachable(endpoint: str) -> bool:
     """Whether anybody answers at the hub's address, within seconds."""
-    import urllib.error
-    import urllib.request
+    import requests
 
     try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True  # somebody answered
-    except (OSError, ValueError):
+        requests.head(endpoint, timeout=_PROBE_SECONDS)
+    except requests.RequestException:
         return False
+    return True

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
-from vllm.score.errors import ScoreModeError
 from vllm.score.tokens import check_encodable
 
 BLOCK = 1 << 18
@@ -81,10 +80,6 @@ def tokenize_documents(
     Raises:
         ScoreModeError: for text that cannot be encoded in UTF-8 (a lone surrogate).
     """
-    if not 32 <= overlap < block / 2:
-        raise ScoreModeError(
-            f"overlap is {overlap}; it must be at least 32 and less than half of block {block}"
-        )
     gives_offsets = getattr(tokenizer, "backend_tokenizer", None) is not None
     encode = _offset_encoder(tokenizer) if gives_offsets else None
     separators = _separators(tokenizer) if gives_offsets else None
@@ -101,21 +96,17 @@ def tokenize_documents(
             yield TokenChunk(document, ids, token_texts, text)
 
 
-def limit_tokens(chunks: Iterable[TokenChunk], max_tokens: int | None) -> Iterator[TokenChunk]:
+def limit_tokens(chunks: Iterable[TokenChunk], max_tokens: int) -> Iterator[TokenChunk]:
     """The chunks up to the first `max_tokens` tokens in all, the last one cut to fit."""
-    if max_tokens is None:
-        yield from chunks
-        return
     left = max_tokens
     for chunk in chunks:
-        if len(chunk.ids) < left:
-            yield chunk
-            left -= len(chunk.ids)
-            continue
-        texts = None if chunk.texts is None else chunk.texts[:left]
-        text = chunk.text if texts is None else "".join(texts)
-        yield TokenChunk(chunk.document, chunk.ids[:left], texts, text)
-        return
+        if len(chunk.ids) >= left:
+            texts = None if chunk.texts is None else chunk.texts[:left]
+            text = chunk.text if texts is None else "".join(texts)
+            yield TokenChunk(chunk.document, chunk.ids[:left], texts, text)
+            return
+        yield chunk
+        left -= len(chunk.ids)
 
 
 def tokens_within(

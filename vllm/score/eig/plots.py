@@ -11,7 +11,6 @@ import numpy as np
 
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.numbers import visible
 from vllm.score.report.style import (
     BLUE,
     GREY,
@@ -23,6 +22,7 @@ from vllm.score.report.style import (
     style,
     svg,
 )
+from vllm.score.report.table import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,8 +20,7 @@ from scipy.stats import binomtest
 from vllm.score.data.streams import atomic_write
 from vllm.score.eig.trace import FAILURE, TIME, Decision, Step, Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.numbers import count, significant
-from vllm.score.report.table import plain_table
+from vllm.score.report.table import count, plain_table, significant
 
 UNKNOWN = "unknown"  # kind of a failure that does not say
 

@@ -44,7 +44,6 @@ class MeanEstimate:
     """
 
     mean: float
-    terms: int
     standard_error: float | None
     block_length: int | None
     interval: tuple[float, float] | None
@@ -54,17 +53,12 @@ class BlockBootstrap:
     """Collects a series piece by piece, then gives the error of its mean.
 
     Args:
-        max_cells: sums kept in memory (float64 each), at least 4.
+        max_cells: sums kept in memory (float64 each), an even number.
     """
 
     def __init__(self, max_cells: int = 1 << 22) -> None:
-        if max_cells < 4:
-            raise ScoreModeError(f"max_cells is {max_cells}; it must be at least 4")
-        self._max_cells = max_cells + max_cells % 2
+        self._cells = np.zeros(max_cells)  # each the sum of so many terms:
         self._cell_size = 1
-        self._cells: list[np.ndarray] = []  # of sums; `_used` in all
-        self._used = 0
-        self._rest = np.empty(0, dtype=np.float64)
         self._head: list[np.ndarray] = []
         self.terms = 0
 
@@ -73,40 +67,26 @@ class BlockBootstrap:
         values = np.asarray(values, dtype=np.float64)
         if (wanted := _AUTOCOVARIANCE_TERMS - self.terms) > 0:
             self._head.append(values[:wanted].copy())
-        self.terms += values.size
-        pending = np.concatenate([self._rest, values])
-        position = 0
-        while pending.size - position >= self._cell_size:
-            room = self._max_cells - self._used
-            if room == 0:
-                self._cells = [np.concatenate(self._cells).reshape(-1, 2).sum(axis=1)]
-                self._used //= 2
-                self._cell_size *= 2
-                continue
-            count = min((pending.size - position) // self._cell_size, room)
-            stop = position + count * self._cell_size
-            self._cells.append(pending[position:stop].reshape(count, -1).sum(axis=1))
-            self._used += count
-            position = stop
-        self._rest = pending[position:].copy()
+        begin, self.terms = self.terms, self.terms + values.size
+        while self.terms > self._cells.size * self._cell_size:
+            pairs = self._cells.reshape(-1, 2).sum(axis=1)
+            self._cells = np.concatenate([pairs, np.zeros_like(pairs)])
+            self._cell_size *= 2
+        np.add.at(self._cells, np.arange(begin, self.terms) // self._cell_size, values)
 
-    def estimate(
-        self, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-    ) -> MeanEstimate:
-        """Mean, standard error and percentile interval of the terms added so far.
+    def estimate(self, *, resamples: int = 2000, seed: int = 0) -> MeanEstimate:
+        """Mean, standard error and 95 % percentile interval of the terms added so far.
 
         Raises:
-            ScoreModeError: with no terms, or a level outside (0, 1).
+            ScoreModeError: with no terms.
         """
         if self.terms == 0:
             raise ScoreModeError("no terms: there is no mean to estimate")
-        if not 0 < level < 1:
-            raise ScoreModeError(f"level is {level}; it must lie between 0 and 1")
-        cells = np.concatenate(self._cells)
-        mean = math.fsum([float(cells.sum()), float(self._rest.sum())]) / self.terms
+        mean = float(self._cells.sum()) / self.terms
         if self.terms < MINIMUM_TERMS:
-            return MeanEstimate(mean, self.terms, None, None, None)
+            return MeanEstimate(mean, None, None, None)
         # The terms of an incomplete last cell count in the mean, not in its error.
+        cells = self._cells[: self.terms // self._cell_size]
         length = optimal_block_length(np.concatenate(self._head), self.terms)
         cells_per_block = min(max(1, round(length / self._cell_size)), cells.size)
         block_length = cells_per_block * self._cell_size
@@ -115,9 +95,8 @@ class BlockBootstrap:
         blocks = self.terms / block_length
         error = math.sqrt(float(np.mean(np.square(deviations))) / blocks)
         draws = _resampled_means(deviations, max(1, round(blocks)), resamples, seed)
-        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-        interval = (mean + float(low), mean + float(high))
-        return MeanEstimate(mean, self.terms, error, block_length, interval)
+        low, high = mean + np.quantile(draws, [0.025, 0.975])
+        return MeanEstimate(mean, error, block_length, (float(low), float(high)))
 
 
 def optimal_block_length(head: np.ndarray, terms: int | None = None) -> float:

@@ -87,19 +87,14 @@ class Convention:
 class ConventionRequest:
     """A convention with the size of its windows settled.
 
-    context_length: of the tool's windows. usual: what it would be without being asked for.
+    context_length: of the tool's windows.
+    label: the name, with the window size where it is not the usual one.
     """
 
     convention: Convention
     context_length: int
-    usual: int
+    label: str
     plan: ScoringPlan
-
-    @property
-    def label(self) -> str:
-        """The name, with the window size where it is not the usual one."""
-        name = self.convention.name
-        return name if self.context_length == self.usual else f"{name}:{self.context_length}"
 
     @property
     def prompt_length(self) -> int:
@@ -282,12 +277,13 @@ def resolve(
     bos = front[0] if front else None
     if ids_given:
         front, end = [], []
-    requests: dict[tuple[str, int], ConventionRequest] = {}
+    requests: dict[str, ConventionRequest] = {}
     for convention, size in asked:
-        usual = convention.context_length or context_length
+        label = convention.name
+        if size != (convention.context_length or context_length):
+            label = f"{label}:{size}"
         context = PlanContext(tokenizer, bos, tuple(front), tuple(end), size, stride)
-        request = ConventionRequest(convention, size, usual, convention.plan(context))
-        requests[convention.name, size] = request
+        requests[label] = ConventionRequest(convention, size, label, convention.plan(context))
     return list(requests.values())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import tee
+from itertools import groupby, tee
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -99,18 +99,18 @@ class Job:
 
         Reads as much of the text as the first windows need, and keeps it for `stream`.
         """
-        named = [("", self.plan), *((f"convention {r.label!r}", r.plan) for r in self.conventions)]
-        for name, plan in named:
+        named = [(f"convention {r.label!r}: ", r.plan) for r in self.conventions]
+        for name, plan in [("", self.plan), *named]:
             chunks = self._begun.get(plan.separator) or self._chunks(plan.separator)
             self._begun[plan.separator], probe = tee(chunks)
             stream = TextStream(probe)
             try:
                 enough = next(stream.windows(plan), None) is not None
             except ScoreModeError as error:
-                raise ScoreModeError(f"{name}: {error}" if name else str(error)) from error
+                raise ScoreModeError(f"{name}{error}") from error
             if not enough and name:
                 raise ScoreModeError(
-                    f"{name}: the text ({self.source.name}) is too short for its windows; give a "
+                    f"{name}the text ({self.source.name}) is too short for its windows; give a "
                     "longer text, or leave the convention out"
                 )
             if not enough:
@@ -153,11 +153,17 @@ class Job:
             )
         else:
             chunks = tokenize_documents(self.tokenizer, _joined(self.source.pieces(), separator))
-        return limit_tokens(chunks, self.settings.max_tokens)
+        limit = self.settings.max_tokens
+        return chunks if limit is None else limit_tokens(chunks, limit)
 
 
 def prepare(
-    settings: Settings, source: Source, tokenizer: Any, max_model_len: int | None = None
+    settings: Settings,
+    source: Source,
+    tokenizer: Any,
+    max_model_len: int | None = None,
+    *,
+    checked: bool = False,
 ) -> Job:
     """Resolve settings for a text and a model, and check all of it: the BOS, the conventions, that
     the windows fit the model, that the text can be read (to its end, but with max_tokens) and is
@@ -166,6 +172,7 @@ def prepare(
     Args:
         tokenizer: the model's; None only for token ids.
         max_model_len: of the engine; None: it will be started with what the job needs.
+        checked: the text has been read to its end before.
 
     Raises:
         ScoreModeError: something does not fit.
@@ -185,17 +192,12 @@ def prepare(
         every_window=every_window,
         prefix_once=bool(prefix or every_window),
     )
-    requests = resolve(
-        settings.conventions,
-        tokenizer,
-        context_length=settings.context_length,
-        stride=settings.stride,
-        ids_given=ids_given,
-    )
+    sizes = {"context_length": settings.context_length, "stride": settings.stride}
+    requests = resolve(settings.conventions, tokenizer, **sizes, ids_given=ids_given)
     job = Job(settings, source, tokenizer, plan, tuple(requests))
     if max_model_len is not None:
         job.check_fits(max_model_len)
-    if settings.max_tokens is None:  # else what is not scored is not looked at
+    if settings.max_tokens is None and not checked:  # what a limit cuts off is not looked at
         source.check()
     job.check_windows()
     return job
@@ -220,12 +222,8 @@ def _bos_tokens(
 
 def _joined(pieces: Iterable[tuple[int, str]], separator: str | None) -> Iterator[tuple[int, str]]:
     """Documents as one text with `separator` between them, or as they are (None)."""
-    previous: int | None = None
-    for document, text in pieces:
-        if separator is None:
-            yield document, text
-            continue
-        if previous not in (None, document):
+    for document, group in groupby(pieces, key=lambda piece: piece[0]):
+        if document and separator is not None:
             yield 0, separator
-        previous = document
-        yield 0, text
+        for _, text in group:
+            yield document if separator is None else 0, text

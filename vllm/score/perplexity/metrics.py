@@ -36,7 +36,7 @@ from vllm.score.errors import ScoreModeError
 from vllm.score.perplexity.bootstrap import BlockBootstrap, MeanEstimate
 from vllm.score.perplexity.conventions import canonical
 from vllm.score.perplexity.store import Store, part_schema
-from vllm.score.perplexity.windows import ScoringPlan, SlidingWindows, Window
+from vllm.score.perplexity.windows import ScoringPlan, Window
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,14 +48,14 @@ EXACT = "exact mean"
 GUIDE_UNTIL_2024 = "guide until 2024: mean of window means"
 GUIDE_CURRENT = "guide: weights one token short"
 
-# name -> the unit that it counts, and the unit of the value; a perplexity has none.
+# name -> what it counts, the unit of the value (a perplexity has none), and what it is in words.
 METRICS = {
-    "nll": ("tokens", "nats/token"),
-    "token_perplexity": ("tokens", ""),
-    "bits_per_token": ("tokens", "bits/token"),
-    "word_perplexity": ("words", ""),
-    "byte_perplexity": ("bytes", ""),
-    "bits_per_byte": ("bytes", "bits/byte"),
+    "nll": ("tokens", "nats/token", "loss"),
+    "token_perplexity": ("tokens", "", "perplexity per token"),
+    "bits_per_token": ("tokens", "bits/token", "bits per token"),
+    "word_perplexity": ("words", "", "perplexity per word"),
+    "byte_perplexity": ("bytes", "", "perplexity per byte"),
+    "bits_per_byte": ("bytes", "bits/byte", "bits per byte"),
 }
 
 # A log-softmax computed in float32 may end a little above 0 where one token has all the mass.
@@ -126,6 +126,11 @@ class Metric:
     def convention(self) -> str:
         return self.provenance.convention
 
+    @property
+    def label(self) -> str:
+        """What it is, in words."""
+        return ", ".join(filter(None, (METRICS[self.name][2], self.variant)))
+
     @classmethod
     def from_loss(
         cls, name: str, loss: float, count: int, estimate: MeanEstimate, provenance: Provenance
@@ -138,15 +143,14 @@ class Metric:
             estimate: of the mean loss per token.
         """
         value, unit = metric_value(name, loss, count), METRICS[name][1]
-        slope = provenance.scored_tokens / count
+        tokens = provenance.scored_tokens
         error, interval = estimate.standard_error, estimate.interval
-        if unit.startswith("bits"):
-            slope = slope / math.log(2)
         if error is not None:
-            error *= slope if unit else value * slope
+            error *= tokens
+            error = metric_value(name, error, count) if unit else value * error / count
         if interval is not None:
-            low, high = (slope * bound for bound in interval)
-            interval = (low, high) if unit else (_exp(low), _exp(high))
+            low, high = (metric_value(name, bound * tokens, count) for bound in interval)
+            interval = (low, high)
         return cls(name, value, unit, error, interval, "", provenance)
 
 
@@ -160,7 +164,7 @@ def metric_value(name: str, loss: float, count: int) -> float:
     Raises:
         ScoreModeError: count is 0.
     """
-    counted, unit = METRICS[name]
+    counted, unit, _ = METRICS[name]
     if count < 1:
         raise ScoreModeError(
             f"the number of {counted} is {count}: there is nothing to average over"
@@ -171,32 +175,25 @@ def metric_value(name: str, loss: float, count: int) -> float:
     return mean if unit else _exp(mean)
 
 
-def check_logprobs(logprobs: np.ndarray, what: str = "logprobs") -> np.ndarray:
-    """The log-probabilities as given, if they can be ones.
+def check_logprobs(logprobs: np.ndarray, what: str = "logprobs") -> None:
+    """Raise ScoreModeError for what can be no log-probability.
 
     Args:
         logprobs: float [m], nats.
         what: name for the error message.
 
     Raises:
-        ScoreModeError: for another shape or dtype, a NaN, -inf (the model excludes the token: the
-            perplexity is infinite), or a value above 0 by more than rounding (1e-4).
+        ScoreModeError: for a NaN, -inf (the model excludes the token: the perplexity is infinite),
+            or a value above 0 by more than rounding (1e-4).
     """
-    array = np.asarray(logprobs)
-    if array.ndim != 1 or array.dtype.kind != "f":
-        raise ScoreModeError(
-            f"{what} has shape {array.shape} and dtype {array.dtype}; one floating-point "
-            "log-probability per token is needed"
-        )
-    bad = ~(np.isfinite(array) & (array <= ROUNDING_ABOVE_ZERO))
+    bad = ~(np.isfinite(logprobs) & (logprobs <= ROUNDING_ABOVE_ZERO))
     if bad.any():
         at = int(bad.argmax())
         raise ScoreModeError(
-            f"{what}[{at}] is {float(array[at])}, which is no log-probability of a possible token "
-            f"({int(bad.sum())} of {array.size} values are NaN, infinite or above 0); check the "
-            "model's weights and dtype"
+            f"{what}[{at}] is {float(logprobs[at])}, which is no log-probability of a possible "
+            f"token ({int(bad.sum())} of {logprobs.size} values are NaN, infinite or above 0); "
+            "check the model's weights and dtype"
         )
-    return array
 
 
 class TextCounter:
@@ -234,6 +231,7 @@ class PlanTotals:
 
     Attributes:
         tokens, windows: scored so far.
+        loss: sum of the losses, nats.
         text: words and bytes of the scored tokens; None where the plan leaves gaps or the
             characters are not known.
         losses: the block bootstrap of the tokens' losses, nats.
@@ -243,11 +241,8 @@ class PlanTotals:
         self.tokens = self.windows = 0
         self.text = TextCounter() if plan.windows.covers_everything else None
         self.losses = BlockBootstrap()
-        self._overlapping = (
-            isinstance(plan.windows, SlidingWindows)
-            and plan.windows.stride < plan.windows.context_length
-        )
-        self._sums: list[float] = []
+        self.loss = 0.0
+        self._overlapping = plan.windows.covers_everything
         self._document: int | None = None
         self._guide_loss = self._guide_weight = self._sum_of_means = 0.0
 
@@ -264,19 +259,18 @@ class PlanTotals:
         check_logprobs(logprobs, f"logprobs of windows {windows[0].index} to {windows[-1].index}")
         losses = -logprobs.astype(np.float64)
         self.losses.add(losses)
-        self._sums.append(float(losses.sum()))
+        self.loss += float(losses.sum())
         self.tokens += losses.size
         self.windows += len(windows)
-        starts = np.cumsum([0, *(w.num_targets for w in windows)])[:-1]
-        for window, total in zip(windows, np.add.reduceat(losses, starts).tolist(), strict=True):
-            # The guide takes one off everywhere for the label that the shift loses; one is lost
-            # only where the targets begin with the window, and is not in num_targets then.
-            lost = window.index == 0 or not self._overlapping
-            weight = window.num_targets - (0 if lost else 1)
-            mean = total / window.num_targets
-            self._guide_loss += mean * weight
-            self._guide_weight += weight
-            self._sum_of_means += mean
+        targets = np.array([window.num_targets for window in windows])
+        means = np.add.reduceat(losses, np.cumsum(targets) - targets) / targets
+        # The guide takes one off everywhere for the label that the shift loses; one is lost only
+        # where the targets begin with the window, and is not in num_targets then.
+        weights = targets - [self._overlapping and window.index > 0 for window in windows]
+        self._guide_loss += float(means @ weights)
+        self._guide_weight += float(weights.sum())
+        self._sum_of_means += float(means.sum())
+        for window in windows:
             if self.text is None or window.texts is None:
                 self.text = None
                 continue
@@ -289,11 +283,6 @@ class PlanTotals:
         """After the last group: the text had so many documents, empty ones included."""
         if self.text is not None:
             self.text.documents = documents
-
-    @property
-    def loss(self) -> float:
-        """Sum of the losses, nats."""
-        return math.fsum(self._sums)
 
     @property
     def perplexity(self) -> float:
@@ -309,37 +298,30 @@ class PlanTotals:
             counts |= {"words": self.text.words, "bytes": self.text.bytes}
         return [
             Metric.from_loss(name, self.loss, counts[counted], estimate, provenance)
-            for name, (counted, _) in METRICS.items()
+            for name, (counted, *_) in METRICS.items()
             if counted in counts
         ]
 
-    def guide_means(self) -> dict[str, float]:
-        """Mean losses with the weights of the Hugging Face guide, nats per token, by variant:
-        window means weighted by targets - 1 (all targets where the window's first token is
-        unscored), and the plain mean of the window means. Empty if every window had weight 0."""
+    def token_metrics(self, provenance: Provenance) -> list[Metric]:
+        """The loss and the perplexity per token: all that tools with gaps in the text report."""
+        wanted = ("nll", "token_perplexity")
+        return [metric for metric in self.metrics(provenance) if metric.name in wanted]
+
+    def guide_metrics(self, provenance: Provenance) -> list[Metric]:
+        """The Hugging Face guide's perplexity, by variant: as it stands (window means weighted by
+        targets - 1, or all targets where the window's first token is unscored), as it stood until
+        2024 (the plain mean of the window means), and with exact weights. Only the last is a mean
+        over tokens, and has a standard error. It alone is there if every window has weight 0."""
+        exact = replace(self.token_metrics(provenance)[-1], variant=EXACT)
         if not self._guide_weight:
-            return {}
-        return {
-            GUIDE_CURRENT: self._guide_loss / self._guide_weight,
-            GUIDE_UNTIL_2024: self._sum_of_means / self.windows,
-        }
-
-
-def token_metrics(totals: PlanTotals, provenance: Provenance) -> list[Metric]:
-    """The loss and the perplexity per token: all that tools with gaps in the text report."""
-    wanted = ("nll", "token_perplexity")
-    return [metric for metric in totals.metrics(provenance) if metric.name in wanted]
-
-
-def guide_metrics(totals: PlanTotals, provenance: Provenance) -> list[Metric]:
-    """The Hugging Face guide's perplexity: as it stands, as it stood until 2024, and with exact
-    weights. Only the last is a mean over tokens, and has a standard error."""
-    exact = replace(token_metrics(totals, provenance)[-1], variant=EXACT)
-    guide = [
-        replace(exact, value=_exp(mean), standard_error=None, interval=None, variant=variant)
-        for variant, mean in totals.guide_means().items()
-    ]
-    return [*guide, exact]
+            return [exact]
+        bare = replace(exact, standard_error=None, interval=None)
+        now, then = self._guide_loss / self._guide_weight, self._sum_of_means / self.windows
+        return [
+            replace(bare, value=_exp(now), variant=GUIDE_CURRENT),
+            replace(bare, value=_exp(then), variant=GUIDE_UNTIL_2024),
+            exact,
+        ]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import json
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,20 +59,19 @@ def part_schema() -> pa.Schema:
     )
 
 
+@dataclass(frozen=True)
 class Store:
-    """Use `Store.open` or `Store.temporary`."""
+    """Use `Store.open` or `Store.temporary`. _held: what it keeps alive."""
 
-    def __init__(self, directory: Path, *, durable: bool, held: Any = None) -> None:
-        """held: what the store keeps alive."""
-        self.directory = directory
-        self._durable = durable
-        self._held = held
+    directory: Path
+    _durable: bool
+    _held: Any
 
     @classmethod
     def temporary(cls) -> Store:
         """A store that is deleted with the object."""
         folder = tempfile.TemporaryDirectory(prefix="vllm-score-")
-        return cls(Path(folder.name), durable=False, held=folder)
+        return cls(Path(folder.name), False, folder)
 
     @classmethod
     def open(cls, directory: str | Path, fingerprint: Mapping[str, Any], *, resume: bool) -> Store:
@@ -89,7 +90,7 @@ class Store:
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        store = cls(path, durable=True, held=_locked(path / _LOCK))
+        store = cls(path, True, _locked(path / _LOCK))
         manifest = path / _MANIFEST
         contents = {each.name for each in path.iterdir()} - {_LOCK}
         if manifest.exists():
@@ -262,7 +263,6 @@ def describe_engine(llm: LLM) -> dict[str, Any]:
 
     config = llm.llm_engine.vllm_config
     model, scheduler = config.model_config, config.scheduler_config
-    attention = getattr(config, "attention_config", None)
     device = current_platform.get_device_name()
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -274,7 +274,7 @@ def describe_engine(llm: LLM) -> dict[str, Any]:
         "enforce_eager": bool(model.enforce_eager),
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
         "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
-        "attention_backend": str(getattr(attention, "backend", None) or "auto"),
+        "attention_backend": str(config.attention_config.backend or "auto"),
         "device": f"{device} ({platform.machine()})" if device == "cpu" else str(device),
         "score_kernel": expected_kernel(current_platform.device_type).name,
     }
@@ -301,10 +301,8 @@ def versions() -> dict[str, str]:
     """Installed versions of the packages that compute a score."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

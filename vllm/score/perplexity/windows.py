@@ -18,7 +18,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby
+from itertools import chain, count, groupby, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ class WindowPlan(ABC):
     @property
     def covers_everything(self) -> bool:
         """Whether every token of a text is a target, but perhaps its first."""
-        return False
+        return self.step < self.context_length
 
     @property
     def step(self) -> int:
@@ -92,28 +92,21 @@ class SlidingWindows(WindowPlan):
     reserved: int = 0
 
     @property
-    def covers_everything(self) -> bool:
-        return self.stride < self.context_length or self.reserved > 0
-
-    @property
     def step(self) -> int:
         return min(self.stride, self.context_length - self.reserved)
 
     def spans(self, ensure: Ensure, *, lead: int = 0) -> Iterator[Span]:
         size = self.context_length - self.reserved
         needs_context = 0 if self.reserved else 1
-        begin = scored = 0
-        while True:
+        scored = 0
+        for begin in count(0, self.step):
             end = ensure(begin + size)
-            if end <= scored:
-                return
             first = max(scored, begin + needs_context, lead)
             if first < end:
                 yield Span(begin, end, first)
             if end < begin + size:
                 return
             scored = end
-            begin += self.step
 
 
 @dataclass(frozen=True)
@@ -142,13 +135,11 @@ class RowWindows(WindowPlan):
                 f"the text has only {length} tokens (BOS included), and windows of {size} need at "
                 f"least {needed}; give a longer text{smaller if fits >= 3 else ''}"
             )
-        row = 0
-        while self.max_rows is None or row < self.max_rows:
+        for row in count() if self.max_rows is None else range(self.max_rows):
             begin, end = row * size, (row + 1) * size
             if ensure(end + self.drop_last_if_exact) < end + self.drop_last_if_exact:
                 return
             yield Span(begin, end, max(begin + self.first_scored, lead))
-            row += 1
 
 
 @dataclass(frozen=True)
@@ -159,10 +150,6 @@ class RollingWindows(WindowPlan):
     after one token of context; the last one ends with the document and reaches back to be as long
     as the others, so that its few targets have a full context. Every document token is scored.
     """
-
-    @property
-    def covers_everything(self) -> bool:
-        return True
 
     @property
     def step(self) -> int:
@@ -305,24 +292,22 @@ class TextStream:
         once = (prefix or every_window) if plan.prefix_once else []
         index = 0
         for document, group in groupby(self._pass(once), key=lambda chunk: chunk.document):
-            base, front = self._document_begin, prefix
+            begin_of_document = self._document_begin
             before, chunks = _with_added(group, plan.added)
             tokens = _DocumentTokens(chunks)
-            own = own_prefix_length(tokens.slice(0, tokens.ensure(len(once)))[0], once)
-            removed = 0
-            if own:
-                self.own_prefixes += 1
-                self.own_prefix_tokens += own
-                self.inner_prefixes -= 1
-                front = []
-                if every_window:  # which stands in front of the first window, too
-                    removed = own
-            lead = 0 if every_window else own or len(front)
-            front = front + before
+            own = own_prefix_length(
+                [token for token, _ in tokens.slice(0, tokens.ensure(len(once)))], once
+            )
+            self.own_prefixes += bool(own)
+            self.own_prefix_tokens += own
+            self.inner_prefixes -= bool(own)
+            # Of a BOS in front of every window the first window has one, too.
+            removed, lead = (own, 0) if every_window else (0, own or len(prefix))
+            front = ([] if own else prefix) + before
             tokens.replace_first(removed, front)
-            base += removed - len(front)
+            base = begin_of_document + removed - len(front)
             for begin, end, first_target in plan.windows.spans(tokens.ensure, lead=lead):
-                ids, texts = tokens.slice(begin, end)
+                ids, texts = map(list, zip(*tokens.slice(begin, end), strict=True))
                 if plan.replace_first is not None:
                     ids = [plan.replace_first, *ids[1:]]
                 known = [text for text in texts[first_target - begin :] if text is not None]
@@ -365,37 +350,26 @@ class _DocumentTokens:
     the front."""
 
     def __init__(self, chunks: Iterator[TokenChunk]) -> None:
-        self._ids: list[int] = []
-        self._texts: list[str | None] = []
+        self._tokens: list[tuple[int, str | None]] = []  # (id, characters)
         self._begin = 0
         self._chunks = chunks
 
     def replace_first(self, count: int, front: list[int]) -> None:
         """Put tokens in the place of the first `count`."""
-        self._ids[:count] = front
-        self._texts[:count] = [""] * len(front)
+        self._tokens[:count] = [(token, "") for token in front]
 
     def ensure(self, wanted: int) -> int:
-        while self._begin + len(self._ids) < wanted and self._read():
-            pass
-        return min(wanted, self._begin + len(self._ids))
+        while self._begin + len(self._tokens) < wanted and (chunk := next(self._chunks, None)):
+            self._tokens += zip(chunk.ids, chunk.texts or repeat(None), strict=False)
+        return min(wanted, self._begin + len(self._tokens))
 
-    def slice(self, begin: int, end: int) -> tuple[list[int], list[str | None]]:
-        part = slice(begin - self._begin, end - self._begin)
-        return self._ids[part], self._texts[part]
+    def slice(self, begin: int, end: int) -> list[tuple[int, str | None]]:
+        return self._tokens[begin - self._begin : end - self._begin]
 
     def release(self, begin: int) -> None:
         """Tokens before `begin` will not be asked for again."""
-        del self._ids[: begin - self._begin]
-        del self._texts[: begin - self._begin]
+        del self._tokens[: begin - self._begin]
         self._begin = begin
-
-    def _read(self) -> bool:
-        chunk = next(self._chunks, None)
-        if chunk is not None:
-            self._ids += chunk.ids
-            self._texts += chunk.texts if chunk.texts is not None else [None] * len(chunk.ids)
-        return chunk is not None
 
 
 def _with_added(

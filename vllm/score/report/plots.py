@@ -1,15 +1,18 @@
-"""A run's losses as drawings, with matplotlib and no display, or as a page with a table."""
+"""The losses of a run: along the text, their distribution, the hardest tokens; as drawings, with
+matplotlib and no display, or as a page with a table.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.losses import LossSummary, summarize
-from vllm.score.report.numbers import count, head, significant, tail, visible, visible_token
 from vllm.score.report.style import (
     BLUE,
     GREY,
@@ -21,9 +24,20 @@ from vllm.score.report.style import (
     style,
     svg,
 )
-from vllm.score.report.table import figure_cells, headline, provenance_rows
+from vllm.score.report.table import (
+    count,
+    figure_cells,
+    head,
+    headline,
+    provenance_rows,
+    significant,
+    tail,
+    visible,
+    visible_token,
+)
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -32,6 +46,74 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".html")
 HARDEST_DRAWN = 12
 _CONTEXT_WIDTH, _TOKEN_WIDTH = 42, 14  # characters
+MOST_BLOCKS = 200  # points of the curve: more cannot be told apart on a page
+SMALLEST_BLOCK = 16  # tokens; a mean of fewer follows the single tokens
+MOST_POINTS = 2000  # up to so many tokens each is drawn by itself
+HARDEST = 50
+CONTEXT_CHARACTERS = 120
+
+
+@dataclass(frozen=True)
+class HardToken:
+    """A token with a high loss.
+
+    text: its characters; None where they are not known. context: the scored characters before it.
+    loss: nats.
+    """
+
+    position: int
+    token_id: int
+    text: str | None
+    context: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a run's tokens, in the order of the text.
+
+    positions, nats: int64 and float64 [n], of each token.
+    hardest: highest loss first.
+    """
+
+    positions: np.ndarray
+    nats: np.ndarray
+    hardest: tuple[HardToken, ...]
+
+    def blocks(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(positions, losses) of consecutive tokens, in blocks whose lengths differ by at most one
+        token."""
+        number = max(1, min(MOST_BLOCKS, self.nats.size // SMALLEST_BLOCK))
+        cuts = np.linspace(0, self.nats.size, number + 1)[1:-1].astype(int)
+        return list(zip(np.split(self.positions, cuts), np.split(self.nats, cuts), strict=True))
+
+    def histogram(self, bins: int = 60, covered: float = 0.999) -> tuple[np.ndarray, np.ndarray]:
+        """Share of the tokens by loss, from 0 to a loss that at least `covered` of them keep to:
+        a few far out would press the others together.
+
+        Returns:
+            edges: float64 [bins + 1], nats.
+            shares: float64 [bins]; 1 minus their sum lies beyond the last edge.
+        """
+        last = max(1e-3, np.quantile(self.nats, covered, method="higher"))
+        counts, edges = np.histogram(np.maximum(self.nats, 0), bins, (0, last))
+        return edges, counts / self.nats.size
+
+
+def losses_of(tokens: pa.Table) -> Losses:
+    """The losses of `PerplexityResult.tokens`, at least one."""
+    positions = tokens["position"].to_numpy()
+    losses = -tokens["logprob"].to_numpy().astype(np.float64)
+    hardest = []
+    for at in np.argsort(-losses, kind="stable")[:HARDEST].tolist():
+        first = max(0, at - 4 * CONTEXT_CHARACTERS)  # a character has four tokens at most
+        gaps = np.flatnonzero(np.diff(positions[first : at + 1]) != 1)
+        first += int(gaps[-1]) + 1 if gaps.size else 0  # tokens between were not scored
+        *before, text = tokens["text"][first : at + 1].to_pylist()
+        context = "".join(part or "" for part in before)[-CONTEXT_CHARACTERS:]
+        token = tokens["token_id"][at].as_py()
+        hardest.append(HardToken(int(positions[at]), token, text, context, float(losses[at])))
+    return Losses(positions, losses, tuple(hardest))
 
 
 def write_plot(result: PerplexityResult, path: Path) -> None:
@@ -40,77 +122,53 @@ def write_plot(result: PerplexityResult, path: Path) -> None:
     Raises:
         ScoreModeError: for another ending.
     """
-    check_format(path)
-    summary = summarize(result)
-    if path.suffix.lower() == ".png":
-        with style():
-            draw_all(result, summary).savefig(path, dpi=150)
-        return
-    page = render_page(result, summary, svg(draw_curves(summary)))
-    path.write_text(page, encoding="utf-8")
-
-
-def check_format(path: Path) -> None:
-    """Raise ScoreModeError for a file whose ending is not one of `FORMATS`."""
     if path.suffix.lower() not in FORMATS:
         raise ScoreModeError(
             f"plot is {str(path)!r}; a drawing can be written as .png or .html, name such a file"
         )
+    losses = losses_of(result.tokens())
+    drawing = draw_all(result, losses)
+    if path.suffix.lower() == ".png":
+        with style():
+            drawing.savefig(path, dpi=150)
+    else:
+        path.write_text(render_page(result, losses, svg(drawing)), encoding="utf-8")
 
 
-def draw_all(result: PerplexityResult, summary: LossSummary) -> Figure:
+def draw_all(result: PerplexityResult, losses: Losses) -> Figure:
     """Losses along the text, their distribution, the hardest tokens: one picture."""
     from matplotlib.figure import Figure
 
     with style():
         figure = Figure(figsize=(12, 7.8), layout=layout())
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
-        draw_along_text(figure.add_subplot(grid[0, :]), summary)
-        draw_distribution(figure.add_subplot(grid[1, 0]), summary)
+        draw_along_text(figure.add_subplot(grid[0, :]), losses)
+        draw_distribution(figure.add_subplot(grid[1, 0]), losses)
         pair = grid[1, 1].subgridspec(1, 2, width_ratios=(1.35, 1))
-        draw_hardest(figure.add_subplot(pair[0]), figure.add_subplot(pair[1]), summary)
+        draw_hardest(figure.add_subplot(pair[0]), figure.add_subplot(pair[1]), losses)
         figure.suptitle(_title(result), fontsize=12, x=0.01, ha="left")
     return figure
 
 
-def draw_curves(summary: LossSummary) -> Figure:
-    """Losses along the text above their distribution."""
-    from matplotlib.figure import Figure
-
-    with style():
-        figure = Figure(figsize=(12, 7.2), layout=layout())
-        upper, lower = figure.subplots(2, 1)
-        draw_along_text(upper, summary)
-        draw_distribution(lower, summary)
-    return figure
-
-
-def draw_along_text(axes: Axes, summary: LossSummary) -> None:
+def draw_along_text(axes: Axes, losses: Losses) -> None:
     """Block means with the spread of the single tokens (the tokens themselves if few)."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    blocks, length = len(summary.block_mean), summary.tokens / len(summary.block_mean)
-    if len(summary.positions):
-        axes.plot(
-            summary.positions, summary.losses, ".", color=LIGHT, markersize=4, label="each token"
-        )
-    elif blocks > 1:
-        axes.fill_between(
-            summary.block_position,
-            summary.block_low,
-            summary.block_high,
-            color=LIGHT,
-            alpha=0.6,
-            linewidth=0,
-            label="10 % to 90 % of the tokens in a block",
-        )
-    if blocks > 1:
-        label = f"mean of a block of {length:.0f} tokens"
-        axes.plot(
-            summary.block_position, summary.block_mean, color=BLUE, linewidth=1.5, label=label
-        )
-    label = f"mean of all, {significant(summary.mean, 4)}"
-    axes.axhline(summary.mean, color=RED, linewidth=1.2, linestyle="--", label=label)
+    blocks = losses.blocks()
+    where = [positions.mean() for positions, _ in blocks]
+    if losses.nats.size <= MOST_POINTS:
+        axes.plot(losses.positions, losses.nats, ".", color=LIGHT, markersize=4, label="each token")
+    else:
+        low, high = np.transpose([np.quantile(nats, (0.1, 0.9)) for _, nats in blocks])
+        label = "10 % to 90 % of the tokens in a block"
+        axes.fill_between(where, low, high, color=LIGHT, alpha=0.6, linewidth=0, label=label)
+    if len(blocks) > 1:
+        label = f"mean of a block of {losses.nats.size / len(blocks):.0f} tokens"
+        means = [nats.mean() for _, nats in blocks]
+        axes.plot(where, means, color=BLUE, linewidth=1.5, label=label)
+    mean = losses.nats.mean()
+    label = f"mean of all, {significant(mean, 4)}"
+    axes.axhline(mean, color=RED, linewidth=1.2, linestyle="--", label=label)
     axes.set(title="Loss along the text", xlabel="position in the text (tokens)")
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
@@ -121,16 +179,18 @@ def draw_along_text(axes: Axes, summary: LossSummary) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
 
 
-def draw_distribution(axes: Axes, summary: LossSummary) -> None:
+def draw_distribution(axes: Axes, losses: Losses) -> None:
     """Histogram with mean and median."""
-    edges, shares = summary.histogram(bins=min(60, max(10, int(2 * summary.tokens**0.5))))
+    tokens, median, mean = losses.nats.size, np.median(losses.nats), losses.nats.mean()
+    edges, shares = losses.histogram(bins=min(60, max(10, int(2 * tokens**0.5))))
     axes.stairs(100 * shares, edges, fill=True, color=LIGHT)
-    for value, name, line in ((summary.median, "median", ":"), (summary.mean, "mean", "--")):
+    for value, name, line in ((median, "median", ":"), (mean, "mean", "--")):
         label = f"{name} {significant(value, 4)}"
         axes.axvline(value, color=RED, linewidth=1.2, linestyle=line, label=label)
-    beyond = round(summary.tokens * (1 - shares.sum()))
-    share = 100 * beyond / summary.tokens
-    more = f"; {share:.1g} % beyond, up to {summary.largest:.1f}" if beyond else ""
+    beyond = round(tokens * (1 - shares.sum()))
+    more = (
+        f"; {100 * beyond / tokens:.1g} % beyond, up to {losses.nats.max():.1f}" if beyond else ""
+    )
     axes.set(title="Distribution of the loss", xlabel="loss (nats per token)" + more)
     axes.set_ylabel("tokens (%)")
     axes.set_xlim(left=0, right=edges[-1])
@@ -138,9 +198,9 @@ def draw_distribution(axes: Axes, summary: LossSummary) -> None:
     axes.legend(loc="upper right", facecolor="white", framealpha=0.85, edgecolor="none")
 
 
-def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
+def draw_hardest(text_axes: Axes, bar_axes: Axes, losses: Losses) -> None:
     """Side by side: each token after the characters before it, and its loss."""
-    tokens = summary.hardest[:HARDEST_DRAWN]
+    tokens = losses.hardest[:HARDEST_DRAWN]
     style: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8, "va": "center"}
     rows = (HARDEST_DRAWN - 0.4, -0.6)
     text_axes.set(xlim=(0, 1), ylim=rows, title="Hardest tokens, after what precedes them")
@@ -151,16 +211,16 @@ def draw_hardest(text_axes: Axes, bar_axes: Axes, summary: LossSummary) -> None:
         text = head(visible_token(token.text, token.token_id, drawable), _TOKEN_WIDTH)
         text_axes.text(share - 0.005, row, context, ha="right", color=GREY, **style)
         text_axes.text(share + 0.005, row, text, ha="left", color=RED, weight="bold", **style)
-    losses = [token.loss for token in tokens]
-    bars = bar_axes.barh(range(len(losses)), losses, height=0.62, color=LIGHT)
+    nats = [token.loss for token in tokens]
+    bars = bar_axes.barh(range(len(nats)), nats, height=0.62, color=LIGHT)
     bar_axes.bar_label(bars, fmt=" %.1f", fontsize=8, color=GREY)
     bar_axes.set(ylim=rows, yticks=[], xlabel="loss (nats)")
-    bar_axes.set_xlim(left=0, right=1.15 * max(losses, default=1.0))
+    bar_axes.set_xlim(left=0, right=1.15 * max(nats, default=1.0))
     bar_axes.spines["left"].set_visible(False)
     bar_axes.grid(visible=False)
 
 
-def render_page(result: PerplexityResult, summary: LossSummary, drawing: str) -> str:
+def render_page(result: PerplexityResult, losses: Losses, drawing: str) -> str:
     """A drawing (an <svg> element), the hardest tokens in their context, figures, provenance."""
     number = "number"
     hardest = [
@@ -171,7 +231,7 @@ def render_page(result: PerplexityResult, summary: LossSummary, drawing: str) ->
             f'<span class="token" title="token {token.token_id}">'
             f"{escape(visible_token(token.text, token.token_id))}</span>",
         )
-        for token in summary.hardest
+        for token in losses.hardest
     ]
     figures = [map(escape, (*figure_cells(each), each.convention)) for each in result.figures]
     provenance = "".join(

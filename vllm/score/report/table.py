@@ -1,30 +1,26 @@
-"""A result as a table for people (80 columns are enough, colours on a terminal), or as JSON."""
+"""A result as a table for people (80 columns are enough, colours on a terminal), or as JSON.
+
+Below it how all reports write numbers and characters.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm.score.report.numbers import count, json_safe, short_hash, significant
-
 if TYPE_CHECKING:
     from vllm.score.perplexity.metrics import Metric, PerplexityResult, Provenance
 
-LABELS = {
-    "nll": "loss",
-    "token_perplexity": "perplexity per token",
-    "bits_per_token": "bits per token",
-    "word_perplexity": "perplexity per word",
-    "byte_perplexity": "perplexity per byte",
-    "bits_per_byte": "bits per byte",
-}
+PART = "⋯"
+_MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 @dataclass(frozen=True)
@@ -120,9 +116,8 @@ def figure_table(figures: Sequence[Metric]) -> Table:
 
 def figure_cells(figure: Metric) -> tuple[str, str, str, str, str]:
     """(what it is, value, standard error, interval, unit), "" for what is not there."""
-    label = LABELS.get(figure.name, figure.name)
     return (
-        f"{label}, {figure.variant}" if figure.variant else label,
+        figure.label,
         significant(figure.value),
         "" if figure.standard_error is None else significant(figure.standard_error, 3),
         "" if figure.interval is None else " to ".join(map(significant, figure.interval)),
@@ -136,9 +131,9 @@ def provenance_rows(result: PerplexityResult) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {number}" for name, number in of.versions.items())
     by_convention = {figure.convention: figure.provenance for figure in result.figures}
     return [
-        ("model", f"{of.model}, weights {short_hash(of.model_sha256)}"),
+        ("model", f"{of.model}, weights {of.model_sha256[:12]}"),
         ("computed in", f"{of.dtype}, quantisation {of.quantization}"),
-        ("tokenizer", short_hash(of.tokenizer_sha256)),
+        ("tokenizer", of.tokenizer_sha256[:12]),
         ("text", of.text_source),
         ("versions", versions),
         *((_title(name), _procedure(which)) for name, which in by_convention.items()),
@@ -153,7 +148,7 @@ def _procedure(of: Provenance) -> str:
         f"{count(of.windows)} windows of {of.context_length}, stride {of.stride}",
         f"{count(of.scored_tokens)} of {count(of.text_tokens)} tokens scored",
         f"BOS: {of.bos}",
-        f"{documents}, hash {short_hash(of.text_sha256)}",
+        f"{documents}, hash {of.text_sha256[:12]}",
     ]
     if of.block_length is not None:
         parts.append(f"errors: block bootstrap, {of.block_length} tokens per block")
@@ -162,3 +157,69 @@ def _procedure(of: Provenance) -> str:
 
 def _title(convention: str) -> str:
     return "this run" if convention == "run" else convention
+
+
+def significant(value: float, digits: int = 6) -> str:
+    """A number with so many significant digits: all before the point, 4 after it at most.
+
+    >>> significant(26.48123), significant(0.0123456), significant(2048.0), significant(1234.5, 3)
+    ('26.4812', '0.0123', '2048.00', '1234')
+    """
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    whole = math.floor(math.log10(abs(value))) + 1  # digits before the point; below 0.1 negative
+    return f"{value:.{max(0, min(4, digits - whole))}f}"
+
+
+def count(number: int) -> str:
+    """A count with its thousands apart."""
+    return f"{number:,}"
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with each infinity, which JSON does not have, as the string "Infinity"."""
+    if isinstance(value, Mapping):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def visible(text: str, drawable: Callable[[str], bool] = str.isprintable) -> str:
+    """The text in one line; what cannot be shown as its escape sequence.
+
+    Args:
+        drawable: whether a character can be shown (by a font).
+    """
+
+    def mark(char: str) -> str:
+        shown = char if drawable(char) else char.encode("unicode_escape").decode("ascii")
+        return _MARKS.get(char, shown)
+
+    return "".join(map(mark, text))
+
+
+def visible_token(
+    text: str | None, token_id: int, drawable: Callable[[str], bool] = str.isprintable
+) -> str:
+    """The same of a token, with a mark for each space; `PART` for a later part of a character that
+    several tokens make up; the id where the characters are not known."""
+    if text is None:
+        return f"[{token_id}]"
+    return visible(text, drawable).replace(" ", "␣") or PART
+
+
+def head(text: str, width: int) -> str:
+    """The text, or its beginning and a mark in `width` characters."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def tail(text: str, width: int) -> str:
+    """The text, or a mark and its end in `width` characters."""
+    return text if len(text) <= width else "…" + text[1 - width :]
