@@ -18,7 +18,7 @@ from vllm.score.eig import RULES, DecisionPoint, StoppingRule, register_scaler
 from vllm.score.eig.options import unescape
 from vllm.score.eig.records import COST, GAIN, Continuation, Decision, Forecast
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
+from vllm.score.integrations.lm_eval.requests import read_generation_kwargs
 from vllm.score.integrations.lm_eval.scaled import (
     OPTIONS,
     SHARED,
