@@ -181,7 +181,7 @@ def measure(llm: Any, problems: Sequence[Any], options: argparse.Namespace) -> l
 def votes(llm: Any, questions: Sequence[str], gold: Sequence[str]) -> list[Point]:
     """Majority votes; those of fewer reasonings are over the first ones of the most."""
     from vllm.score.eig import EngineDriver
-    from vllm.score.eig.reasoner import Batch, Reasoner, Sample
+    from vllm.score.eig.records import Batch, Reasoner, Sample
     from vllm.score.tiny.additions import CUE, END
 
     driver = EngineDriver(llm)

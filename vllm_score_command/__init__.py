@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ COMMANDS = {
 DECLARED: dict[str, Callable[[ArgumentParser], None]] = {
     "perplexity": options.perplexity,
     "sequence": options.sequence,
+    "eig": options.eig,
     "doctor": options.doctor,
 }
 
@@ -72,7 +73,9 @@ def run(
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     program = Path(sys.argv[0]).name if program is None else program
-    if command in DECLARED and {"-h", "--help"} & set(arguments):
+    # Stopping rules that others have registered have options, too.
+    registered = "vllm.score.eig.rules" in sys.modules or entry_points(group="vllm_score.rules")
+    if not (command == "eig" and registered) and {"-h", "--help"} & set(arguments):
         name = f"{program} {command}" if program == "vllm-score" else program
         show_help(DECLARED[command], name, defaults)
     try:

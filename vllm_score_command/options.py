@@ -165,6 +165,172 @@ Log-probability of sequences after contexts, from the exact score of every token
     parser.epilog = ENGINE
 
 
+def eig(parser: ArgumentParser) -> None:
+    """The options of `vllm-score eig`; those of the rules that come with it."""
+    parser.description = """\
+Let a model reason about questions as long as one more step is expected to tell more about the
+answer than it costs.
+
+  vllm-score eig                             additions, by a small model made on this machine
+  vllm-score eig MODEL --file questions.jsonl --output traces.jsonl --plot traces.html"""
+    add_model(parser)
+    questions = parser.add_argument_group("Questions")
+    questions.add_argument(
+        "--question",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="may be repeated",
+    )
+    add_files(questions, f".jsonl, .json, .csv, .tsv or .parquet with a question per row, {FILES}")
+    for name, text in {
+        "question": "questions: texts, or (not in CSV) lists of chat messages (default: question)",
+        "answer": "right answers, to count what is correct (default: answer, where there is one)",
+        "choices": "a list of candidate answers for each question",
+    }.items():
+        questions.add_argument(f"--{name}-column", metavar="NAME", help=f"column with the {text}")
+    add_skip_empty(questions, "whose question is null, missing or empty")
+    questions.add_argument(
+        "--chat",
+        action="store_true",
+        help="take each question for a user's message, through the model's chat template",
+    )
+    # None where they are not given; the rule and the reasoning check and convert them.
+    stop = parser.add_argument_group("When to stop")
+    stop.add_argument(
+        "--scaler",
+        default="expected_information_gain_reasoning",
+        metavar="NAME",
+        help="the rule: expected_information_gain_reasoning, entropy_threshold_reasoning or "
+        "fixed_budget_reasoning (default: %(default)s)",
+    )
+    for name, metavar, text in (
+        ("beam-size", "N", "number of candidate answers; a whole number from 1 to 20 (default: 8)"),
+        (
+            "sample-length",
+            "N",
+            "length of a step and of a continuation, tokens; a whole number from 1 to 512 "
+            "(default: 64)",
+        ),
+        (
+            "temperature",
+            "X",
+            "temperature of the continuations; a number from 0.1 to 2 (default: 1.0)",
+        ),
+        (
+            "top-p",
+            "X",
+            "probability mass that continuations are sampled from; a number from 0.1 to 1 "
+            "(default: 0.9)",
+        ),
+        (
+            "max-computation-time",
+            "X",
+            "time limit of a decision, seconds; a number from 1 to 300 (default: 30.0)",
+        ),
+        (
+            "lambda-cost",
+            "X",
+            "cost of one more step, nats; a number from 0 to 10 (default: 0.05)",
+        ),
+        (
+            "mc-samples",
+            "N",
+            "continuations sampled for a forecast; a whole number from 1 to 20 (default: 5)",
+        ),
+        (
+            "estimator",
+            "TEXT",
+            "estimator of the gain; one of entropy_difference, mutual_information "
+            "(default: entropy_difference)",
+        ),
+        (
+            "entropy-threshold",
+            "X",
+            "entropy to stop at, nats; a number from 0 to 10 (default: 0.5)",
+        ),
+        (
+            "fixed-budget",
+            "N",
+            "length of the reasoning, tokens; a whole number from 0 to 1,000,000 (default: 256)",
+        ),
+    ):
+        stop.add_argument(f"--{name}", metavar=metavar, help=text)
+    stop.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse values out of range, instead of taking the nearest one",
+    )
+    answers = parser.add_argument_group("Answers")
+    answers.add_argument(
+        "--candidates",
+        metavar="NAME",
+        help="where candidate answers come from: beam or sampled (the model's own, after the cue), "
+        "numeric or boxed (what its reasoning says) (default: beam)",
+    )
+    answers.add_argument(
+        "--answer-cue",
+        metavar="TEXT",
+        help=r"asks for the answer, after the reasoning; \n is a line break "
+        r"(default: '\n\nThe answer is: ')",
+    )
+    answers.add_argument(
+        "--answer-end",
+        metavar="TEXT",
+        help="ends an answer; '' for nothing, EOS for the end-of-sequence token "
+        r"(default: '\n')",
+    )
+    answers.add_argument(
+        "--length-normalization",
+        metavar="UNIT",
+        help="divide the log-probability of an answer by its tokens or bytes; or none "
+        "(default: none)",
+    )
+    reasoning = parser.add_argument_group("Reasoning")
+    reasoning.add_argument(
+        "--decide-at",
+        metavar="PLACE",
+        help="step: before every sample_length tokens; end: only where the model ends its "
+        "reasoning by itself (budget forcing) (default: step)",
+    )
+    reasoning.add_argument(
+        "--max-tokens-thinking",
+        type=int,
+        metavar="N",
+        help="tokens of reasoning at most, with what is inserted (default: 1024)",
+    )
+    reasoning.add_argument(
+        "--thinking-n-ignore",
+        type=int,
+        metavar="N",
+        help="how often the model is told to go on where it ends its reasoning and a step pays "
+        "(default: 4)",
+    )
+    reasoning.add_argument(
+        "--think-end",
+        action="extend",
+        nargs="+",
+        metavar="TEXT",
+        help="text that ends the reasoning, e.g. </think>; may be repeated",
+    )
+    reasoning.add_argument(
+        "--concurrency",
+        type=int,
+        default=32,
+        metavar="N",
+        help="questions side by side (default: %(default)s)",
+    )
+    add_output(
+        parser,
+        ("FILE.jsonl", "write a trace per line: each decision, its candidates, the reasoning"),
+        ("FILE.html|.png|.svg|.pdf", "draw entropy and expected gain along each trace"),
+    )
+    parser.epilog = (
+        ENGINE + "\n  --seed is also of what is sampled, and of the questions made here."
+    )
+
+
 def doctor(parser: ArgumentParser) -> None:
     """The options of `vllm-score doctor`."""
     parser.description = """\

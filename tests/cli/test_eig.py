@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -16,11 +17,12 @@ import pytest
 from pydantic import Field
 
 from tests.helpers import token_logprobs
-from vllm.score.checks import Whole, settings
+from vllm.score.checks import Whole, describe, limits_of, settings
 from vllm.score.cli import main
 from vllm.score.cli.eig import make_options, make_rule
 from vllm.score.cli.inputs import Questions, read_questions
-from vllm.score.eig import RULES, FixedBudget
+from vllm.score.eig import RULES, FixedBudget, Options, rules
+from vllm.score.eig.options import parameters_of
 
 
 @pytest.fixture
@@ -176,9 +178,9 @@ def test_the_parameters_are_those_of_the_rules(caplog: Any) -> None:
     for name, kind in RULES.items():
         known = kind.parameters()
         for key, parameter in known.items():
-            if parameter.type not in (int, float):
+            if parameter.annotation not in (int, float):
                 continue
-            high = parameter.bounds[1]
+            high = limits_of(parameter.rebuild_annotation())["le"]
             rule = make(name, **{key: str(high + 1)})
             assert getattr(rule, key) == high
             others = set(known) - {key}
@@ -196,19 +198,32 @@ class Own(FixedBudget):
     patience: Annotated[Whole, Field(ge=1, le=77, description="steps to take")] = 3
 
 
-def test_help_names_parameters_and_bounds(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setitem(RULES, "own", Own)
+def shown(capsys: Any) -> str:
+    """The help of the command."""
     with pytest.raises(SystemExit) as exit_:
         main(["eig", "-h"])
     assert exit_.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for rule in RULES.values():
-        for name, parameter in rule.parameters().items():
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_parameters_and_bounds(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is shown before vLLM is imported, which has them written down once more."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for own in (False, True):
+        if own:
+            monkeypatch.setitem(RULES, "own", Own)
+        else:
+            monkeypatch.delitem(sys.modules, "vllm.score.eig.rules")
+        text = shown(capsys)
+        monkeypatch.setitem(sys.modules, rules.__name__, rules)
+        for rule in RULES.values():
+            for name, field in rule.parameters().items():
+                words = rf"--{name.replace('_', '-')} [A-Z]+ [^;]+; {re.escape(describe(field))}"
+                assert re.search(rf"{words} \(default: {field.default}\)", text)
+        for name in parameters_of(Options).keys() - {"prompts", "seed", "metrics"}:
             assert f"--{name.replace('_', '-')} " in text
-            if parameter.type in (int, float):
-                assert parameter.help.partition("; ")[2] in text
-    assert "steps to take; a whole number from 1 to 77 (default: 3)" in text
+        described = "steps to take; a whole number from 1 to 77 (default: 3)"
+        assert (described in text) == own == ("fixed_budget_reasoning, own" in text)
 
 
 CUE, END = "\nSo: ", "."
@@ -320,7 +335,7 @@ def test_a_run_without_answers_ends_with_what_to_change(
     caplog: Any,
 ) -> None:
     from vllm.score.cli import model
-    from vllm.score.eig import expected_information_gain_reasoning, rules
+    from vllm.score.eig import expected_information_gain_reasoning
 
     monkeypatch.setattr(model, "open_llm", lambda *_, **__: llm)
     # As on a machine where all 30 seconds have passed.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.eig.reasoner import Batch, Continuation, Next, Sample, Score
+from vllm.score.eig.records import Batch, Continuation, Next, Sample, Score
 
 END_OF_SEQUENCE = "<eos>"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm.score.eig.reasoner import Batch, Continuation, Next, Sample, Score
+from vllm.score.eig.records import Batch, Continuation, Next, Sample, Score
 
 
 class ChainTokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm.score.eig.reasoner import Batch, Next
+from vllm.score.eig.records import Batch, Next
 from vllm.score.errors import ScoreModeError
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import runpy
 import shutil
 import time
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ from scipy.stats import chisquare
 from tests.eig.problems import ask, by_next, failing
 from tests.helpers import random_prompts, token_logprobs
 from vllm.score.eig.engines import AsyncLLMReasoner
-from vllm.score.eig.reasoner import Batch, DeadlineExceeded, Next, Sample, Score
+from vllm.score.eig.records import Batch, DeadlineExceeded, Next, Sample, Score
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "eig" / "beside_others.py"
 TOLERANCE = 2e-5
 VOCABULARY = 1024
 LONG = 1500
@@ -239,30 +242,27 @@ async def test_an_exception_in_a_problem_leaves_the_run(driver):
         await values(driver.run_all([ask(Sample([5], 1, LONG, ignore_eos=True)), broken]))
 
 
-async def test_reasoning_beside_other_clients(driver, async_llm, reference):
-    """Whole problems on an asynchronous engine: their first posteriors are Hugging Face's."""
-    from vllm.score.eig import AnswerFormat, EIGMetrics, EIGParameters, eig_problems
+async def test_reasoning_beside_other_clients(driver, async_llm, reference, capsys):
+    """The example, with whole problems: their first posteriors are Hugging Face's."""
+    from vllm.score.eig import AnswerFormat, EIGMetrics, ExpectedInformationGain
 
+    example = runpy.run_path(str(EXAMPLE))
     answers, metrics = ["one", "two", "seven"], EIGMetrics()
     prompts = random_prompts([20, 30, 25, 18], VOCABULARY, seed=31)
-    problems = eig_problems(
-        driver.tokenizer,
-        prompts,
-        EIGParameters(lambda_cost=0.0, mc_samples=2, sample_length=4),
-        max_model_len=async_llm.model_config.max_model_len,
-        options={"candidates": answers, "max_tokens_thinking": 4, "metrics": metrics},
+    rule = ExpectedInformationGain(lambda_cost=0.0, mc_samples=2, sample_length=4)
+    options = {"candidates": answers, "max_tokens_thinking": 4, "metrics": metrics}
+    traces, text = await asyncio.gather(
+        example["reason"](async_llm, prompts, rule, **options),
+        example["generate"](async_llm, {"prompt_token_ids": START}),
     )
-    traces = {}
-    async with aclosing(driver.run_all(problems)) as running:
-        async for index, trace in running:
-            traces[index] = trace
+    assert isinstance(text, str) and capsys.readouterr().out.count("tokens of reasoning") == 4
     cue, targets = AnswerFormat().encode(driver.tokenizer, answers)
-    for index, prompt in enumerate(prompts):
+    for prompt, trace in zip(prompts, traces, strict=True):
         want = []
         for target in targets:
             whole = [*prompt, *cue, *target]
             want.append(token_logprobs(reference("llama", whole), whole)[-len(target) :].sum())
-        posterior = traces[index].steps[0].decision.posterior
+        posterior = trace.steps[0].decision.posterior
         np.testing.assert_allclose(posterior.logprobs, want, atol=2e-4)
-    assert metrics.summary()["decisions"] == sum(len(t.steps) for t in traces.values())
+    assert metrics.summary()["decisions"] == sum(len(t.steps) for t in traces)
     assert metrics.summary()["success_rate"] == 1.0

@@ -21,7 +21,7 @@ from vllm.score.eig.candidates import (
     State,
     candidate_source,
 )
-from vllm.score.eig.reasoner import Batch, Continuation, Next, Sample
+from vllm.score.eig.records import Batch, Continuation, Next, Sample
 from vllm.score.errors import ScoreModeError
 
 TOKENIZER = character_tokenizer("\n=ab 0123456789,.")

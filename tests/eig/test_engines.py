@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from tests.eig.problems import ask, by_next, failing
 from tests.helpers import random_prompts, token_logprobs
 from vllm.score.eig.engines import BatchRequests, LLMReasoner
-from vllm.score.eig.reasoner import Batch, DeadlineExceeded, Next, Sample, Score
+from vllm.score.eig.records import Batch, DeadlineExceeded, Next, Sample, Score
 from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine
@@ -66,14 +66,14 @@ def test_equal_and_similar_targets_cost_one_request(llm):
     context = [8, 9]
     facts = LLMReasoner(llm).facts
     score = Score(context, [[5], [7], [3, 4, 5], [5], [3, 4, 9], [3, 4, 5], [4, 4, 5]])
-    sent = [r.prompt["prompt_token_ids"] for r in BatchRequests([score], facts).requests]
+    sent = [r.prompt["prompt_token_ids"] for r in BatchRequests(Batch([score]), facts).requests]
     assert sent == [[8, 9, 5], [8, 9, 3, 4, 5], [8, 9, 4, 4, 5]]
 
 
 def test_requests_with_a_common_context_follow_each_other(llm):
     a, b = prompts(50, 60, seed=2)
     work = [Score(a, [[1]]), Next(b, 3), Sample(a, 2, 4), Score(b, [[1, 2], [2, 1]])]
-    batch = BatchRequests(work, LLMReasoner(llm).facts)
+    batch = BatchRequests(Batch(work), LLMReasoner(llm).facts)
     contexts = [batch.requests[i].ids[:50].tolist() for i in batch.order]
     assert contexts == [a, a, b[:50], b[:50], b[:50]]
 

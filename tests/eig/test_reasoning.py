@@ -30,11 +30,16 @@ from vllm.score.eig import (
     Trace,
     eig_problems,
 )
-from vllm.score.eig.entropy import GainEstimate
 from vllm.score.eig.posterior import without_stop
-from vllm.score.eig.reasoner import Batch, Continuation, DeadlineExceeded, Sample
 from vllm.score.eig.reasoning import describe
-from vllm.score.eig.trace import Forecast
+from vllm.score.eig.records import (
+    Batch,
+    Continuation,
+    DeadlineExceeded,
+    Forecast,
+    GainEstimate,
+    Sample,
+)
 from vllm.score.errors import ScoreModeError
 
 PROMPTS = ContinuationPrompts(large="a", moderate="b", small="c", neutral="a")

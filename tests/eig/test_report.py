@@ -17,7 +17,16 @@ import pytest
 from rich.console import Console
 
 from tests.eig.trace_data import FAILED, FIRST, SECOND, trace
-from vllm.score.eig.entropy import GainEstimate
+from vllm.score.eig.records import (
+    COST,
+    FAILURE,
+    GAIN,
+    TIME,
+    AnswerPosterior,
+    Decision,
+    GainEstimate,
+    Trace,
+)
 from vllm.score.eig.report import (
     METRICS,
     EIGMetrics,
@@ -29,7 +38,6 @@ from vllm.score.eig.report import (
     wilson_interval,
     write_traces,
 )
-from vllm.score.eig.trace import COST, FAILURE, GAIN, TIME, AnswerPosterior, Decision, Trace
 from vllm.score.errors import ScoreModeError
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from vllm.score.checks import Whole, settings
+from vllm.score.checks import Whole, describe, settings
 from vllm.score.eig import (
     RULES,
     SCALERS,
@@ -205,12 +205,13 @@ def test_what_comes_out_is_the_nearest_value_allowed(name, value):
     assert len(warned) == (not inside)
 
 
-def test_help_reads_the_fields():
+def test_parameters_are_the_fields():
+    known = Patience.parameters()
+    assert known["patience"].description == "steps to take"
+    assert describe(known["patience"]) == "a whole number from 1 to 9"
     known = ExpectedInformationGain.parameters()
-    assert known["lambda_cost"].help == "cost of one more step, nats; a number from 0 to 10"
-    assert known["estimator"].help.endswith("one of entropy_difference, mutual_information")
-    assert known["top_p"].bounds == (0.1, 1) and known["mc_samples"].default == 5
-    assert "tokens" in known["sample_length"].help
+    assert describe(known["estimator"]) == "one of entropy_difference, mutual_information"
+    assert describe(known["top_p"]) == "a number from 0.1 to 1" and known["mc_samples"].default == 5
 
 
 def test_frozen():

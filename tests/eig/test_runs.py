@@ -31,8 +31,8 @@ from vllm.score.eig import (
     fixed_budget_reasoning,
 )
 from vllm.score.eig.engines import LLMReasoner
-from vllm.score.eig.reasoner import Batch, Score
 from vllm.score.eig.reasoning import run
+from vllm.score.eig.records import Batch, Score
 from vllm.score.errors import ScoreModeError
 
 pytestmark = pytest.mark.engine

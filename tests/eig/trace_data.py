@@ -6,8 +6,16 @@ import math
 
 import numpy as np
 
-from vllm.score.eig.entropy import GainEstimate
-from vllm.score.eig.trace import COST, FAILURE, GAIN, AnswerPosterior, Decision, Step, Trace
+from vllm.score.eig.records import (
+    COST,
+    FAILURE,
+    GAIN,
+    AnswerPosterior,
+    Decision,
+    GainEstimate,
+    Step,
+    Trace,
+)
 
 NAN = math.nan
 

@@ -13,11 +13,10 @@ import pytest
 from pydantic import Field
 
 from tests.integrations.test_lm_eval_texts import requests
-from vllm.score.checks import Whole, settings
+from vllm.score.checks import Whole, limits_of, settings
 from vllm.score.eig import RULES, DecisionPoint, StoppingRule, register_scaler
 from vllm.score.eig.options import unescape
-from vllm.score.eig.reasoner import Continuation
-from vllm.score.eig.trace import COST, GAIN, Decision, Forecast
+from vllm.score.eig.records import COST, GAIN, Continuation, Decision, Forecast
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.requests import read_generation_kwargs
 from vllm.score.integrations.lm_eval.scaled import (
@@ -121,7 +120,8 @@ def test_options_of_lm_evals_command_line() -> None:
 def test_nothing_of_a_scaler_reaches_ordinary_generation(name: str) -> None:
     options = dict.fromkeys(OPTIONS, "x")
     known = RULES[name].parameters()
-    numbers = {k: each.bounds[0] for k, each in known.items() if each.type in (int, float)}
+    limits = {key: limits_of(each.rebuild_annotation()) for key, each in known.items()}
+    numbers = {key: each["ge"] for key, each in limits.items() if each}
     ordinary = {"seed": 1, "top_k": 3, "min_p": 0.1, "max_tokens": 5, "min_tokens": 1}
     switches = {"debug": "false", "strict": "True"}
     call, rest = split_kwargs(

@@ -56,7 +56,8 @@ def test_without_vllm_the_last_line_says_what_to_install(program: str) -> None:
 
 
 def test_help_needs_no_vllm() -> None:
-    for arguments in (["--version"], ["-h"], ["perplexity", "-h"], ["sequence", "--help"]):
+    helps = [[command, "-h"] for command in ("perplexity", "eig", "doctor")]
+    for arguments in (["--version"], ["-h"], *helps, ["sequence", "--help"]):
         done = run(f"import vllm_score_command; vllm_score_command.main({arguments})", ROOT)
         assert done.returncode == 0 and not done.stderr
         assert "vllm-score" in done.stdout

@@ -51,4 +51,4 @@ def _loaded(command: str) -> tuple[Any, Callable[..., None], Callable[[ArgumentP
         quieten()
         parser = import_module(f"{__name__}.parser")
         module = import_module(f"{__name__}.{command}")
-    return parser, getattr(module, command), DECLARED.get(command) or module.declare
+    return parser, getattr(module, command), getattr(module, "declare", None) or DECLARED[command]

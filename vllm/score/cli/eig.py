@@ -14,14 +14,14 @@ from rich.console import Console
 
 from vllm.platforms import current_platform
 from vllm.score.armed import require_score_mode
-from vllm.score.checks import Count, check
+from vllm.score.checks import Count, check, describe, limits_of
 from vllm.score.cli.common import check_output, option
 from vllm.score.cli.inputs import Questions, read_questions
 from vllm.score.cli.model import Model
 from vllm.score.eig.answers import normalise
 from vllm.score.eig.candidates import candidate_source
 from vllm.score.eig.engines import LLMReasoner
-from vllm.score.eig.options import Options, Parameter, parameters_of, unescape
+from vllm.score.eig.options import Options, parameters_of, unescape
 from vllm.score.eig.plots import FORMATS, plot_traces
 from vllm.score.eig.reasoning import (
     ANSWER_ROOM,
@@ -30,6 +30,7 @@ from vllm.score.eig.reasoning import (
     run,
     unanswered_note,
 )
+from vllm.score.eig.records import Trace
 from vllm.score.eig.report import (
     EIGMetrics,
     metrics_tables,
@@ -39,7 +40,6 @@ from vllm.score.eig.report import (
     write_traces,
 )
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
-from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.launch.output import long_step, say, shows_bars
 from vllm.score.tiny import additions
@@ -55,102 +55,18 @@ EMBEDDED = {
     "answer_end": additions.END,
 }
 END_OF_SEQUENCE = "EOS"
-# Fields of `Options` that are options of the command, by group; and what its help adds.
-GROUPS = {
-    "Answers": ("candidates", "answer_cue", "answer_end", "length_normalization"),
-    "Reasoning": ("decide_at", "max_tokens_thinking", "thinking_n_ignore", "think_end"),
-}
-HELP = {
-    "answer_cue": r"; \n is a line break",
-    "answer_end": "; '' for nothing, EOS for the end-of-sequence token",
-    "think_end": "; may be repeated",
-}
 
 
 def declare(parser: ArgumentParser) -> None:
-    """The options of the command."""
-    parser.description = """\
-Let a model reason about questions as long as one more step is expected to tell more about the
-answer than it costs.
-
-  vllm-score eig                             additions, by a small model made on this machine
-  vllm-score eig MODEL --file questions.jsonl --output traces.jsonl --plot traces.html"""
-    shared.add_model(parser)
-    questions = parser.add_argument_group("Questions")
-    questions.add_argument(
-        "--question",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="may be repeated",
-    )
-    shared.add_files(
-        questions, f".jsonl, .json, .csv, .tsv or .parquet with a question per row, {shared.FILES}"
-    )
-    for name, text in {
-        "question": "questions: texts, or (not in CSV) lists of chat messages (default: question)",
-        "answer": "right answers, to count what is correct (default: answer, where there is one)",
-        "choices": "a list of candidate answers for each question",
-    }.items():
-        questions.add_argument(f"--{name}-column", metavar="NAME", help=f"column with the {text}")
-    shared.add_skip_empty(questions, "whose question is null, missing or empty")
-    questions.add_argument(
-        "--chat",
-        action="store_true",
-        help="take each question for a user's message, through the model's chat template",
-    )
+    """The options of the command, with the parameters of rules that others have registered."""
+    shared.eig(parser)
     rules = all_rules()
-    stop = parser.add_argument_group("When to stop")
-    stop.add_argument(
-        "--scaler",
-        default=next(iter(rules)),
-        metavar="NAME",
-        help=f"{', '.join(rules)} (default: %(default)s)",
-    )
-    known = {name: each for rule in rules.values() for name, each in parameters_of(rule).items()}
-    for name, parameter in known.items():
-        _add(stop, name, parameter, parameter.help)
-    stop.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse values out of range, instead of taking the nearest one",
-    )
-    groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    for title, names in GROUPS.items():
-        for name in names:
-            parameter = parameters_of(Options)[name]
-            kind = {"type": int} if parameter.type is int else {}
-            _add(groups[title], name, parameter, parameter.meaning + HELP.get(name, ""), **kind)
-    groups["Reasoning"].add_argument(
-        "--concurrency",
-        type=int,
-        default=32,
-        metavar="N",
-        help="questions side by side (default: %(default)s)",
-    )
-    shared.add_output(
-        parser,
-        ("FILE.jsonl", "write a trace per line: each decision, its candidates, the reasoning"),
-        ("FILE.html|.png|.svg|.pdf", "draw entropy and expected gain along each trace"),
-    )
-    parser.epilog = (
-        shared.ENGINE + "\n  --seed is also of what is sampled, and of the questions made here."
-    )
-
-
-def _add(group: Any, name: str, parameter: Parameter, text: str, **more: Any) -> None:
-    """An option for a field, None where it is not given; its class checks and converts it."""
-    if parameter.type == tuple[str, ...]:
-        more |= {"action": "extend", "nargs": "+"}
-    said = repr(parameter.default).strip("'")
-    default = "" if parameter.default in (None, ()) else f" (default: {said})"
-    group.add_argument(
-        option(name),
-        metavar={int: "N", float: "X"}.get(parameter.type, "TEXT"),
-        help=(text + default).replace("%", "%%"),
-        **more,
-    )
+    group = parser.add_argument_group("Rules", ", ".join(rules))
+    fields = {name: each for rule in rules.values() for name, each in rule.parameters().items()}
+    for name, each in fields.items():
+        if option(name) not in parser._option_string_actions:
+            text = f"{each.description}; {describe(each)} (default: {each.default})"
+            group.add_argument(option(name), metavar="VALUE", help=text.replace("%", "%%"))
 
 
 def eig(options: Namespace, results: TextIO) -> None:
@@ -227,20 +143,21 @@ def make_rule(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> Sto
     name = given["scaler"]
     kind = find_rule(name)
     own, rest = kind.split(given)
-    for key in {key for rule in all_rules().values() for key in parameters_of(rule)} & rest.keys():
+    for key in {key for rule in all_rules().values() for key in rule.parameters()} & rest.keys():
         raise ScoreModeError(
             f"{option(key)} is {rest[key]!r}, which {name} does not take; leave it out"
         )
     most = max(map(len, choices), default=0)
+    limit = int(limits_of(kind.parameters()["beam_size"].rebuild_annotation())["le"])
     if choices:
-        own.setdefault("beam_size", min(most, kind.parameters()["beam_size"].bounds[1]))
+        own.setdefault("beam_size", min(most, limit))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # its record in the log is enough
         rule = kind.checked(given["strict"], **own)
     if most > rule.beam_size:
         raise ScoreModeError(
             f"a question has {most} choices, more than --beam-size {rule.beam_size} (at most "
-            f"{kind.parameters()['beam_size'].bounds[1]}); raise it or give fewer"
+            f"{limit}); raise it or give fewer"
         )
     return rule
 

@@ -24,6 +24,7 @@ from vllm.score.eig.reasoning import (
     fixed_budget_reasoning,
     reason,
 )
+from vllm.score.eig.records import Decision, Trace
 from vllm.score.eig.report import (
     EIGMetrics,
     get_eig_metrics_summary,
@@ -40,7 +41,6 @@ from vllm.score.eig.rules import (
     StoppingRule,
     register_scaler,
 )
-from vllm.score.eig.trace import Decision, Trace
 
 # Earlier names.
 AsyncDriver = AsyncLLMReasoner

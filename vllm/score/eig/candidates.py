@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from vllm.score.checks import Count, Fraction, Number, check, did_you_mean
+from vllm.score.checks import Count, Fraction, Number, check, check_name
 from vllm.score.eig.answers import (
     AnswerFormat,
     Found,
@@ -20,7 +20,7 @@ from vllm.score.eig.answers import (
     find_pattern,
     normalise,
 )
-from vllm.score.eig.reasoner import MAX_TOP, Batch, Continuation, Next, Reasoner, Sample
+from vllm.score.eig.records import MAX_TOP, Batch, Continuation, Next, Reasoner, Sample
 from vllm.score.errors import ScoreModeError
 
 KINDS = ("numeric", "boxed")
@@ -330,16 +330,12 @@ def candidate_source(
         ScoreModeError: for anything else.
     """
     if isinstance(source, str):
-        if source in CANDIDATE_SOURCES:
-            return CANDIDATE_SOURCES[source]()
         if source == "given":
             raise ScoreModeError(
                 "candidates is 'given', but no answers are; pass the list of answers itself."
             )
-        raise ScoreModeError(
-            f"candidates {source!r} is unknown{did_you_mean(source, CANDIDATE_SOURCES)}, or a list "
-            "of answers."
-        )
+        check_name("candidates", source, CANDIDATE_SOURCES)
+        return CANDIDATE_SOURCES[source]()
     if isinstance(source, re.Pattern):
         return ExtractedCandidates(source)
     if isinstance(source, Sequence):

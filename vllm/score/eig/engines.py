@@ -13,7 +13,6 @@ from collections.abc import (
     Generator,
     Iterable,
     Iterator,
-    Sequence,
 )
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,7 +29,7 @@ from vllm.score.api import shared_prefix_order
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, Number, Whole, check
 from vllm.score.continuations import MergedContinuations
-from vllm.score.eig.reasoner import (
+from vllm.score.eig.records import (
     MAX_TOP,
     Batch,
     Continuation,
@@ -40,7 +39,6 @@ from vllm.score.eig.reasoner import (
     Sample,
     Score,
     T,
-    Work,
     ends_everything,
 )
 from vllm.score.engine.configuration import check_configuration, check_llm
@@ -53,8 +51,6 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
-
-_PASSED = "deadline had passed before the batch was sent; give a later one."
 
 
 class LLMReasoner:
@@ -80,175 +76,154 @@ class LLMReasoner:
     ) -> None:
         check_llm(llm)
         self.tokenizer: Any = llm.get_tokenizer()
-        self.llm, self.lora_request = llm, lora_request
         self.facts = _facts(llm.llm_engine, lora_request)
+        self._llm, self._engine, self._lora_request = llm, llm.llm_engine, lora_request
         self._concurrency = check("concurrency", concurrency, Count)
-        self.driven = False  # a problem of `run_all` is being run at this moment
 
     async def run(self, batch: Batch) -> list[Any]:
-        """See `Reasoner.run`. Awaited outside of `run_all`, it runs the engine until it is done."""
-        if self.driven:
-            return await _results_of(batch)
+        """See `Reasoner.run`; it runs the engine until the batch is done."""
         ((_, results),) = self.run_all([lambda reasoner: reasoner.run(batch)])
         return results
 
     def run_all(self, problems: Iterable[Problem[T]]) -> Generator[tuple[int, T], None, None]:
-        """Yield (index, value) of problems as they finish; they may await `run`, nothing else.
+        """Yield (index, value) of problems as they finish.
 
-        Each goes on as soon as its own batch is done. Of `problems` no more are taken than run; the
-        time that the consumer takes between values counts for the deadlines. What goes wrong in a
-        batch is raised in its problem. An exception that leaves a problem leaves here. However
-        this ends, what is still running is aborted, and problems that have begun are closed.
+        They may await `run` of the reasoner that they are given, and nothing else. Each goes on as
+        soon as its own batch is done. Of `problems` no more are taken than run; the time that the
+        consumer takes between values counts for the deadlines. What goes wrong in a batch is
+        raised in its problem. An exception that leaves a problem leaves here. However this ends,
+        what is still running is aborted, and problems that have begun are closed.
 
         Raises:
             ScoreModeError: the engine is busy, or somebody else ran it meanwhile.
         """
-        if self.llm.llm_engine.has_unfinished_requests():
+        if self._engine.has_unfinished_requests():
             raise ScoreModeError("llm has unfinished requests; reasoning needs an idle engine.")
-        run: _Run[T] = _Run(self)
         waiting = enumerate(problems)
+        live: dict[int, _Live[T]] = {}
         try:
             while True:
-                while len(run.live) < self._concurrency:
-                    index, problem = next(waiting, (0, None))
-                    if problem is None:
-                        break
-                    run.live[index] = _Live(problem(self))
-                    yield from run.go_on(index)
-                if not run.live:
+                while len(live) < self._concurrency and (begun := next(waiting, None)):
+                    index, problem = begun
+                    live[index] = _Live(problem(_Handing(self.tokenizer)))
+                    yield from self._go_on(live, index, None)
+                if not live:
                     return
-                yield from run.step()
+                for index, outcome in self._step(live).items():
+                    yield from self._go_on(live, index, outcome)
         finally:
-            run.close()
+            try:
+                for each in live.values():
+                    self._abort(each)
+            finally:
+                for each in live.values():
+                    each.steps.close()
 
-
-@coroutine
-def _results_of(batch: Batch) -> Generator[Batch, list[Any], list[Any]]:
-    """Hands the batch to the `_Run` that runs this coroutine, which sends the results."""
-    return (yield batch)
-
-
-@dataclass
-class _Live(Generic[T]):
-    """A problem that has begun, and the batch that it waits for.
-
-    Attributes:
-        unfinished: the engine's request id by position in the batch.
-    """
-
-    steps: Coroutine[Batch, Any, T]
-    requests: BatchRequests = field(init=False)  # of its last batch
-    deadline: float | None = None
-    unfinished: dict[int, str] = field(default_factory=dict)
-
-
-class _Run(Generic[T]):
-    """The problems of one `run_all` that have begun and not ended."""
-
-    def __init__(self, reasoner: LLMReasoner) -> None:
-        self._reasoner, self._engine = reasoner, reasoner.llm.llm_engine
-        self.live: dict[int, _Live[T]] = {}
-        # Index of the problem and position in its batch, by request id.
-        self._owners: dict[str, tuple[int, int]] = {}
-
-    def go_on(
-        self, index: int, outcome: list[Any] | Exception | None = None
+    def _go_on(
+        self, live: dict[int, _Live[T]], index: int, outcome: list[Any] | Exception | None
     ) -> Iterator[tuple[int, T]]:
         """Run a problem until a batch of it is in the engine, or yield its value.
 
         Args:
             outcome: of the batch that it waited for.
         """
+        this = live[index]
         while True:
-            live = self.live.pop(index)  # what it raises leaves it ended
-            self._reasoner.driven = True
             try:
                 if isinstance(outcome, Exception):
-                    self._abort(index, live)
-                    batch = live.steps.throw(outcome)
+                    self._abort(this)
+                    batch = this.steps.throw(outcome)
                 else:
-                    batch = live.steps.send(outcome)
+                    batch = this.steps.send(outcome)
             except StopIteration as stop:
+                del live[index]
                 yield index, stop.value
                 return
-            finally:
-                self._reasoner.driven = False
-            self.live[index] = live
             try:
-                self._send(index, live, batch)
+                self._send(this, batch)
                 return
             except Exception as error:
                 if ends_everything(error):
                     raise
                 outcome = error
 
-    def step(self) -> Iterator[tuple[int, T]]:
-        """One step of the engine, and what follows from it; yield what is finished then."""
+    def _send(self, this: _Live[T], batch: Any) -> None:
+        if not isinstance(batch, Batch):
+            raise ScoreModeError(
+                f"a problem awaits {batch!r:.60}; on an LLM it may await reasoner.run(batch) only."
+            )
+        this.requests = BatchRequests(batch, self.facts)
+        for position in this.requests.order:
+            request, name = this.requests.requests[position], str(next(self._llm.request_counter))
+            own = self._engine.add_request(
+                name, request.prompt, request.params, lora_request=self._lora_request
+            )
+            this.unfinished[name] = position, own
+
+    def _step(self, live: dict[int, _Live[T]]) -> dict[int, list[Any] | Exception]:
+        """One step of the engine; the outcomes of the batches that end by it."""
         if not self._engine.get_num_unfinished_requests():
             raise ScoreModeError(
                 "the engine lost the reasoning's requests: llm was used while run_all was running; "
                 "take all of its values first."
             )
-        ready: dict[int, list[Any] | Exception] = {}
-        for output in self._engine.step():
-            owner = self._owners.pop(output.request_id, None) if output.finished else None
-            if owner is None or owner[0] in ready:
+        ended: dict[int, list[Any] | Exception] = {}
+        for output in self._engine.step():  # each is a finished request's
+            owners = (i for i, each in live.items() if output.request_id in each.unfinished)
+            index = next(owners, None)
+            if index is None or index in ended:
                 continue
-            index, position = owner
-            requests, unfinished = self.live[index].requests, self.live[index].unfinished
-            del unfinished[position]
+            this = live[index]
+            position, _ = this.unfinished.pop(output.request_id)
             try:
-                requests.take(position, output)
-                if not unfinished:
-                    ready[index] = requests.results()
+                this.requests.take(position, output)
+                if not this.unfinished:
+                    ended[index] = this.requests.results()
             except Exception as error:
-                ready[index] = error
-        now = time.monotonic()
-        for index, live in self.live.items():
-            if index not in ready and live.deadline is not None and live.deadline <= now:
-                ready[index] = _too_late(live.unfinished, live.requests)
-        for index, outcome in ready.items():
-            yield from self.go_on(index, outcome)
+                ended[index] = error
+        late = {i: each.requests.too_late() for i, each in live.items() if each.requests.left <= 0}
+        return late | ended
 
-    def close(self) -> None:
-        """Abort what is running, and close the problems."""
-        try:
-            for index, live in self.live.items():
-                self._abort(index, live)
-        finally:
-            for live in self.live.values():
-                live.steps.close()
-            self.live.clear()
-
-    def _send(self, index: int, live: _Live[T], batch: Any) -> None:
-        reasoner = self._reasoner
-        if not isinstance(batch, Batch):
-            raise ScoreModeError(
-                f"a problem awaits {batch!r:.60}; on an LLM it may await reasoner.run(batch) only."
-            )
-        if batch.deadline is not None and batch.deadline <= time.monotonic():
-            raise DeadlineExceeded(_PASSED)
-        live.deadline = batch.deadline
-        live.requests = BatchRequests(batch.work, reasoner.facts)
-        for position in live.requests.order:
-            request = live.requests.requests[position]
-            request_id = str(next(reasoner.llm.request_counter))
-            live.unfinished[position] = self._engine.add_request(
-                request_id, request.prompt, request.params, lora_request=reasoner.lora_request
-            )
-            self._owners[request_id] = index, position
-
-    def _abort(self, index: int, live: _Live[T]) -> None:
+    def _abort(self, this: _Live[T]) -> None:
         """Have the engine forget what is left of a problem's batch."""
-        unfinished = list(live.unfinished.values())
-        live.unfinished.clear()
-        if unfinished:
-            self._owners = {k: owner for k, owner in self._owners.items() if owner[0] != index}
-            self._engine.abort_request(unfinished, internal=True)
+        if this.unfinished:
+            self._engine.abort_request([own for _, own in this.unfinished.values()], internal=True)
+            this.unfinished.clear()
+
+
+@dataclass
+class _Live(Generic[T]):
+    """A problem that has begun.
+
+    Attributes:
+        steps: the problem.
+        requests: of the batch that it waits for.
+        unfinished: of these, by request id: position in the batch, and the engine's own id.
+    """
+
+    steps: Coroutine[Any, Any, T]
+    requests: BatchRequests = field(init=False)
+    unfinished: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+@dataclass
+class _Handing:
+    """The reasoner that a problem of `LLMReasoner.run_all` is given."""
+
+    tokenizer: Any
+
+    async def run(self, batch: Batch) -> list[Any]:
+        return await _handed_over(batch)
+
+
+@coroutine
+def _handed_over(batch: Batch) -> Generator[Batch, list[Any], list[Any]]:
+    """Hands the batch to whoever runs this coroutine, and who sends the results."""
+    return (yield batch)
 
 
 class AsyncLLMReasoner:
-    """A `Reasoner` on an `AsyncLLM`, which may have other requests.
+    """A `Reasoner` on an `AsyncLLM`, which may have other requests (examples/eig/beside_others.py).
 
         async with aclosing(reasoner.run_all(eig_problems(tokenizer, questions, rule))) as running:
             async for index, trace in running: ...
@@ -281,27 +256,24 @@ class AsyncLLMReasoner:
 
     async def run(self, batch: Batch) -> list[Any]:
         """See `Reasoner.run`; also where it is cancelled, its requests are aborted."""
-        left = None if batch.deadline is None else batch.deadline - time.monotonic()
-        if left is not None and left <= 0:
-            raise DeadlineExceeded(_PASSED)
-        requests = BatchRequests(batch.work, self._facts)
-        name = f"eig-{uuid.uuid4().hex}"
-        unfinished = {i: f"{name}-{i}" for i in requests.order}
-        limit = asyncio.timeout(left)
+        requests = BatchRequests(batch, self._facts)
+        name = uuid.uuid4().hex
+        limit = asyncio.timeout(None if batch.deadline is None else requests.left)
         try:
             async with limit, asyncio.TaskGroup() as group:
                 for position in requests.order:
-                    group.create_task(self._one(requests, position, unfinished))
+                    group.create_task(self._one(requests, position, f"eig-{name}-{position}"))
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise _too_late(unfinished, requests) from None
+            raise requests.too_late() from None
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first one; it had the others cancelled
         finally:
-            if unfinished:
+            if requests.unfinished:
                 # One that was cancelled while it was being added is not aborted by `generate`.
-                await asyncio.shield(self._engine.abort(list(unfinished.values())))
+                names = [f"eig-{name}-{position}" for position in requests.unfinished]
+                await asyncio.shield(self._engine.abort(names))
         return requests.results()
 
     async def run_all(self, problems: Iterable[Problem[T]]) -> AsyncGenerator[tuple[int, T], None]:
@@ -315,32 +287,26 @@ class AsyncLLMReasoner:
         running: dict[asyncio.Task[T], int] = {}
         try:
             while True:
-                while len(running) < self._concurrency:
-                    index, problem = next(waiting, (0, None))
-                    if problem is None:
-                        break
+                while len(running) < self._concurrency and (begun := next(waiting, None)):
+                    index, problem = begun
                     running[asyncio.create_task(problem(self))] = index
                 if not running:
                     return
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=running.__getitem__):
-                    index = running.pop(task)
-                    yield index, task.result()
+                    yield running.pop(task), task.result()
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _one(
-        self, requests: BatchRequests, position: int, unfinished: dict[int, str]
-    ) -> None:
+    async def _one(self, requests: BatchRequests, position: int, name: str) -> None:
         request = requests.requests[position]
         output: Any = None
         async for latest in self._engine.generate(
-            request.prompt, request.params, unfinished[position], lora_request=self._lora_request
+            request.prompt, request.params, name, lora_request=self._lora_request
         ):
             output = latest
-        del unfinished[position]
         if output is None:
             raise ScoreModeError("the engine ended a request without an output; ask again.")
         requests.take(position, output)
@@ -362,13 +328,6 @@ def _facts(engine: Any, lora_request: LoRARequest | None) -> ModelFacts:
     return ModelFacts.of(engine.input_processor)
 
 
-def _too_late(unfinished: dict[int, str], requests: BatchRequests) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"deadline passed with {len(unfinished)} of {len(requests.requests)} requests unfinished; "
-        "give a later one, or less work."
-    )
-
-
 @dataclass(frozen=True)
 class _Piece:
     """One piece of work: its requests, and the way back.
@@ -384,26 +343,50 @@ class _Piece:
 
 
 class BatchRequests:
-    """The requests of a batch, and what came of them; `order` is the one to send them in.
+    """The requests of a batch, and what came of them.
 
     Args:
-        work: of the batch; all of it is checked.
+        batch: all of it is checked.
         facts: of the engine.
 
+    Attributes:
+        requests: at their positions.
+        order: the positions, as they are to be sent: those with a common context follow each
+            other, and share its computation.
+        unfinished: positions whose output was not taken.
+
     Raises:
+        DeadlineExceeded: it has passed.
         ScoreModeError: a piece of work is malformed or does not fit the model's context; named by
             its index.
     """
 
-    def __init__(self, work: Sequence[Work], facts: ModelFacts) -> None:
-        if not work:
+    def __init__(self, batch: Batch, facts: ModelFacts) -> None:
+        self._deadline = math.inf if batch.deadline is None else batch.deadline
+        if self.left <= 0:
+            raise DeadlineExceeded(
+                "deadline had passed before the batch was sent; give a later one."
+            )
+        if not batch.work:
             raise ScoreModeError("work is empty: a Batch has at least one piece.")
-        self._pieces = [_piece(i, w, facts) for i, w in enumerate(work)]
-        self.requests = [r for p in self._pieces for r in p.requests]
-        self._owners = [p for p in self._pieces for _ in p.requests]
+        self._pieces = [_piece(i, work, facts) for i, work in enumerate(batch.work)]
+        self.requests = [request for piece in self._pieces for request in piece.requests]
+        self.order = shared_prefix_order([request.ids for request in self.requests])
+        self.unfinished = set(self.order)
+        self._readers = [piece.read for piece in self._pieces for _ in piece.requests]
         self._values: list[Any] = [None] * len(self.requests)
-        # Those with a common context follow each other, and share its computation.
-        self.order = shared_prefix_order([r.ids for r in self.requests])
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self._deadline - time.monotonic()
+
+    def too_late(self) -> DeadlineExceeded:
+        """The error where the deadline has passed."""
+        return DeadlineExceeded(
+            f"deadline passed with {len(self.unfinished)} of {len(self.requests)} requests "
+            "unfinished; give a later one, or less work."
+        )
 
     def take(self, position: int, output: Any) -> None:
         """Keep what the finished output of `requests[position]` says.
@@ -411,7 +394,8 @@ class BatchRequests:
         Raises:
             ScoreModeError: it was aborted, or its scores are unsound.
         """
-        self._values[position] = self._owners[position].read(output)
+        self.unfinished.discard(position)
+        self._values[position] = self._readers[position](output)
 
     def results(self) -> list[Any]:
         """The results of the batch, once every output was taken."""
@@ -499,7 +483,7 @@ def _score(work: Score, facts: ModelFacts) -> _Piece:
     def result(values: list[Any]) -> list[np.ndarray]:
         return [place.of(values[place.request]).copy() for place in merged.places]
 
-    return _Piece(requests, lambda output: _sound(_scores(output).logprobs), result)
+    return _Piece(requests, lambda output: _scores(output).logprobs, result)
 
 
 def _next(work: Next, facts: ModelFacts) -> _Piece:
@@ -511,7 +495,7 @@ def _next(work: Next, facts: ModelFacts) -> _Piece:
     def read(output: Any) -> tuple[np.ndarray, np.ndarray]:
         scores = _scores(output)
         assert scores.top_token_ids is not None and scores.top_logprobs is not None
-        found, logprobs = scores.top_token_ids[0], _sound(scores.top_logprobs)[0]
+        found, logprobs = scores.top_token_ids[0], scores.top_logprobs[0]
         order = np.lexsort((found, -logprobs))
         return found[order], logprobs[order]
 
@@ -521,11 +505,6 @@ def _next(work: Next, facts: ModelFacts) -> _Piece:
 
 def _token_ids(name: str, given: Any, facts: ModelFacts) -> np.ndarray:
     """Checked token ids, int64 [n], n >= 1."""
-    if isinstance(given, str):
-        raise ScoreModeError(
-            f"{name} must be a list of token ids, got str; encode texts with the reasoner's "
-            "tokenizer."
-        )
     ids = read_token_ids(given, facts.vocab_size, name)
     if not len(ids):
         raise ScoreModeError(f"{name} is empty: give at least one token id.")
@@ -548,17 +527,14 @@ def _scores(output: Any) -> TokenScores:
             "aborted in the engine; ask again."
         )
     len(scores)  # failed scores raise their reason
-    return scores
-
-
-def _sound(logprobs: np.ndarray) -> np.ndarray:
+    logprobs = scores.logprobs if scores.top_logprobs is None else scores.top_logprobs
     wrong = np.isnan(logprobs) | np.isposinf(logprobs)
     if wrong.any():
         raise ScoreModeError(
             f"the engine returned a log-probability of {logprobs[wrong][0]}: look for overflow in "
             "the model (try dtype='bfloat16' or 'float32')."
         )
-    return logprobs
+    return scores
 
 
 @lru_cache(maxsize=32)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from numbers import Real
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-from vllm.score.checks import Seed, Whole, describe, limits_of, settings
+from vllm.score.checks import Seed, Whole, settings
 from vllm.score.eig.answers import AnswerFormat
 from vllm.score.eig.report import METRICS, EIGMetrics
 from vllm.score.errors import ScoreModeError
@@ -21,59 +20,9 @@ _Zero = Annotated[Whole, Field(ge=0)]
 _ESCAPES = {r"\n": "\n", "\\\\": "\\"}
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A field of a rule or of `Options`, as its class declares it.
-
-    Attributes:
-        kind: its annotation.
-        default: where it is not given.
-        meaning: what it is, with its unit.
-    """
-
-    kind: Any
-    default: Any
-    meaning: str
-
-    @property
-    def type(self) -> Any:
-        """int, float, or what else it is an annotation of."""
-        kind = self.kind
-        while get_origin(kind) is Annotated or type(None) in get_args(kind):
-            kind = get_args(kind)[0]
-        return kind
-
-    @property
-    def help(self) -> str:
-        """One line for a command's help or a table: meaning and range."""
-        return f"{self.meaning}; {describe(self.kind)}"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Of a number; both ends are allowed."""
-        limits = limits_of(self.kind)
-        return limits.get("ge", -math.inf), limits.get("le", math.inf)
-
-    def read(self, value: Any) -> Any:
-        """A number as users write it, e.g. "8" or 8.0 for 8; None where it is none of this type."""
-        try:
-            number: Any = float(value) if isinstance(value, str) else value
-        except ValueError:
-            return None
-        wrong = isinstance(number, bool) or not isinstance(number, Real) or number != number
-        return None if wrong or (self.type is int and number % 1) else number
-
-
-def parameters_of(cls: type) -> dict[str, Parameter]:
-    """The fields of a `@settings` class."""
-    kinds = get_type_hints(cls, include_extras=True)
-    found = {}
-    for each in fields(cls):
-        parts = getattr(kinds[each.name], "__metadata__", ())
-        texts = [part.description for part in parts if isinstance(part, FieldInfo)]
-        meaning = next((text for text in texts if text), "")
-        found[each.name] = Parameter(kinds[each.name], each.default, meaning)
-    return found
+def parameters_of(cls: Any) -> dict[str, FieldInfo]:
+    """The fields of a `@settings` class, with their annotations, defaults and descriptions."""
+    return dict(cls.__pydantic_fields__)
 
 
 @dataclass(frozen=True)
@@ -155,59 +104,36 @@ class Options:
     """What every rule takes beside its parameters.
 
     Attributes:
-        candidates: "beam", "sampled", "numeric", "boxed"; a `CandidateSource`; a list of answers
-            for all questions, or one list for each.
-        answer_end: None: the end-of-sequence token; "": nothing.
-        think_end: a text or a list of texts.
+        candidates: where candidate answers come from: "beam" or "sampled" (the model's own, after
+            the cue), "numeric" or "boxed" (what its reasoning says); a `CandidateSource`; a list
+            of answers for all questions, or one list for each.
+        answer_cue: asks for the answer, after the reasoning.
+        answer_end: ends an answer. None: the end-of-sequence token; "": nothing.
+        length_normalization: divide the log-probability of an answer by its tokens or bytes.
+        decide_at: "step": before every `sample_length` tokens; "end": only where the model ends
+            its reasoning by itself (budget forcing).
+        max_tokens_thinking: tokens of reasoning at most, with what is inserted; 1024 by default.
+        thinking_n_ignore: how often the model is told to go on where it ends its reasoning and a
+            step pays.
+        think_end: a text or a list of texts that end the reasoning, e.g. "</think>".
         prompts: what is inserted where the model is overruled.
+        seed: of the choice among forecasts.
         metrics: count the decisions; by default those of `get_eig_metrics_summary`.
 
     Raises:
         ScoreModeError: a value that cannot be used, or an option that there is not.
     """
 
-    candidates: Annotated[
-        Any,
-        Field(
-            description="where candidate answers come from: beam or sampled (the model's own, "
-            "after the cue), numeric or boxed (what its reasoning says)"
-        ),
-    ] = "beam"
-    answer_cue: Annotated[str, Field(description="asks for the answer, after the reasoning")] = (
-        AnswerFormat.cue
-    )
-    answer_end: Annotated[str | None, Field(description="ends an answer")] = AnswerFormat.end
-    length_normalization: Annotated[
-        Literal["none", "tokens", "bytes"],
-        Field(
-            description="divide the log-probability of an answer by its tokens or bytes; or none"
-        ),
-    ] = "none"
-    decide_at: Annotated[
-        Literal["step", "end"],
-        Field(
-            description="step: before every sample_length tokens; end: only where the model ends "
-            "its reasoning by itself (budget forcing)"
-        ),
-    ] = "step"
-    max_tokens_thinking: Annotated[
-        _Zero | None,
-        Field(description="tokens of reasoning at most, with what is inserted; 1024 by default"),
-    ] = None
-    thinking_n_ignore: Annotated[
-        _Zero,
-        Field(
-            description="how often the model is told to go on where it ends its reasoning and a "
-            "step pays"
-        ),
-    ] = 4
-    think_end: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_texts),
-        Field(description="text that ends the reasoning, e.g. </think>"),
-    ] = ()
+    candidates: Any = "beam"
+    answer_cue: str = AnswerFormat.cue
+    answer_end: str | None = AnswerFormat.end
+    length_normalization: Literal["none", "tokens", "bytes"] = "none"
+    decide_at: Literal["step", "end"] = "step"
+    max_tokens_thinking: _Zero | None = None
+    thinking_n_ignore: _Zero = 4
+    think_end: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
     prompts: ContinuationPrompts = ContinuationPrompts()
-    seed: Annotated[Seed, Field(description="of the choice among forecasts")] = 0
+    seed: Seed = 0
     metrics: EIGMetrics = METRICS
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.eig.trace import Trace
+from vllm.score.eig.records import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.report.style import (
     BLUE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,19 @@ from vllm.score.eig.candidates import CandidateSource, GivenCandidates, State, c
 from vllm.score.eig.engines import LLMReasoner
 from vllm.score.eig.options import Options
 from vllm.score.eig.posterior import AnswerPosteriorEstimator, MonteCarloForecaster
-from vllm.score.eig.reasoner import Continuation, Problem, Reasoner
+from vllm.score.eig.records import (
+    BUDGET,
+    ENDED,
+    FAILURE,
+    TIME,
+    AnswerPosterior,
+    Continuation,
+    Decision,
+    Problem,
+    Reasoner,
+    Step,
+    Trace,
+)
 from vllm.score.eig.rules import (
     DecisionPoint,
     EntropyThreshold,
@@ -26,16 +38,6 @@ from vllm.score.eig.rules import (
     StoppingRule,
     decided,
     failed,
-)
-from vllm.score.eig.trace import (
-    BUDGET,
-    ENDED,
-    FAILURE,
-    TIME,
-    AnswerPosterior,
-    Decision,
-    Step,
-    Trace,
 )
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
@@ -61,7 +63,7 @@ def expected_information_gain_reasoning(
 
     Before each step the entropy H_t of the answer is computed, and what it is expected to be
     after the step, from continuations that the model writes. Reasoning goes on if and only if
-    EIG_t = H_t - E[H_{t+1}] > lambda_cost. The derivation is in `vllm.score.eig.entropy`.
+    EIG_t = H_t - E[H_{t+1}] > lambda_cost. The derivation is in `vllm.score.eig.posterior`.
 
     Args:
         llm: a `vllm.LLM` on which nothing else is running.
@@ -327,25 +329,8 @@ async def _reason_about(
     index: int,
     reasoner: Reasoner,
 ) -> Trace:
-    """Reason about a question; ends after `max_tokens_thinking` at the latest.
-
-    A step that a decision has forecast is one of the forecasts, drawn uniformly: they are draws
-    of what would be written next, and computed already. A failure is the trace's last step.
-    """
-    run = _Reasoning(prompt, rule, forecaster, options, index)
-    try:
-        while True:
-            if options.decide_at == "end" and not run.ended and run.left > 0:
-                run.add([], await run.write(reasoner, [], run.left))
-            decision = await run.decide(reasoner)
-            logger.debug("At %d tokens of reasoning: %s", len(run.reasoning), describe(decision))
-            if not decision.go_on:
-                break
-            await run.step(reasoner, decision)
-    except _WritingFailed as failure:
-        decision = failure.decision
-        options.metrics.record(decision)
-    return run.stop(decision)
+    random = np.random.default_rng([options.seed, index])
+    return await _Reasoning(reasoner, prompt, rule, forecaster, options, random).run()
 
 
 def describe(decision: Decision) -> str:
@@ -368,24 +353,58 @@ class _WritingFailed(Exception):
         self.decision = decision
 
 
+@dataclass
 class _Reasoning:
     """The reasoning about a question so far."""
 
-    def __init__(
-        self,
-        prompt: list[int],
-        rule: StoppingRule,
-        forecaster: MonteCarloForecaster,
-        options: Options,
-        index: int,
-    ) -> None:
-        self.prompt, self.rule, self.forecaster, self.options = prompt, rule, forecaster, options
-        self.random = np.random.default_rng([options.seed, index])
-        self.tokenizer = forecaster.estimator.tokenizer
-        self.reasoning: list[int] = []
-        self.steps: list[Step] = []
-        self.ended = False
-        self.overruled = self.tokens_sampled = 0
+    reasoner: Reasoner
+    prompt: list[int]
+    rule: StoppingRule
+    forecaster: MonteCarloForecaster
+    options: Options
+    random: np.random.Generator
+    reasoning: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    ended: bool = False
+    overruled: int = 0
+    tokens_sampled: int = 0
+    posterior: AnswerPosterior | None = None  # the last one that was had
+
+    async def run(self) -> Trace:
+        """Reason; ends after `max_tokens_thinking` at the latest.
+
+        A step that a decision has forecast is one of the forecasts, drawn uniformly: they are
+        draws of what would be written next, and computed already. A failure is the trace's last
+        step.
+        """
+        try:
+            while True:
+                if self.options.decide_at == "end" and not self.ended and self.left > 0:
+                    self.add([], await self.write([], self.left))
+                decision = await self.decide()
+                position = len(self.reasoning)
+                logger.debug("At %d tokens of reasoning: %s", position, describe(decision))
+                if not decision.go_on:
+                    break
+                await self.step(decision)
+        except _WritingFailed as failure:
+            decision = failure.decision
+            self.options.metrics.record(decision)
+        steps = [*self.steps, Step(len(self.reasoning), decision)]
+        return Trace(
+            prompt_token_ids=self.prompt,
+            reasoning_token_ids=self.reasoning,
+            reasoning=self.tokenizer.decode(self.reasoning),
+            ended=self.ended,
+            steps=steps,
+            answer=None if self.posterior is None else self.posterior.best,
+            tokens_sampled=self.tokens_sampled
+            + sum(step.decision.tokens_sampled for step in steps),
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.forecaster.estimator.tokenizer
 
     @property
     def left(self) -> int:
@@ -393,22 +412,16 @@ class _Reasoning:
         return (self.options.max_tokens_thinking or 0) - len(self.reasoning)
 
     @property
-    def posterior(self) -> AnswerPosterior | None:
-        """The last one that was had."""
-        found = [s.decision.posterior for s in self.steps if s.decision.posterior is not None]
-        return found[-1] if found else None
-
-    @property
     def bridge(self) -> list[int]:
         """What would come before the next step: its gain, which chooses it, is not known yet."""
         return self._encode(self.options.prompts.neutral) if self.ended else []
 
-    async def decide(self, reasoner: Reasoner) -> Decision:
+    async def decide(self) -> Decision:
         """The rule's decision; a stop where no step can follow."""
         ignored = self.ended and self.overruled >= self.options.thinking_n_ignore
         final = self.left <= 0 or ignored
         point = DecisionPoint(
-            Meter(reasoner, self.rule.max_computation_time),
+            Meter(self.reasoner, self.rule.max_computation_time),
             self.forecaster,
             State([*self.prompt, *self.reasoning], self.tokenizer.decode(self.reasoning)),
             known=[] if self.posterior is None else self.posterior.answers,
@@ -418,10 +431,11 @@ class _Reasoning:
         decision = await decided(point, None if final else self.rule.decide)
         if final and decision.failure is None:
             decision = replace(decision, reason=ENDED if ignored else BUDGET)
+        self.posterior = decision.posterior or self.posterior
         self.options.metrics.record(decision)
         return decision
 
-    async def step(self, reasoner: Reasoner, decision: Decision) -> None:
+    async def step(self, decision: Decision) -> None:
         """Take a step that was decided."""
         position, text = len(self.reasoning), ""
         if self.ended:
@@ -436,27 +450,13 @@ class _Reasoning:
         if forecast is not None and inserted == self.bridge[: self.left]:
             drawn = forecast.continuations[self.random.integers(len(forecast.continuations))]
         else:
-            drawn = await self.write(reasoner, inserted, self.forecaster.sample_length)
+            drawn = await self.write(inserted, self.forecaster.sample_length)
         added = self.add(inserted, drawn)
         self.steps.append(
             Step(position, decision, text, self.tokenizer.decode(added), len(inserted + added))
         )
 
-    def stop(self, decision: Decision) -> Trace:
-        """The trace, with the decision that ended it."""
-        self.steps.append(Step(len(self.reasoning), decision))
-        return Trace(
-            prompt_token_ids=self.prompt,
-            reasoning_token_ids=self.reasoning,
-            reasoning=self.tokenizer.decode(self.reasoning),
-            ended=self.ended,
-            steps=self.steps,
-            answer=None if self.posterior is None else self.posterior.best,
-            tokens_sampled=self.tokens_sampled
-            + sum(step.decision.tokens_sampled for step in self.steps),
-        )
-
-    async def write(self, reasoner: Reasoner, inserted: list[int], max_tokens: int) -> Continuation:
+    async def write(self, inserted: list[int], max_tokens: int) -> Continuation:
         """One continuation of `max_tokens` at most.
 
         Raises:
@@ -466,7 +466,7 @@ class _Reasoning:
         if length < 1:
             return Continuation([], "", False)
         context = [*self.prompt, *self.reasoning, *inserted]
-        meter = Meter(reasoner)
+        meter = Meter(self.reasoner)
         try:
             (drawn,) = await self.forecaster.draw(meter, context, 1, length)
         except Exception as error:

@@ -8,7 +8,7 @@ import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from vllm.score.data.streams import atomic_write
-from vllm.score.eig.trace import FAILURE, TIME, Decision, Step, Trace
+from vllm.score.eig.records import FAILURE, TIME, Decision, GainEstimate, Step, Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.report.table import count, plain_table, significant
 
@@ -69,27 +69,22 @@ class EIGMetrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Without their arrays; and H_t, nats, NaN where it could not be had.
-        self._records: list[tuple[Decision, float]] = []
+        self._made: list[Decision] = []  # without their forecasts, which take memory
 
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._records = []
+            self._made = []
 
     def record(self, decision: Decision) -> None:
         """Count one decision."""
-        entropy = math.nan if decision.posterior is None else float(decision.posterior.entropy)
-        if decision.failure is None and decision.reason in (FAILURE, TIME):
-            decision = replace(decision, failure=(UNKNOWN, ""))
         with self._lock:
-            self._records.append((replace(decision, posterior=None, forecast=None), entropy))
+            self._made.append(replace(decision, forecast=None))
 
     def summary(self) -> MetricsSummary:
         """All figures."""
         with self._lock:
-            entropies = [entropy for _, entropy in self._records]
-            made = [decision for decision, _ in self._records]
+            made = list(self._made)
         n, continued = len(made), sum(each.go_on for each in made)
         estimates = [each.estimate for each in made if each.estimate is not None]
         seconds: dict[str, list[float]] = {}
@@ -97,8 +92,9 @@ class EIGMetrics:
         for each in made:
             for component, value in each.seconds.items():
                 seconds.setdefault(component, []).append(value)
-            if each.failure is not None:
-                row = failures.setdefault(each.failure[0], {"failure": 0, "time": 0})
+            if each.failure is not None or each.reason in (FAILURE, TIME):
+                kind, _ = each.failure or (UNKNOWN, "")
+                row = failures.setdefault(kind, {"failure": 0, "time": 0})
                 row["time" if each.reason == TIME else "failure"] += 1
         failed = sum(map(sum, (row.values() for row in failures.values())))
         return {
@@ -107,7 +103,7 @@ class EIGMetrics:
             "continue_rate": continued / n if n else None,
             "stops": dict(sorted(Counter(d.reason for d in made if not d.go_on).items())),
             "information_gain": _moments(each.gain for each in estimates),
-            "entropy": _moments(entropies),
+            "entropy": _moments(d.posterior.entropy for d in made if d.posterior is not None),
             "standard_error": _moments(each.standard_error for each in estimates)["mean"],
             "seconds": {
                 name: {"total": math.fsum(each), "mean": math.fsum(each) / len(each)}
@@ -375,13 +371,7 @@ def trace_record(trace: Trace) -> dict[str, Any]:
 
 def _step_record(step: Step) -> dict[str, Any]:
     decision, posterior = step.decision, step.decision.posterior
-    estimates = (
-        "gain",
-        "standard_error",
-        "expected_entropy",
-        "entropy_difference",
-        "mutual_information",
-    )
+    estimates = [each.name for each in fields(GainEstimate) if each.name != "entropy"]
     candidates = []
     if posterior is not None:
         rows = zip(posterior.answers, posterior.logprobs, posterior.log_posterior, strict=True)

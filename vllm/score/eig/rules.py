@@ -26,41 +26,33 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Literal, Self, TypeVar
+from numbers import Real
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
-from vllm.score.checks import (
-    Number,
-    Whole,
-    check_name,
-    describe,
-    did_you_mean,
-    settings,
-)
+from vllm.score.checks import Number, Whole, check_name, describe, limits_of, settings
 from vllm.score.eig.candidates import State
-from vllm.score.eig.entropy import ESTIMATORS, gain_estimate
-from vllm.score.eig.options import Options, Parameter, parameters_of
-from vllm.score.eig.posterior import MonteCarloForecaster
-from vllm.score.eig.reasoner import (
-    Batch,
-    DeadlineExceeded,
-    Reasoner,
-    Sample,
-    Score,
-    ends_everything,
-)
-from vllm.score.eig.trace import (
+from vllm.score.eig.options import Options, parameters_of
+from vllm.score.eig.posterior import ESTIMATORS, MonteCarloForecaster, gain_estimate
+from vllm.score.eig.records import (
     BUDGET,
     COST,
     FAILURE,
     GAIN,
     TIME,
     AnswerPosterior,
+    Batch,
+    DeadlineExceeded,
     Decision,
     Forecast,
+    Reasoner,
+    Sample,
+    Score,
+    ends_everything,
 )
 from vllm.score.errors import ScoreModeError
 
@@ -195,24 +187,22 @@ def failed(error: Exception, component: str) -> Decision:
 class StoppingRule(ABC):
     """Decides whether to take one more step. Its fields are its parameters.
 
+    Attributes:
+        beam_size: number of candidate answers.
+        sample_length: length of a step and of a continuation, tokens.
+        temperature: of the continuations.
+        top_p: probability mass that continuations are sampled from.
+        max_computation_time: time limit of a decision, seconds.
+
     Raises:
         ScoreModeError: a value out of range; `checked` takes the nearest one instead.
     """
 
-    beam_size: Annotated[Whole, Field(ge=1, le=20, description="number of candidate answers")] = 8
-    sample_length: Annotated[
-        Whole, Field(ge=1, le=512, description="length of a step and of a continuation, tokens")
-    ] = 64
-    temperature: Annotated[
-        Number, Field(ge=0.1, le=2, description="temperature of the continuations")
-    ] = 1.0
-    top_p: Annotated[
-        Number,
-        Field(ge=0.1, le=1, description="probability mass that continuations are sampled from"),
-    ] = 0.9
-    max_computation_time: Annotated[
-        Number, Field(ge=1, le=300, description="time limit of a decision, seconds")
-    ] = 30.0
+    beam_size: Annotated[Whole, Field(ge=1, le=20)] = 8
+    sample_length: Annotated[Whole, Field(ge=1, le=512)] = 64
+    temperature: Annotated[Number, Field(ge=0.1, le=2)] = 1.0
+    top_p: Annotated[Number, Field(ge=0.1, le=1)] = 0.9
+    max_computation_time: Annotated[Number, Field(ge=1, le=300)] = 30.0
 
     @abstractmethod
     async def decide(self, point: DecisionPoint) -> Decision:
@@ -231,7 +221,7 @@ class StoppingRule(ABC):
         return most
 
     @classmethod
-    def parameters(cls) -> dict[str, Parameter]:
+    def parameters(cls) -> dict[str, FieldInfo]:
         """By name, as declared."""
         return parameters_of(cls)
 
@@ -251,30 +241,23 @@ class StoppingRule(ABC):
                 whole number; with `strict` a number out of range. It lists all of them.
         """
         known = cls.parameters()
-        problems: list[str] = []
         corrections: list[str] = []
-        found: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in known:
-                problems.append(f"{cls.__name__} has no {name}{did_you_mean(name, known)}")
+        for name, given in list(values.items()):
+            kind: Any = known[name].annotation if name in known else None
+            number = _number(given, kind)
+            if kind is None or number is None:  # no number is asked for, or none is given
                 continue
-            parameter, found[name] = known[name], value
-            if parameter.type not in (int, float):
-                continue
-            number, (low, high) = parameter.read(value), parameter.bounds
-            inside = number is not None and low <= number <= high
-            if number is None or (strict and not inside):
-                problems.append(f"{name} must be {describe(parameter.kind)}, got {value!r}")
-                continue
-            found[name] = parameter.type(min(max(number, low), high))
-            if not inside:
+            limits = limits_of(known[name].rebuild_annotation())
+            nearest = min(max(number, limits.get("ge", number)), limits.get("le", number))
+            if nearest == number:
+                values[name] = kind(number)
+            elif not strict:
+                values[name] = kind(nearest)
                 corrections.append(
-                    f"{name} is {value!r}, and must be {describe(parameter.kind)}; corrected to "
-                    f"{found[name]!r}."
+                    f"{name} is {given!r}, and must be {describe(known[name])}; corrected to "
+                    f"{values[name]!r}."
                 )
-        if problems:
-            raise ScoreModeError(f"{'; '.join(problems)}.")
-        rule = cls(**found)
+        rule = cls(**values)
         for message in corrections:
             logger.warning(message)
             warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -289,18 +272,17 @@ class StoppingRule(ABC):
 
 @settings
 class ExpectedInformationGain(StoppingRule):
-    """Go on as long as EIG_t = H_t - E[H_{t+1}] is above what a step costs."""
+    """Go on as long as EIG_t = H_t - E[H_{t+1}] is above what a step costs.
 
-    lambda_cost: Annotated[
-        Number, Field(ge=0, le=10, description="cost of one more step, nats")
-    ] = 0.05
-    mc_samples: Annotated[
-        Whole, Field(ge=1, le=20, description="continuations sampled for a forecast")
-    ] = 5
-    estimator: Annotated[
-        Literal["entropy_difference", "mutual_information"],
-        Field(description="estimator of the gain"),
-    ] = "entropy_difference"
+    Attributes:
+        lambda_cost: cost of one more step, nats.
+        mc_samples: continuations sampled for a forecast.
+        estimator: of the gain.
+    """
+
+    lambda_cost: Annotated[Number, Field(ge=0, le=10)] = 0.05
+    mc_samples: Annotated[Whole, Field(ge=1, le=20)] = 5
+    estimator: Literal["entropy_difference", "mutual_information"] = "entropy_difference"
 
     def __post_init__(self) -> None:
         _check_draws(self.estimator, self.mc_samples)
@@ -315,11 +297,13 @@ class ExpectedInformationGain(StoppingRule):
 
 @settings
 class EntropyThreshold(StoppingRule):
-    """Go on as long as the entropy of the answer is above a threshold; no forecasts."""
+    """Go on as long as the entropy of the answer is above a threshold; no forecasts.
 
-    entropy_threshold: Annotated[
-        Number, Field(ge=0, le=10, description="entropy to stop at, nats")
-    ] = 0.5
+    Attributes:
+        entropy_threshold: entropy to stop at, nats.
+    """
+
+    entropy_threshold: Annotated[Number, Field(ge=0, le=10)] = 0.5
 
     async def decide(self, point: DecisionPoint) -> Decision:
         go_on = (await point.posterior()).entropy > self.entropy_threshold
@@ -328,11 +312,13 @@ class EntropyThreshold(StoppingRule):
 
 @settings
 class FixedBudget(StoppingRule):
-    """Go on until the tokens are spent; the answer's posterior is taken then alone."""
+    """Go on until the tokens are spent; the answer's posterior is taken then alone.
 
-    fixed_budget: Annotated[
-        Whole, Field(ge=0, le=1_000_000, description="length of the reasoning, tokens")
-    ] = 256
+    Attributes:
+        fixed_budget: length of the reasoning, tokens.
+    """
+
+    fixed_budget: Annotated[Whole, Field(ge=0, le=1_000_000)] = 256
 
     def budget(self, most: int | None) -> int | None:
         return self.fixed_budget if most is None else min(self.fixed_budget, most)
@@ -341,31 +327,29 @@ class FixedBudget(StoppingRule):
         return Decision(True, GAIN)
 
 
+@dataclass(frozen=True)
 class ExpectedInformationGainCalculator:
     """The rule of `ExpectedInformationGain` at single states, with a forecaster of one's own.
 
-    Args:
+    Attributes:
         forecaster: and with it the estimator.
         lambda_cost: in nats per step.
-        estimator: of the gain, see `vllm.score.eig.entropy`.
+        estimator: of the gain, see `vllm.score.eig.posterior`.
         max_computation_time: seconds for a decision; None: no limit.
 
     Raises:
         ScoreModeError: an unknown estimator, or one that needs more forecasts.
     """
 
-    def __init__(
-        self,
-        forecaster: MonteCarloForecaster,
-        *,
-        lambda_cost: float = 0.05,
-        estimator: str = "entropy_difference",
-        max_computation_time: float | None = 30.0,
-    ) -> None:
-        check_name("estimator", estimator, ESTIMATORS)
-        _check_draws(estimator, forecaster.mc_samples)
-        self.forecaster, self.lambda_cost = forecaster, lambda_cost
-        self.estimator, self.max_computation_time = estimator, max_computation_time
+    forecaster: MonteCarloForecaster
+    _: KW_ONLY
+    lambda_cost: float = 0.05
+    estimator: str = "entropy_difference"
+    max_computation_time: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        check_name("estimator", self.estimator, ESTIMATORS)
+        _check_draws(self.estimator, self.forecaster.mc_samples)
 
     async def decide(
         self, reasoner: Reasoner, state: State, known: Sequence[str] = (), final: bool = False
@@ -378,10 +362,22 @@ class ExpectedInformationGainCalculator:
         """
         meter = Meter(reasoner, self.max_computation_time)
         point = DecisionPoint(meter, self.forecaster, state, known)
-        samples, cost, estimator = self.forecaster.mc_samples, self.lambda_cost, self.estimator
-        return await decided(
-            point, None if final else lambda at: _weigh(at, samples, cost, estimator)
-        )
+        return await decided(point, None if final else self._weigh)
+
+    async def _weigh(self, point: DecisionPoint) -> Decision:
+        return await _weigh(point, self.forecaster.mc_samples, self.lambda_cost, self.estimator)
+
+
+def _number(given: Any, kind: Any) -> float | None:
+    """A number of this type as users write it, e.g. "8" or 8.0 for 8; None where it is none."""
+    try:
+        number: Any = float(given) if isinstance(given, str) else given
+    except ValueError:
+        return None
+    if kind not in (int, float) or isinstance(number, bool) or not isinstance(number, Real):
+        return None
+    wrong = number != number or (kind is int and number % 1)
+    return None if wrong else cast(float, number)
 
 
 def _check_draws(estimator: str, mc_samples: int) -> None:

@@ -12,14 +12,14 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.score.eig.answers import AnswerFormat
 from vllm.score.eig.options import Options, parameters_of, unescape
 from vllm.score.eig.reasoning import ANSWER_ROOM, reason
+from vllm.score.eig.records import Trace
 from vllm.score.eig.report import get_eig_metrics_summary, print_eig_metrics
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
-from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.requests import Generation, fit_context
 
@@ -150,8 +150,7 @@ def _switch(key: str, value: Any) -> bool:
     raise ScoreModeError(f"{key} is {value!r}; set it to true or false.")
 
 
-@dataclass(frozen=True)
-class ScaledRequest:
+class ScaledRequest(NamedTuple):
     """A request that a scaler governs.
 
     Attributes:
@@ -165,81 +164,25 @@ class ScaledRequest:
     generation: Generation
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A text without its answer.
-
-    Attributes:
-        text: so far.
-        prompt: token ids to write the answer behind; None where the text is complete.
-        room: tokens that the answer may have.
-        stops: texts that end it, beside those of the request.
-    """
-
-    text: str
-    prompt: list[int] | None = None
-    room: int = 0
-    stops: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Closing:
+class Closing(NamedTuple):
     """What comes between reasoning and answer.
 
     Attributes:
         text: of it.
         token_ids: at least one.
-        always: also where the model ended its reasoning by itself.
-        stops: texts that end the answer behind it.
+        stops: texts that end the answer behind it, beside those of the request.
     """
 
     text: str
     token_ids: list[int]
-    always: bool
     stops: tuple[str, ...] = ()
 
-    def reasoning_room(self, length: int) -> int:
-        """Tokens of reasoning in a text of `length` tokens, with room for an answer behind it.
 
-        Raises:
-            ScoreModeError: the closing alone is as long.
-        """
-        left = length - len(self.token_ids)
-        if left < 1:
-            raise ScoreModeError(
-                f"max_gen_toks is {length}, and {self.text!r} before the answer has "
-                f"{len(self.token_ids)} tokens: raise max_gen_toks."
-            )
-        return left - min(ANSWER_ROOM, max(left // 2, 1))
-
-
-def make_closing(tokenizer: Any, think_end: str | None, answer: AnswerFormat) -> Closing:
-    """The text that ends a model's reasoning; where it has none, the cue of the answer.
-
-    Args:
-        tokenizer: of Hugging Face or vLLM.
-        think_end: such as "</think>".
-        answer: how it is asked for.
-
-    Raises:
-        ScoreModeError: the text has no tokens.
-    """
-    if think_end is not None:
-        ids = list(tokenizer.encode(think_end, add_special_tokens=False))
-        if not ids:
-            raise ScoreModeError(
-                f"think_end_token is {think_end!r}, of which the tokenizer makes no token; name "
-                "the text that ends this model's reasoning."
-            )
-        return Closing(think_end, ids, always=True)
-    stops = (answer.end,) if answer.end else ()
-    return Closing(answer.cue.rstrip(" "), answer.cue_tokens(tokenizer), False, stops)
-
-
+@dataclass(frozen=True)
 class ScaledGeneration:
     """Generation under scalers, on a running engine.
 
-    Args:
+    Attributes:
         llm: on which nothing else is running.
         prefix_token_id: what an empty context is replaced by; asked for when there is one.
         max_length: tokens of a context and its text together.
@@ -249,22 +192,13 @@ class ScaledGeneration:
         use_tqdm: show progress bars.
     """
 
-    def __init__(
-        self,
-        llm: LLM,
-        *,
-        prefix_token_id: Callable[[], int],
-        max_length: int,
-        think_end: str | None = None,
-        truncation_side: str = "left",
-        lora_request: LoRARequest | None = None,
-        use_tqdm: bool = True,
-    ) -> None:
-        self._llm, self._tokenizer = llm, llm.get_tokenizer()
-        self._engine_length = int(llm.llm_engine.model_config.max_model_len)
-        self._prefix_token_id, self._max_length = prefix_token_id, max_length
-        self._think_end, self._truncation_side = think_end, truncation_side
-        self._lora_request, self._use_tqdm = lora_request, use_tqdm
+    llm: LLM
+    prefix_token_id: Callable[[], int]
+    max_length: int
+    think_end: str | None
+    truncation_side: str
+    lora_request: LoRARequest | None
+    use_tqdm: bool
 
     def texts(self, requests: Sequence[ScaledRequest]) -> list[str]:
         """By request: reasoning, closing and answer, the answer up to its first stop sequence.
@@ -273,27 +207,28 @@ class ScaledGeneration:
             ScoreModeError: a setting cannot be used, or does not go with the others.
         """
         groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr((request.call, request.generation)), []).append(index)
-        drafts: dict[int, Draft] = {}
+        for index, (_, call, generation) in enumerate(requests):
+            groups.setdefault(repr((call, generation)), []).append(index)
+        texts: dict[int, str] = {}
         for indexes in groups.values():
-            found = self._drafts([requests[index] for index in indexes])
-            drafts.update(zip(indexes, found, strict=True))
-        texts = self._answered([drafts[index] for index in range(len(requests))], requests)
+            _, call, generation = requests[indexes[0]]
+            found = self._texts([requests[index].context for index in indexes], call, generation)
+            texts.update(zip(indexes, found, strict=True))
         logger.info("Decisions of this process: %s", get_eig_metrics_summary())
         if any(request.call.debug for request in requests):
             print_eig_metrics(file=sys.stderr)
-        return texts
+        return [texts[index] for index in range(len(requests))]
 
-    def _drafts(self, group: Sequence[ScaledRequest]) -> list[Draft]:
-        """Reason about requests with equal settings, side by side."""
-        call, generation = group[0].call, group[0].generation
-        options = dict(call.options)
-        asked = Options(**options)
-        closing = make_closing(self._tokenizer, self._think_end, asked.answer_format)
-        prompts, length = self._fit([request.context for request in group], call, generation)
-        budget = closing.reasoning_room(length)
+    def _texts(
+        self, contexts: Sequence[list[int]], call: ScalerCall, generation: Generation
+    ) -> list[str]:
+        """Those of requests with equal settings, side by side."""
+        asked = Options(**call.options)
+        closing = self._closing(asked.answer_format)
+        prompts, length = self._fit(contexts, call.rule.sample_length, generation.max_gen_toks)
+        budget = _reasoning_room(length, closing)
         most = call.rule.budget(asked.max_tokens_thinking)
+        options = {"max_tokens_thinking": budget, **call.options}
         if most is not None and most > budget:
             logger.warning(
                 "%d tokens of reasoning are asked for, but max_gen_toks leaves room for %d.",
@@ -301,104 +236,122 @@ class ScaledGeneration:
                 budget,
             )
             options["max_tokens_thinking"] = budget
-        options.setdefault("max_tokens_thinking", budget)
         traces = reason(
-            self._llm,
+            self.llm,
             prompts,
             rule=call.rule,
-            think_end=generation.until if self._think_end is None else self._think_end,
+            think_end=generation.until if self.think_end is None else self.think_end,
             seed=generation.options.get("seed") or 0,
-            lora_request=self._lora_request,
-            use_tqdm=self._use_tqdm,
+            lora_request=self.lora_request,
+            use_tqdm=self.use_tqdm,
             debug=call.debug,
             **options,
         )
-        return [
-            self._draft(
-                trace, prompt, min(length, self._max_length - len(prompt)), closing, generation
+        texts, inputs, parameters = [], {}, []
+        for index, (trace, prompt) in enumerate(zip(traces, prompts, strict=True)):
+            room = min(length, self.max_length - len(prompt))
+            text, ids = self._draft(trace, room, closing, generation.until)
+            texts.append(text)
+            if ids is not None:
+                inputs[index] = {"prompt_token_ids": prompt + ids}
+                parameters.append(generation.limited(room - len(ids), *closing.stops))
+        if inputs:
+            outputs = self.llm.generate(
+                list(inputs.values()),
+                parameters,
+                use_tqdm=self.use_tqdm,
+                lora_request=self.lora_request,
             )
-            for trace, prompt in zip(traces, prompts, strict=True)
-        ]
+            for index, output in zip(inputs, outputs, strict=True):
+                answer = output.outputs[0].text
+                texts[index] = self._joined(texts[index], answer, generation.until, closing.stops)
+        return texts
+
+    def _closing(self, answer: AnswerFormat) -> Closing:
+        """The text that ends the model's reasoning; where it has none, the cue of the answer.
+
+        Raises:
+            ScoreModeError: the text has no tokens.
+        """
+        tokenizer: Any = self.llm.get_tokenizer()
+        if self.think_end is None:
+            stops = (answer.end,) if answer.end else ()
+            return Closing(answer.cue.rstrip(" "), answer.cue_tokens(tokenizer), stops)
+        ids = list(tokenizer.encode(self.think_end, add_special_tokens=False))
+        if not ids:
+            raise ScoreModeError(
+                f"think_end_token is {self.think_end!r}, of which the tokenizer makes no token; "
+                "name the text that ends this model's reasoning."
+            )
+        return Closing(self.think_end, ids)
 
     def _fit(
-        self, contexts: Sequence[list[int]], call: ScalerCall, generation: Generation
+        self, contexts: Sequence[list[int]], step: int, wanted: int
     ) -> tuple[list[list[int]], int]:
         """Contexts that leave room for the text, and how many tokens the longest text may have."""
-        wanted = generation.max_gen_toks
-        least = call.rule.sample_length + ANSWER_ROOM
-        if least >= self._max_length:
+        least = step + ANSWER_ROOM
+        if least >= self.max_length:
             raise ScoreModeError(
-                f"sample_length is {call.rule.sample_length}, which with {ANSWER_ROOM} tokens for "
-                f"an answer leaves no room for a context in max_model_len={self._max_length}: "
-                "lower it or raise max_model_len."
+                f"sample_length is {step}, which with {ANSWER_ROOM} tokens for an answer leaves no "
+                f"room for a context in max_model_len={self.max_length}: lower it or raise "
+                "max_model_len."
             )
-        clipped = wanted >= self._max_length
-        room = self._max_length - (least if clipped else max(wanted, least))
+        clipped = wanted >= self.max_length
+        room = self.max_length - (least if clipped else max(wanted, least))
         prompts = [
-            fit_context(ids, room, self._truncation_side) or [self._prefix_token_id()]
+            fit_context(ids, room, self.truncation_side) or [self.prefix_token_id()]
             for ids in contexts
         ]
         if not clipped:
             return prompts, wanted
         # The scalers know the engine's length: they keep each question within it by themselves.
-        own = self._max_length >= self._engine_length - 1
-        lengths = [len(prompt) for prompt in prompts]
-        length = self._max_length - (min(lengths) if own else max(lengths))
+        own = self.max_length >= self.llm.llm_engine.model_config.max_model_len - 1
+        length = self.max_length - (min if own else max)(map(len, prompts))
         logger.warning(
             "max_gen_toks is %d, as long as max_model_len=%d or longer: a text may have the tokens "
             "that its context leaves, at most %d.",
             wanted,
-            self._max_length,
+            self.max_length,
             length,
         )
         return prompts, length
 
     def _draft(
-        self, trace: Trace, prompt: list[int], length: int, closing: Closing, generation: Generation
-    ) -> Draft:
+        self, trace: Trace, length: int, closing: Closing, until: Sequence[str]
+    ) -> tuple[str, list[int] | None]:
+        """A text without its answer, and its tokens; none where it is complete as it stands."""
         ids, text, ended = list(trace.reasoning_token_ids), trace.reasoning, trace.ended
         most = max(length - len(closing.token_ids) - 1, 0)
         if len(ids) > most:  # the budget is that of a shorter context
             ids, ended = ids[:most], False
-            text = self._tokenizer.decode(ids)
-        if not closing.always:
-            cut = _up_to_stop(text, trace, generation.until)
+            text = self.llm.get_tokenizer().decode(ids)
+        if self.think_end is None:
+            cut = _up_to_stop(text, trace, until)
             if ended or len(cut) < len(text):
-                return Draft(cut)
-        return Draft(
-            text + closing.text,
-            [*prompt, *ids, *closing.token_ids],
-            length - len(ids) - len(closing.token_ids),
-            closing.stops,
-        )
+                return cut, None
+        return text + closing.text, [*ids, *closing.token_ids]
 
-    def _answered(self, drafts: Sequence[Draft], requests: Sequence[ScaledRequest]) -> list[str]:
+    def _joined(self, text: str, answer: str, until: list[str], stops: Sequence[str]) -> str:
         from lm_eval.models.utils import postprocess_generated_text
 
-        prompts, parameters = [], []
-        for draft, request in zip(drafts, requests, strict=True):
-            if draft.prompt is not None:
-                prompts.append({"prompt_token_ids": draft.prompt})
-                parameters.append(request.generation.limited(draft.room, *draft.stops))
-        outputs = iter(
-            self._llm.generate(
-                prompts, parameters, use_tqdm=self._use_tqdm, lora_request=self._lora_request
-            )
-            if prompts
-            else ()
+        if self.think_end is None:
+            return text + str(postprocess_generated_text(answer, [*until, *stops], None))
+        return str(postprocess_generated_text(text + answer, until, self.think_end))
+
+
+def _reasoning_room(length: int, closing: Closing) -> int:
+    """Tokens of reasoning in a text of `length` tokens, with room for an answer behind it.
+
+    Raises:
+        ScoreModeError: the closing alone is as long.
+    """
+    left = length - len(closing.token_ids)
+    if left < 1:
+        raise ScoreModeError(
+            f"max_gen_toks is {length}, and {closing.text!r} before the answer has "
+            f"{len(closing.token_ids)} tokens: raise max_gen_toks."
         )
-        texts = []
-        for draft, request in zip(drafts, requests, strict=True):
-            text = draft.text
-            if draft.prompt is not None:
-                answer = next(outputs).outputs[0].text
-                until = request.generation.until
-                if self._think_end is None:
-                    text += postprocess_generated_text(answer, [*until, *draft.stops], None)
-                else:
-                    text = postprocess_generated_text(text + answer, until, self._think_end)
-            texts.append(text)
-        return texts
+    return left - min(ANSWER_ROOM, max(left // 2, 1))
 
 
 def _up_to_stop(text: str, trace: Trace, until: Sequence[str]) -> str:

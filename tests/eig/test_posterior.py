@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from tests.eig.markov import random_reasoner
-from vllm.score.eig.entropy import entropy, gain_estimate, log_posterior
+from vllm.score.eig.posterior import entropy, gain_estimate, log_posterior
 from vllm.score.errors import ScoreModeError
 
 logprobs = arrays(np.float64, st.integers(1, 12), elements=st.floats(-60, 0))
