@@ -15,8 +15,7 @@ from rich.console import Console
 from vllm.platforms import current_platform
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, check
-from vllm.score.cli.common import check_output, option
-from vllm.score.cli.inputs import Questions, read_questions
+from vllm.score.cli.inputs import Questions, check_output, read_questions
 from vllm.score.cli.model import Model
 from vllm.score.eig.answers import normalise
 from vllm.score.eig.candidates import candidate_source
@@ -41,7 +40,7 @@ from vllm.score.eig.report import (
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.launch.engine import flag, long_step, say, shows_bars
 from vllm.score.tiny import additions
 from vllm_score_command import options as shared
 
@@ -76,63 +75,38 @@ answer than it costs.
   vllm-score eig                             additions, by a small model made on this machine
   vllm-score eig MODEL --file questions.jsonl --output traces.jsonl --plot traces.html"""
     shared.add_model(parser)
-    questions = parser.add_argument_group("Questions")
-    questions.add_argument(
-        "--question",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="may be repeated",
-    )
-    shared.add_files(
-        questions, f".jsonl, .json, .csv, .tsv or .parquet with a question per row, {shared.FILES}"
-    )
-    for name, text in {
-        "question": "questions: texts, or (not in CSV) lists of chat messages (default: question)",
-        "answer": "right answers, to count what is correct (default: answer, where there is one)",
-        "choices": "a list of candidate answers for each question",
-    }.items():
-        questions.add_argument(f"--{name}-column", metavar="NAME", help=f"column with the {text}")
-    shared.add_skip_empty(questions, "whose question is null, missing or empty")
-    questions.add_argument(
-        "--chat",
-        action="store_true",
-        help="take each question for a user's message, through the model's chat template",
-    )
+    questions = {
+        "--question TEXT ...": "may be repeated",
+        **shared.files(".jsonl, .json, .csv, .tsv or .parquet with a question per row"),
+        "--question-column NAME": "column with the questions: texts, or (not in CSV) lists of chat "
+        "messages (default: question)",
+        "--answer-column NAME": "column with the right answers, to count what is correct (default: "
+        "answer, where there is one)",
+        "--choices-column NAME": "column with a list of candidate answers for each question",
+        **shared.skip_empty("whose question is null, missing or empty"),
+        "--chat": "take each question for a user's message, through the model's chat template",
+    }
+    shared.add_options(parser.add_argument_group("Questions"), questions)
     rules = all_rules()
     stop = parser.add_argument_group("When to stop")
-    stop.add_argument(
-        "--scaler",
-        default=next(iter(rules)),
-        metavar="NAME",
-        help=f"{', '.join(rules)} (default: %(default)s)",
-    )
+    shared.add_options(stop, {"--scaler NAME": ", ".join(rules)}, scaler=next(iter(rules)))
     known = {name: each for rule in rules.values() for name, each in parameters_of(rule).items()}
     for name, parameter in known.items():
         _add(stop, name, parameter, parameter.help)
-    stop.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse values out of range, instead of taking the nearest one",
-    )
+    strict = "refuse values out of range, instead of taking the nearest one"
+    shared.add_options(stop, {"--strict": strict})
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for title, names in GROUPS.items():
         for name in names:
             parameter = parameters_of(Options)[name]
             kind = {"type": int} if parameter.type is int else {}
             _add(groups[title], name, parameter, parameter.meaning + HELP.get(name, ""), **kind)
-    groups["Reasoning"].add_argument(
-        "--concurrency",
-        type=int,
-        default=32,
-        metavar="N",
-        help="questions side by side (default: %(default)s)",
-    )
+    side_by_side = {"--concurrency N": "questions side by side"}
+    shared.add_options(groups["Reasoning"], side_by_side, concurrency=32)
+    trace = "write a trace per line: each decision, its candidates, the reasoning"
+    plot = "draw entropy and expected gain along each trace"
     shared.add_output(
-        parser,
-        ("FILE.jsonl", "write a trace per line: each decision, its candidates, the reasoning"),
-        ("FILE.html|.png|.svg|.pdf", "draw entropy and expected gain along each trace"),
+        parser, {"--output FILE.jsonl": trace, "--plot FILE.html|.png|.svg|.pdf": plot}
     )
     parser.epilog = (
         shared.ENGINE + "\n  --seed is also of what is sampled, and of the questions made here."
@@ -146,7 +120,7 @@ def _add(group: Any, name: str, parameter: Parameter, text: str, **more: Any) ->
     said = repr(parameter.default).strip("'")
     default = "" if parameter.default in (None, ()) else f" (default: {said})"
     group.add_argument(
-        option(name),
+        flag(name),
         metavar={int: "N", float: "X"}.get(parameter.type, "TEXT"),
         help=(text + default).replace("%", "%%"),
         **more,
@@ -229,7 +203,7 @@ def make_rule(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> Sto
     own, rest = kind.split(given)
     for key in {key for rule in all_rules().values() for key in parameters_of(rule)} & rest.keys():
         raise ScoreModeError(
-            f"{option(key)} is {rest[key]!r}, which {name} does not take; leave it out"
+            f"{flag(key)} is {rest[key]!r}, which {name} does not take; leave it out"
         )
     most = max(map(len, choices), default=0)
     if choices:

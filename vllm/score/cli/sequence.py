@@ -12,10 +12,9 @@ from rich.console import Console
 
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import check_name
-from vllm.score.cli.common import check_output
-from vllm.score.cli.inputs import read_pairs
+from vllm.score.cli.inputs import check_output, read_pairs
 from vllm.score.cli.model import Model
-from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.launch.engine import long_step, say, shows_bars
 from vllm.score.report.numbers import json_safe
 from vllm.score.sequence import table
 from vllm.score.sequence.boundary import RULES
