@@ -17,7 +17,8 @@ from vllm.score.cli.inputs import Questions
 from vllm.score.eig import EIGParameters, eig_problems
 from vllm.score.errors import ScoreModeError
 from vllm.score.processor.sequences import prompt_ids
-from vllm.score.sequence.boundary import BoundaryTokenizer, Pair
+from vllm.score.sequence import BoundaryTokenizer
+from vllm.score.sequence.encoding import Pair
 from vllm.score.tokens import automatic_prefix, encode_inputs, prefix_once, render_messages
 
 BOS = tiny.BOS_TOKEN

@@ -13,20 +13,15 @@ from vllm.score.integrations.lm_eval.engine import (
     length_asked_for,
     lora_request,
 )
-from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
-from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs
+from vllm.score.integrations.lm_eval.requests import fit_context, fit_pairs, read_generation_kwargs
 
 
 def test_options_of_lm_eval_s_vllm_model_are_sorted() -> None:
     given = {"dtype": "float32", "device": "cuda:0", "swap_space": 4, "revision": None}
-    assert engine_options("M", given) == {"model": "M", "seed": SEED, "dtype": "float32"}
-    assert engine_options("M", {"seed": 5}, max_length=512, max_batch_size=8, lora=True) == {
-        "model": "M",
-        "seed": 5,
-        "max_model_len": 512,
-        "max_num_seqs": 8,
-        "enable_lora": True,
-    }
+    ours = {"model": "M", "max_model_len": None}
+    assert engine_options(ours, given) == {"model": "M", "seed": SEED, "dtype": "float32"}
+    ours = {"model": "M", "max_model_len": 512, "max_num_seqs": 8, "enable_lora": True}
+    assert engine_options(ours, {"seed": 5}) == {**ours, "seed": 5}
     request = lora_request("adapter")
     assert request is not None and request.lora_path == "adapter"
     assert lora_request(None) is None
@@ -46,7 +41,7 @@ def test_digits_in_a_text_are_a_number() -> None:
         ({"max_model_len": 0}, "max_model_len must be a whole number of at least 1.*, got 0"),
         ({"truncation_side": "top"}, "truncation_side 'top' is unknown.* left, right, middle"),
         ({"enable_thinking": True}, "without think_end_token"),
-        ({"chat_template_args": "{"}, "chat_template_args is '{', no JSON"),
+        ({"chat_template_args": "{"}, "chat_template_args must be a dict or None, got '{'; give"),
         ({"chat_template_args": "[1]"}, "give a dict"),
     ],
     ids=str,

@@ -19,7 +19,7 @@ from vllm.score.eig.options import unescape
 from vllm.score.eig.reasoner import Continuation
 from vllm.score.eig.trace import COST, GAIN, Decision, Forecast
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.generation import read_generation_kwargs
+from vllm.score.integrations.lm_eval.requests import read_generation_kwargs
 from vllm.score.integrations.lm_eval.scaled import (
     OPTIONS,
     SHARED,

@@ -16,7 +16,7 @@ from tests.perplexity.texts import PIECES, PROSE, byte_level, byte_level_with_bo
 from tests.sequence import tokenizers
 from vllm.score import ScoreModeError
 from vllm.score.sequence import BoundaryTokenizer, SplitTokens
-from vllm.score.sequence.boundary import Pair
+from vllm.score.sequence.encoding import Pair
 
 MARKS = ["\u0323", "각", "\u11a8", "☃"]
 SHORT = st.lists(st.sampled_from([*PIECES, *MARKS]), max_size=6).map("".join)
@@ -171,7 +171,7 @@ def test_a_tokenizer_whose_space_cannot_be_kept_away_is_refused_apart(monkeypatc
     tokenizer = tokenizers.slow_sentencepiece(True)
     dots = split(tokenizer, "x", "...", "separate")
     assert tokenizer.convert_ids_to_tokens(dots.token_ids[dots.start :])[0].startswith(".")
-    monkeypatch.setattr("vllm.score.sequence.boundary._ANCHORS", (".",))  # merges with more of them
+    monkeypatch.setattr("vllm.score.sequence.encoding._ANCHORS", (".",))  # merges with more of them
     with pytest.raises(ScoreModeError, match=r"pair: boundary='separate' .* \(SentencePiece"):
         split(tokenizer, "x", "...", "separate")
 

@@ -13,7 +13,7 @@ from tests.perplexity.texts import byte_level
 from tests.sequence import tokenizers
 from vllm.score import ScoreModeError
 from vllm.score.sequence import BoundaryTokenizer, SplitTokens
-from vllm.score.sequence.boundary import Pair
+from vllm.score.sequence.encoding import Pair
 
 TEXTS = [
     "日本語の文、中文 한국어",

@@ -12,13 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vllm.score.api import score
+from vllm.score.errors import ScoreModeError
 from vllm.score.results import TokenScores
 
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
 TokenPair = tuple[Sequence[int], Sequence[int]]
+# Of a request's first candidate, so that candidates cannot share a request.
+_STATISTICS_OF_A_TARGET = {"rank", "model_logprob"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,3 +154,36 @@ class MergedContinuations:
                 )
             )
         return found
+
+
+def score_token_pairs(
+    llm: LLM,
+    pairs: Sequence[TokenPair],
+    *,
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    statistics: Sequence[str] = (),
+    **options: Any,
+) -> list[ContinuationScores]:
+    """The scores of each pair; those that can share a request do.
+
+    Args:
+        pairs: (context, continuation) token ids, at least one token each.
+        lora_request: an adapter for all pairs, or one (or None) for each.
+        statistics, options: as for `vllm.score.score`.
+
+    Raises:
+        ScoreModeError: as `score()`; or adapters for another number of pairs.
+    """
+    several = lora_request if isinstance(lora_request, Sequence) else None
+    adapters = [lora_request] * len(pairs) if several is None else list(several)
+    if len(adapters) != len(pairs):
+        raise ScoreModeError(
+            f"lora_request has {len(adapters)} entries for {len(pairs)} pairs; give one for all, "
+            "or one or None for each."
+        )
+    alone = _STATISTICS_OF_A_TARGET.intersection(statistics)
+    merged = MergedContinuations(pairs, adapters, width=1 if alone else math.inf)
+    scores = score(
+        llm, merged.requests, lora_request=merged.adapters, statistics=statistics, **options
+    )
+    return merged.scores(scores)

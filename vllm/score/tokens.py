@@ -53,13 +53,14 @@ def automatic_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def begins_with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> bool:
-    """Whether a text's own tokens bring the prefix: begin with the first token of it."""
-    return bool(prefix) and bool(len(ids)) and ids[0] == prefix[0]
+def start_token(tokenizer: Any) -> int | None:
+    """What a text without context follows: BOS, or EOS without one; None: there is neither."""
+    ids = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    return next((number for number in ids if number is not None), None)
 
 
 def own_prefix_length(ids: Sequence[int], prefix: Sequence[int]) -> int:
-    """How many of a text's own first tokens are those of the prefix."""
+    """How many of a text's own first tokens are those of the prefix; any: it brings its own."""
     same = (own == expected for own, expected in zip(ids, prefix, strict=False))
     return sum(takewhile(bool, same))
 
@@ -162,13 +163,11 @@ def render_messages(given: Any, tokenizer: Any, name: str) -> str:
 
 def prefix_once(tokenizer: Any, text: str, ids: Sequence[int]) -> TextTokens:
     """The same of a text that somebody else has tokenised to `ids`, perhaps without a prefix."""
-    prefix = automatic_prefix(tokenizer)
-    found = _once(list(ids), prefix)
-    if not found.own_prefix:
-        return found
+    found = _once(list(ids), automatic_prefix(tokenizer))
     # Two prefixes may stand in the text, and none have been added.
-    written = list(tokenizer.encode(text, add_special_tokens=False))
-    return TextTokens(list(ids), False) if list(ids) == written else found
+    if found.own_prefix and list(ids) == list(tokenizer.encode(text, add_special_tokens=False)):
+        return TextTokens(list(ids), False)
+    return found
 
 
 def own_prefix_note(tokenizer: Any) -> str:
@@ -197,7 +196,7 @@ def check_encodable(text: str, name: str) -> bytes:
 
 def _once(ids: list[int], prefix: list[int]) -> TextTokens:
     size = len(prefix)
-    if ids[:size] == prefix and begins_with_prefix(ids[size:], prefix):
+    if ids[:size] == prefix and own_prefix_length(ids[size:], prefix):
         return TextTokens(ids[size:], True)
     return TextTokens(ids, False)
 

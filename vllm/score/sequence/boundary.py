@@ -10,8 +10,7 @@ then:
               tokenizer makes of the whole text
 
 What a token holds is known from its bytes where the vocabulary writes them out, else from the
-offsets of the tokenizer, else by comparison with the tokens of the context alone
-(`vllm.score.sequence.alignment`).
+offsets of the tokenizer (`CutFinder`), else by comparison with the tokens of the context alone.
 
 A space that the tokenizer itself puts before a text (sentencepiece's "dummy prefix") is no context:
 it belongs to what it stands before. So without a context all tokens of the text are the
@@ -20,46 +19,22 @@ continuation's, behind BOS or EOS; and a continuation tokenised apart gets no su
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from vllm.score.checks import check_name
 from vllm.score.data.tokenize import TokenBytes
 from vllm.score.errors import ScoreModeError
-from vllm.score.sequence.alignment import Tokens, find_cut
-from vllm.score.sequence.joint import Joint, JointEncoder
-from vllm.score.tokens import (
-    automatic_prefix,
-    begins_with_prefix,
-    check_encodable,
-    own_prefix_length,
-)
+from vllm.score.sequence.encoding import ApartEncoder, JointEncoder, Pair, Tokens, encode
+from vllm.score.tokens import automatic_prefix, check_encodable, own_prefix_length, start_token
 
 RULES = ("spanning", "strict", "separate")
-# Put before a text where the tokenizer's own space cannot be switched off. The first is in hardly
-# any vocabulary and becomes bytes, which never merge with others; the rest is for vocabularies
-# without bytes.
-_ANCHORS = ("\ue000", "\n", ".", "|", "0", "a")
 # Texts are tokenised together as long as their offsets take little memory.
 _BATCH_CHARACTERS = 1 << 20
-
-
-class Pair(NamedTuple):
-    """One continuation of one context.
-
-    Attributes:
-        context: may be empty.
-        continuation: may not.
-        templated: the context came from a chat template, which writes special tokens itself.
-        name: for errors.
-    """
-
-    context: str
-    continuation: str
-    templated: bool = False
-    name: str = "pair"
+# Characters on each side of the cut that a normaliser may look at.
+_WINDOW = 64
 
 
 class SplitTokens(NamedTuple):
@@ -77,6 +52,11 @@ class SplitTokens(NamedTuple):
     spans_boundary: bool = False
     spanned_context: str = ""
 
+    @property
+    def parts(self) -> tuple[list[int], list[int]]:
+        """Token ids of the context and of the continuation."""
+        return self.token_ids[: self.start], self.token_ids[self.start :]
+
 
 class BoundaryTokenizer:
     """Splits pairs.
@@ -92,12 +72,11 @@ class BoundaryTokenizer:
     def __init__(self, tokenizer: Any, rule: str = "spanning") -> None:
         check_name("boundary", rule, RULES)
         self._tokenizer, self._rule = tokenizer, rule
-        self._encode_context = lru_cache(maxsize=1)(partial(_encode, tokenizer))
+        self._encode_context = lru_cache(maxsize=1)(partial(encode, tokenizer))
         self._bytes = TokenBytes(tokenizer)
+        self._finder = CutFinder(tokenizer, self._bytes)
         self._joint = JointEncoder(tokenizer)
         self._apart = ApartEncoder(tokenizer, self._bytes) if rule == "separate" else None
-        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-        self._normalize = getattr(normalizer, "normalize_str", None)
         self._prefix = automatic_prefix(tokenizer)
 
     def split(self, pairs: Iterable[Pair]) -> Iterator[SplitTokens]:
@@ -124,31 +103,28 @@ class BoundaryTokenizer:
                 check_encodable(pair.context, f"{pair.name}: the context")
                 check_encodable(pair.continuation, f"{pair.name}: the continuation")
             if self._apart is not None:
-                yield from (self._encode_apart(pair, self._apart) for pair in batch)
+                yield from map(self._join, batch, map(self._apart.encode, batch))
             else:
                 texts = [(pair.context, pair.continuation) for pair in batch]
                 yield from map(self._cut, batch, self._joint.encode(texts))
 
-    def _encode_apart(self, pair: Pair, encoder: ApartEncoder) -> SplitTokens:
-        context = self._encode_context(pair.context)
-        own = encoder.encode(pair, context)
+    def _join(self, pair: Pair, parts: tuple[list[int], list[int]]) -> SplitTokens:
+        context, own = parts
         if not own:
             raise _vanished(pair)
         return self._finish(pair, context + own, len(context), None)
 
-    def _cut(self, pair: Pair, joint: Joint) -> SplitTokens:
-        text = pair.context[joint.begin :] + pair.continuation
-        length = len(pair.context) - joint.begin
-        own = Tokens(joint.ids[joint.first :], joint.first == 0, joint.offsets)
-        found = find_cut(self._bytes, own, text, length, self._normalize)
+    def _cut(self, pair: Pair, tokens: Tokens) -> SplitTokens:
+        ids = [*tokens.before, *tokens.ids]
+        text = pair.context[tokens.begin :] + pair.continuation
+        found = self._finder.find(tokens, text, len(pair.context) - tokens.begin)
         if found is None:
-            if joint.offsets:
+            if tokens.offsets:
                 raise _vanished(pair)
-            return self._finish(pair, joint.ids, *self._by_comparison(pair, joint.ids))
+            return self._finish(pair, ids, *self._by_comparison(pair, ids))
         # Before the first character of all, only a space of the tokenizer's own can be left.
-        index = joint.first + found.token if pair.context else 0
-        start = joint.begin + found.start
-        return self._finish(pair, joint.ids, index, pair.context[start:] or None)
+        index = len(tokens.before) + found.token if pair.context else 0
+        return self._finish(pair, ids, index, pair.context[tokens.begin + found.start :] or None)
 
     def _by_comparison(self, pair: Pair, ids: list[int]) -> tuple[int, str | None]:
         """(first token of the continuation, what it holds of the context).
@@ -183,7 +159,9 @@ class BoundaryTokenizer:
 
     def _finish(self, pair: Pair, ids: list[int], start: int, spanned: str | None) -> SplitTokens:
         if spanned is not None and self._rule == "strict":
-            token = self._text_of(ids[start])
+            token = self._decode(ids[start : start + 1])
+            if self._bytes.known:
+                token = self._bytes(ids[start]).decode(errors="replace")
             raise ScoreModeError(
                 f"{pair.name}: the token {token!r} holds both the end of the context, "
                 f"{spanned!r}, and the beginning of the continuation "
@@ -192,132 +170,151 @@ class BoundaryTokenizer:
             )
         prefix = [] if pair.templated else self._prefix
         if start == 0 and not prefix:
-            prefix = [self._start_token(pair)]
+            first = start_token(self._tokenizer)
+            if first is None:
+                raise ScoreModeError(
+                    f"{pair.name}: nothing stands before the first token of the continuation, and "
+                    "the tokenizer has no BOS or EOS token to put there; give a context."
+                )
+            prefix = [first]
         own = own_prefix_length(ids, prefix)
-        written = begins_with_prefix(ids, prefix) and self._writes(pair, prefix[:1])
+        text = (pair.context or pair.continuation).lstrip()
+        # As it is written, and not only by its id.
+        written = own > 0 and text.startswith(self._decode(prefix[:1]).strip())
         if written and (start >= own or (not pair.context and len(ids) > own)):
             prefix, start = [], max(start, own)
         start += len(prefix)
         return SplitTokens([*prefix, *ids], start, spanned is not None, spanned or "")
 
-    def _writes(self, pair: Pair, first: list[int]) -> bool:
-        """Whether the text begins with the token as it is written, and not only with its id."""
-        text = (pair.context or pair.continuation).lstrip()
-        return text.startswith(self._decode(first).strip())
-
-    def _start_token(self, pair: Pair) -> int:
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(self._tokenizer, name, None)
-            if token is not None:
-                return int(token)
-        raise ScoreModeError(
-            f"{pair.name}: nothing stands before the first token of the continuation, and the "
-            "tokenizer has no BOS or EOS token to put there; give a context."
-        )
-
-    def _text_of(self, token: int) -> str:
-        if self._bytes.known:
-            return self._bytes(token).decode(errors="replace")
-        return self._decode([token])
-
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
 
 
-class ApartEncoder:
-    """Tokenises texts without the space that many tokenizers put before a text.
+class Cut(NamedTuple):
+    """The place of the first token of a continuation.
+
+    Attributes:
+        token: index of it.
+        start: where its text starts; before the cut if it also holds the end of the context.
+    """
+
+    token: int
+    start: int
+
+
+class CutFinder:
+    """Finds the first token of a continuation, by the bytes of the text's tokens or their offsets.
+
+    The tokens of a text, put together, are its bytes, but for the spaces that a tokenizer adds
+    before the text and behind a special token. So the tokens are followed back from the end of the
+    text to the cut. Where their bytes are not the text's (an unknown token, a normaliser that
+    changes the text), the offsets of a fast tokenizer say where a token's characters stand, even
+    if it writes them in another way or not at all.
+
+    A normaliser may compose a character from both sides of the cut (e + U+0301 to é), and the
+    offsets name only one of them; then the cut goes to the beginning of that character.
 
     Args:
         tokenizer: of Hugging Face or vLLM.
     """
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
-        self._tokenizer, self._bytes = tokenizer, token_bytes
-        self._encode = partial(_encode, tokenizer)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._bare: Any = None
-        if token_bytes.dummy and backend is not None:
-            bare = _without_dummy(backend)
-            first = bare.encode("a", add_special_tokens=False).ids[:1]
-            if not any(token_bytes(token).startswith(b" ") for token in first):
-                self._bare = bare
+        self._bytes = token_bytes
+        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        self._normalize: Callable[[str], str] | None = getattr(normalizer, "normalize_str", None)
 
-    def encode(self, pair: Pair, context_ids: list[int]) -> list[int]:
-        """Token ids of the continuation.
+    def find(self, tokens: Tokens, text: str, cut: int) -> Cut | None:
+        """The first token that holds anything of text[cut:].
 
-        Without a context it begins with the tokenizer's space; behind a special token it may, as
-        the tokenizer has it.
+        A space that the tokenizer adds counts to what follows it. A character that a normaliser
+        composes from both sides of the cut is the continuation's, with all its marks.
 
         Args:
-            context_ids: tokens of the context.
+            text: context and continuation, from `tokens.begin` on.
+            cut: length of the context in it.
 
-        Raises:
-            ScoreModeError: the tokenizer's space cannot be kept away.
+        Returns:
+            None if no token holds anything of it, or neither bytes nor offsets tell.
         """
-        text = pair.continuation
-        if not self._bytes.dummy or not context_ids:
-            return self._encode(text)
-        special = self._bytes.added.get(context_ids[-1])
-        if special is not None and pair.context.rstrip().endswith(special.content):
-            behind = self._encode(special.content + text)
-            if behind[:1] == context_ids[-1:]:
-                return behind[1:]
-        return self._behind_anchor(pair) if self._bare is None else self._bare_ids(text)
+        found = self._by_bytes(tokens, text, cut) if self._bytes.known else None
+        return found or self._by_offsets(tokens.offsets, text, cut)
 
-    def _bare_ids(self, text: str) -> list[int]:
-        """Behind a special token inside of the text, the tokenizer's own reading stands."""
-        found = self._bare.encode(text, add_special_tokens=False)
-        for index, (token, (start, end)) in enumerate(zip(found.ids, found.offsets, strict=True)):
-            added = self._bytes.added.get(token)
-            if added is not None and text[start:end].strip() == added.content:
-                return [*found.ids[:index], *self._encode(text[start:])]
-        return list(found.ids)
+    def _by_bytes(self, tokens: Tokens, text: str, cut: int) -> Cut | None:
+        if found := self._walk(tokens, text, cut):
+            return found
+        if self._normalize is None or not tokens.offsets:
+            return None
+        begin = self._composed_from(text, cut)
+        changed, context = self._normalize(text), self._normalize(text[:begin])
+        if not changed.startswith(context):
+            return None
+        found = self._walk(tokens._replace(offsets=()), changed, len(context))
+        if found is None:
+            return None
+        spans = found.start < len(context)
+        start = min(tokens.offsets[found.token][0], begin - 1) if spans else begin
+        return Cut(found.token, start)
 
-    def _behind_anchor(self, pair: Pair) -> list[int]:
-        """A text that merges with the anchor shows: the anchor's own tokens are gone."""
-        unknown = getattr(self._tokenizer, "unk_token_id", None)
-        for anchor in _ANCHORS:
-            alone, both = self._encode(anchor), self._encode(anchor + pair.continuation)
-            if alone and alone[-1] != unknown and both[: len(alone)] == alone:
-                return both[len(alone) :]
-        raise ScoreModeError(
-            f"{pair.name}: boundary='separate' does not work with this tokenizer "
-            f"({type(self._tokenizer).__name__}), which puts a space that cannot be kept away "
-            f"before the continuation {pair.continuation[:40]!r}; use boundary='spanning'."
-        )
+    def _by_offsets(self, offsets: Sequence[tuple[int, int]], text: str, cut: int) -> Cut | None:
+        begin = self._composed_from(text, cut)
+        index = len(offsets)
+        while index and offsets[index - 1][1] > begin:
+            index -= 1
+        return Cut(index, min(offsets[index][0], begin)) if index < len(offsets) else None
 
+    def _composed_from(self, text: str, cut: int) -> int:
+        """Where the character starts, with its marks, that is composed from both sides of the cut;
+        the cut itself if none is."""
+        near = max(0, cut - _WINDOW)
+        around, before = text[near : cut + _WINDOW], text[near:cut]
+        if self._normalize is None or self._normalize(around).startswith(self._normalize(before)):
+            return cut
+        begin = max(0, cut - 1)
+        while begin and unicodedata.combining(text[begin]):
+            begin -= 1
+        return begin
 
-def _without_dummy(backend: Any) -> Any:
-    """A copy of a fast tokenizer that puts no space before a text."""
-    settings = json.loads(backend.to_str())
-    for step in ("normalizer", "pre_tokenizer"):
-        settings[step] = _stripped(settings[step])
-    copy = type(backend).from_str(json.dumps(settings))
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = backend.encode_special_tokens
-    return copy
+    def _walk(self, tokens: Tokens, text: str, cut: int) -> Cut | None:
+        """By bytes, as far as they are the text's; a character that is cut counts as a whole."""
+        written = self._bytes.of_text(text)
+        end = len(self._bytes.of_text(text[:cut]))
+        index, position = len(tokens.ids), len(written)
+        for before, start in self._backwards(tokens, text, written):
+            if position < end or start < position == end:
+                break
+            index, position = before, start
+        if position > end or index == len(tokens.ids):
+            return None
+        while written[position] & 0xC0 == 0x80:  # inside of a character
+            position -= 1
+        return Cut(index, cut - len(written[position:end].decode()))
 
+    def _backwards(self, tokens: Tokens, text: str, written: bytes) -> Iterator[tuple[int, int]]:
+        """(index, where its bytes start in `written`) from the last token on, as far as they
+        agree."""
+        ids, offsets, position = tokens.ids, tokens.offsets, len(written)
+        greedy, added = self._bytes.greedy, self._bytes.added
 
-def _stripped(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normaliser or pre-tokenizer, as `tokenizers` writes it, without what adds the space."""
-    kind = None if step is None else step["type"]
-    if step is None or kind == "Prepend":
-        return None
-    if kind == "Metaspace":
-        return {**step, "prepend_scheme": "never"}
-    if kind == "ByteLevel":
-        return {**step, "add_prefix_space": False}
-    parts: dict[str, Any] = {
-        key: [part for part in map(_stripped, step[key]) if part is not None]
-        for key in ("normalizers", "pretokenizers")
-        if key in step
-    }
-    return {**step, **parts}
+        def place(character: int) -> int:
+            return len(self._bytes.of_text(text[:character]))
 
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+        for index in reversed(range(len(ids))):
+            before = ids[index - 1] if index else None
+            if not offsets and not greedy.isdisjoint((ids[index], before)):
+                return
+            if ids[index] in greedy:
+                position = place(offsets[index][0])
+                yield index, position
+                continue
+            low = place(offsets[index - 1][1]) if before in greedy else 0
+            piece = self._bytes(ids[index])
+            begins = not tokens.before if before is None else before in added
+            pieces = (piece, piece[1:]) if begins and piece.startswith(b" ") else (piece,)
+            fitting = (each for each in pieces if written.endswith(each, low, position))
+            if (found := next(fitting, None)) is None:
+                return
+            position -= len(found)
+            yield index, position
 
 
 def _vanished(pair: Pair) -> ScoreModeError:

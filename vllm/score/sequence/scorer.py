@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from vllm.score.api import score
 from vllm.score.checks import check_name
-from vllm.score.continuations import ContinuationScores, MergedContinuations
+from vllm.score.continuations import ContinuationScores, score_token_pairs
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
-from vllm.score.sequence.boundary import RULES, BoundaryTokenizer, Pair, SplitTokens
+from vllm.score.sequence.boundary import RULES, BoundaryTokenizer, SplitTokens
+from vllm.score.sequence.encoding import Pair
 from vllm.score.tokens import is_token_ids, read_token_ids, render_messages
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-# Of a request's first candidate, so that candidates cannot share a request.
-_STATISTICS_OF_A_TARGET = {"rank", "model_logprob"}
+# Name of the pair, context and its name, sequence and its name; names are for errors.
+_Row = tuple[str, Any, str, Any, str]
 
 
 class SequenceProbability(TypedDict):
@@ -104,7 +103,7 @@ def score_continuations(
         boundary,
         llm.llm_engine.model_config.get_vocab_size(),
     )
-    return _score_prepared(
+    return _score(
         llm,
         prepared,
         statistics=["argmax", *(name for name in statistics if name != "argmax")],
@@ -198,18 +197,16 @@ class Prepared:
     """Pairs ready to be scored: all that can be refused without an engine has been.
 
     Attributes:
-        names: [n], for errors.
-        pairs: [n], as given.
+        rows: [n], as given.
         splits: [n].
     """
 
-    names: list[str]
-    pairs: list[tuple[Any, Any]]
-    splits: list[SplitTokens]
+    rows: Sequence[_Row]
+    splits: Sequence[SplitTokens]
 
     def check_length(self, longest: int, what: str) -> None:
         """Raise ScoreModeError for a pair of more tokens than `longest`, which is `what`'s."""
-        for name, split in zip(self.names, self.splits, strict=True):
+        for (name, *_), split in zip(self.rows, self.splits, strict=True):
             if len(split.token_ids) > longest:
                 raise ScoreModeError(
                     f"{name}: {len(split.token_ids)} tokens together, {what} is {longest}; "
@@ -232,10 +229,6 @@ def prepare_pairs(
         ScoreModeError: a pair cannot be used; it is named.
     """
     return _prepare(_rows(pairs, names), lambda: tokenizer, boundary)
-
-
-# Name of the pair, context and its name, sequence and its name; names are for errors.
-_Row = tuple[str, Any, str, Any, str]
 
 
 def _named(field: str, values: Any) -> list[tuple[str, Any]]:
@@ -266,14 +259,11 @@ def _prepare(
 ) -> Prepared:
     """The tokens of all pairs; without `vocab_size` token ids are no context."""
     check_name("boundary", boundary, RULES)
-    names: list[str] = []
-    pairs: list[tuple[Any, Any]] = []
+    rows = list(rows)
     splits: dict[int, SplitTokens] = {}
     texts: dict[int, Pair] = {}
     messages, rendered = None, ""
     for i, (name, context, context_name, sequence, sequence_name) in enumerate(rows):
-        names.append(name)
-        pairs.append((context, sequence))
         if vocab_size is not None and is_token_ids(context):
             ids = read_token_ids(context, vocab_size, context_name).tolist()
             more = read_token_ids(sequence, vocab_size, sequence_name).tolist()
@@ -292,7 +282,7 @@ def _prepare(
     if texts:
         found = BoundaryTokenizer(tokenizer(), boundary).split(texts.values())
         splits.update(zip(texts, found, strict=True))
-    return Prepared(names, pairs, [splits[i] for i in range(len(names))])
+    return Prepared(rows, [splits[i] for i in range(len(rows))])
 
 
 def score_prepared(llm: LLM, prepared: Prepared, **options: Any) -> list[SequenceProbability]:
@@ -301,43 +291,22 @@ def score_prepared(llm: LLM, prepared: Prepared, **options: Any) -> list[Sequenc
     Raises:
         ScoreModeError: a pair is too long for the engine, or has an id that its model lacks.
     """
-    scores = _score_prepared(llm, prepared, **options)
-    return [_probability(*pair, one) for pair, one in zip(prepared.pairs, scores, strict=True)]
+    scores = _score(llm, prepared, **options)
+    rows = zip(prepared.rows, scores, strict=True)
+    return [_probability(context, sequence, one) for (_, context, _, sequence, _), one in rows]
 
 
-def _score_prepared(
-    llm: LLM, prepared: Prepared, *, lora_request: Any = None, **options: Any
-) -> list[ContinuationScores]:
+def _score(llm: LLM, prepared: Prepared, **options: Any) -> list[ContinuationScores]:
     model = llm.llm_engine.model_config
     prepared.check_length(model.max_model_len, "the engine's max_model_len")
     size = model.get_vocab_size()
-    for name, split in zip(prepared.names, prepared.splits, strict=True):
+    for (name, *_), split in zip(prepared.rows, prepared.splits, strict=True):
         if (largest := max(split.token_ids)) >= size:
             raise ScoreModeError(
                 f"{name}: token id {largest} is outside the model's vocabulary of {size}; "
                 "give the tokenizer that belongs to the model."
             )
-    adapters = None
-    if isinstance(lora_request, Sequence):
-        adapters = list(lora_request)
-        if len(adapters) != len(prepared.splits):
-            raise ScoreModeError(
-                f"lora_request has {len(adapters)} entries for {len(prepared.splits)} pairs; give "
-                "one for all, or one or None for each."
-            )
-    alone = _STATISTICS_OF_A_TARGET.intersection(options.get("statistics", ()))
-    pairs = [
-        (each.token_ids[: each.start], each.token_ids[each.start :]) for each in prepared.splits
-    ]
-    merged = MergedContinuations(pairs, adapters, width=1 if alone else math.inf)
-    found = merged.scores(
-        score(
-            llm,
-            merged.requests,
-            lora_request=lora_request if adapters is None else merged.adapters,
-            **options,
-        )
-    )
+    found = score_token_pairs(llm, [split.parts for split in prepared.splits], **options)
     return [
         replace(scores, spans_boundary=split.spans_boundary, spanned_context=split.spanned_context)
         for scores, split in zip(found, prepared.splits, strict=True)

@@ -33,22 +33,14 @@ CPU_BLOCK_SIZE = 32
 
 
 def engine_options(
-    pretrained: str | None,
-    options: Mapping[str, Any],
-    *,
-    max_length: int | None = None,
-    max_batch_size: int | None = None,
-    lora: bool = False,
-    runs: bool = False,
+    ours: Mapping[str, Any], options: Mapping[str, Any], *, runs: bool = False
 ) -> dict[str, Any]:
     """The arguments of `vllm.LLM` that the model's options name; none where the engine runs.
 
     Args:
-        pretrained: name or folder of the model.
-        options: of `vllm.LLM`; None means its default.
-        max_length: tokens that the model is to read at most.
-        max_batch_size: vLLM's `max_num_seqs`.
-        lora: an adapter is to be used.
+        ours: `model`, and the arguments that come from options of the model by another name; None
+            means vLLM's default.
+        options: the other arguments, by their own names; None means vLLM's default.
         runs: there is an engine already, which takes no options any more.
 
     Raises:
@@ -58,23 +50,17 @@ def engine_options(
     for name, reason in IGNORED.items():
         if given.pop(name, None) is not None:
             logger.warning("%s is ignored: %s.", name, reason)
+    model = ours["model"]
     if runs:
-        if named := [*([] if pretrained is None else ["pretrained"]), *given]:
+        if named := [*([] if model is None else ["pretrained"]), *given]:
             raise ScoreModeError(
                 f"{', '.join(named)}: these are options of the engine, which runs already; give "
                 "them to LLM(...)."
             )
         return {}
-    if pretrained is None:
+    if model is None:
         raise ScoreModeError("no model is named: --model_args pretrained=NAME_OR_FOLDER.")
-    ours = {
-        "model": str(pretrained),
-        "seed": SEED,
-        "max_model_len": max_length,
-        "max_num_seqs": max_batch_size,
-        "enable_lora": lora or None,
-    }
-    return {**{name: value for name, value in ours.items() if value is not None}, **given}
+    return {"seed": SEED, **{n: v for n, v in ours.items() if v is not None}, **given}
 
 
 def length_asked_for(max_model_len: int | None, max_length: int | None) -> int | None:
@@ -100,7 +86,7 @@ def start_engine(options: dict[str, Any]) -> LLM:
     """A running `vllm.LLM` that reads as many tokens as `max_model_len` says.
 
     Args:
-        options: of `vllm.LLM`; None means vLLM's default. `max_model_len` has the meaning of
+        options: of `vllm.LLM`. `max_model_len` has the meaning of
             `max_length` of lm-eval's `hf` model, which predicts a token after as many: the engine
             is started with one more, where the model allows it.
 
@@ -110,17 +96,16 @@ def start_engine(options: dict[str, Any]) -> LLM:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    settings = {name: value for name, value in options.items() if value is not None}
-    if int(settings.get("data_parallel_size", 1)) > 1:
+    if int(options.get("data_parallel_size", 1)) > 1:
         raise ScoreModeError(
-            f"data_parallel_size is {settings['data_parallel_size']}: one LLM drives one replica. "
+            f"data_parallel_size is {options['data_parallel_size']}: one LLM drives one replica. "
             "Start `vllm serve MODEL --data-parallel-size N` and evaluate it with "
             "--model local-completions, or use tensor_parallel_size."
         )
     if current_platform.is_cpu():
-        settings.setdefault("block_size", CPU_BLOCK_SIZE)
-    with starting(settings["model"]):
-        return LLM(**with_room_for_one_more({**for_cpu(settings), **settings}))
+        options = {"block_size": CPU_BLOCK_SIZE, **options}
+    with starting(options["model"]):
+        return LLM(**with_room_for_one_more({**for_cpu(options), **options}))
 
 
 def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:

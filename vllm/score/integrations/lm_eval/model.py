@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lm_eval.api.model import TemplateLM
+from pydantic import BeforeValidator
 
-from vllm.score.api import score
 from vllm.score.armed import require_score_mode
-from vllm.score.checks import Count, Whole, check_name
-from vllm.score.continuations import MergedContinuations
+from vllm.score.checks import Count, Whole, check, check_name
+from vllm.score.continuations import score_token_pairs
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
 from vllm.score.integrations.lm_eval.engine import (
@@ -24,8 +26,14 @@ from vllm.score.integrations.lm_eval.engine import (
     start_engine,
     whole_number,
 )
-from vllm.score.integrations.lm_eval.generation import Generation, read_generation_kwargs
-from vllm.score.integrations.lm_eval.requests import SIDES, Encoder, fit_context, fit_pairs
+from vllm.score.integrations.lm_eval.requests import (
+    SIDES,
+    Encoder,
+    Generation,
+    fit_context,
+    fit_pairs,
+    read_generation_kwargs,
+)
 from vllm.score.integrations.lm_eval.scaled import (
     ScaledGeneration,
     ScaledRequest,
@@ -112,14 +120,13 @@ class VLLMScoreLM(TemplateLM):
         self._truncation_side, self._think_end = truncation_side, think_end_token
         self._template = _template_arguments(chat_template_args, enable_thinking, think_end_token)
         asked = length_asked_for(max_model_len, max_length)
-        settings = engine_options(
-            pretrained,
-            options,
-            max_length=asked,
-            max_batch_size=max_batch_size,
-            lora=lora_local_path is not None,
-            runs=llm is not None,
-        )
+        ours = {
+            "model": None if pretrained is None else str(pretrained),
+            "max_model_len": asked,
+            "max_num_seqs": max_batch_size,
+            "enable_lora": None if lora_local_path is None else True,
+        }
+        settings = engine_options(ours, options, runs=llm is not None)
         require_score_mode()
         self.model = start_engine(settings) if llm is None else llm
         self.max_length = longest_input(self.model, asked, given=llm is not None)
@@ -160,15 +167,13 @@ class VLLMScoreLM(TemplateLM):
         """A conversation as text; without its system message where the template takes none."""
         from jinja2 import TemplateError
 
-        def render(messages: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-                **self._template,
-            )
-
+        render: Callable[[list[dict[str, str]]], str] = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **self._template,
+        )
         try:
             return render(chat_history)
         except TemplateError:
@@ -214,45 +219,39 @@ class VLLMScoreLM(TemplateLM):
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         texts = [args[0] for args in _arguments_of(requests)]
-        windows: list[KeyedPair] = []
-        counts = []
+        windows: list[list[KeyedPair]] = []
         for ids in self._encoder.encode(texts):
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            pairs = [make_disjoint_window(window) for window in rolling]
-            windows += [(None, *pair) for pair in pairs]
-            counts.append(len(pairs))
-        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
-        totals = []
-        for text, count in zip(texts, counts, strict=True):
-            totals.append(sum((next(answers)[0] for _ in range(count)), 0.0))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+            windows.append([(None, *make_disjoint_window(window)) for window in rolling])
+        answers = iter(self._loglikelihood_tokens(list(chain(*windows)), disable_tqdm))
+        totals = [sum((next(answers)[0] for _ in each), 0.0) for each in windows]
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
 
     def _loglikelihood_tokens(
         self, requests: Sequence[KeyedPair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = fit_pairs([(c, t) for _, c, t in requests], self.max_length)
-        scored = MergedContinuations([pair for pair in pairs if pair[1]])
-        if len(scored.places) < len(pairs):
+        scored = [pair for pair in pairs if pair[1]]
+        if len(scored) < len(pairs):
             logger.warning(
                 "%d of %d continuations have no tokens: the log-probability of nothing is 0.",
-                len(pairs) - len(scored.places),
+                len(pairs) - len(scored),
                 len(pairs),
             )
-        scores = score(
+        scores = score_token_pairs(
             self.model,
-            scored.requests,
+            scored,
             statistics=["argmax"],
             use_tqdm=not disable_tqdm,
             lora_request=self._lora_request,
         )
-        answers = iter(scored.scores(scores))
-        found = []
-        for (texts, _, _), (_, continuation) in zip(requests, pairs, strict=True):
-            each = next(answers) if continuation else None
-            found.append((0.0, True) if each is None else (each.sum(), each.is_greedy))
+        answers = ((each.sum(), each.is_greedy) for each in scores)
+        found = [next(answers) if continuation else (0.0, True) for _, continuation in pairs]
+        for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, found[-1])
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -264,7 +263,8 @@ class VLLMScoreLM(TemplateLM):
         contexts = self._encoder.encode([args[0] for args in _arguments_of(requests)])
         ordinary: dict[int, tuple[list[int], Generation]] = {}
         scaled: dict[int, ScaledRequest] = {}
-        eos = self._end_of_text()
+        end = self.tokenizer.eos_token_id
+        eos = None if end is None else self.tokenizer.decode([end]) or self.tokenizer.eos_token
         settings = split_settings([request.args[1] for request in requests])
         for index, (call, rest) in enumerate(settings):
             generation = read_generation_kwargs(
@@ -326,11 +326,6 @@ class VLLMScoreLM(TemplateLM):
         )
         return dict(zip(requests, generation.texts(list(requests.values())), strict=True))
 
-    def _end_of_text(self) -> str | None:
-        if self.tokenizer.eos_token_id is None:
-            return None
-        return self.tokenizer.decode([self.tokenizer.eos_token_id]) or self.tokenizer.eos_token
-
 
 def _arguments_of(requests: Sequence[Instance]) -> list[Any]:
     if not isinstance(requests, Sequence) or not all(hasattr(r, "args") for r in requests):
@@ -339,6 +334,13 @@ def _arguments_of(requests: Sequence[Instance]) -> list[Any]:
             "texts of your own use vllm.score.score or SequenceProbVLLMHook."
         )
     return [request.args for request in requests]
+
+
+def _from_json(given: Any) -> Any:
+    return json.loads(given) if isinstance(given, str) else given
+
+
+_TemplateArguments = Annotated[dict[str, Any] | None, BeforeValidator(_from_json)]
 
 
 def _template_arguments(
@@ -351,16 +353,10 @@ def _template_arguments(
         enable_thinking: one of the arguments.
         think_end: text after which the answer begins, without which nobody may think.
     """
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise ScoreModeError(f"chat_template_args is {given!r}, no JSON: {error}.") from error
-    arguments: Any = {} if given is None else given
-    if not isinstance(arguments, Mapping):
-        raise ScoreModeError(f"chat_template_args is {given!r}; give a dict.")
-    thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    arguments = {**arguments, **thinking}
+    remedy = "give a dict, or one as JSON"
+    arguments = dict(check("chat_template_args", given, _TemplateArguments, remedy) or {})
+    if enable_thinking is not None:
+        arguments["enable_thinking"] = enable_thinking
     if arguments.get("enable_thinking") and think_end is None:
         raise ScoreModeError(
             "enable_thinking=True without think_end_token: name the token after which the answer "

@@ -21,8 +21,7 @@ from vllm.score.eig.report import get_eig_metrics_summary, print_eig_metrics
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
 from vllm.score.eig.trace import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.integrations.lm_eval.generation import Generation
-from vllm.score.integrations.lm_eval.requests import fit_context
+from vllm.score.integrations.lm_eval.requests import Generation, fit_context
 
 if TYPE_CHECKING:
     from vllm import LLM

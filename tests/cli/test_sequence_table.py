@@ -17,10 +17,10 @@ from rich.console import Console
 
 from vllm.score import ScoreModeError
 from vllm.score.cli import inputs
-from vllm.score.sequence.table import (
+from vllm.score.cli.sequence import (
     WRITABLE,
-    notes,
     results_table,
+    table_notes,
     write_results,
 )
 
@@ -149,12 +149,12 @@ def test_the_table_fits_80_columns():
     rows[1] |= {"spans_boundary": True, "spanned_context": " ", "prob": 1.23456e-15}
     stream = io.StringIO()
     console = Console(file=stream, width=80)
-    console.print(results_table(rows, 50))
+    console.print(results_table(rows))
     lines = stream.getvalue().splitlines()
     assert len(lines) == 51 and max(map(len, lines)) <= 80
     assert "of a country'" in lines[1] and "of a country" not in lines[2]
     assert "-1.5000" in lines[1] and "1.235e-15" in lines[2]
-    more, spanning = notes(rows, 50)
+    more, spanning = table_notes(rows)
     assert more.startswith("and 10 more")
     assert "1 of 60 scored from the start of a token" in spanning and "' ' before" in spanning
-    assert notes(rows[:1]) == []
+    assert table_notes(rows[:1]) == []

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.perplexity.texts import PIECES, PROSE, odd_texts, other_tokenizers
 from tests.sequence import tokenizers
-from vllm.score.sequence import joint
-from vllm.score.sequence.joint import JointEncoder
+from vllm.score.sequence import encoding
+from vllm.score.sequence.encoding import JointEncoder
 
 CONTINUATIONS = st.lists(st.lists(st.sampled_from(PIECES), max_size=5).map("".join), min_size=2)
 
@@ -26,11 +26,10 @@ def check(tokenizer, pairs):
         whole = tokenizer(
             context + continuation, add_special_tokens=False, return_offsets_mapping=True
         )
-        assert got.ids == whole["input_ids"]
-        assert got.offsets is not None
+        assert [*got.before, *got.ids] == whole["input_ids"]
         offsets = [(got.begin + start, got.begin + end) for start, end in got.offsets]
-        assert offsets == [tuple(row) for row in whole["offset_mapping"]][got.first :]
-    return sum(got.first > 0 for got in joints)
+        assert offsets == [tuple(row) for row in whole["offset_mapping"]][len(got.before) :]
+    return sum(bool(got.before) for got in joints)
 
 
 @pytest.mark.parametrize("name", all_tokenizers())
@@ -38,8 +37,8 @@ def check(tokenizer, pairs):
 @given(contexts=st.lists(odd_texts(400), min_size=1, max_size=3), continuations=CONTINUATIONS)
 def test_odd_texts(name, contexts, continuations):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joint, "END", 64)
-        patch.setattr(joint, "_LONG", 65)
+        patch.setattr(encoding, "END", 64)
+        patch.setattr(encoding, "_LONG", 65)
         check(all_tokenizers()[name], [(c, t) for c in contexts for t in continuations])
 
 
