@@ -59,7 +59,8 @@ def open_engine(folder: str, length: int, options: argparse.Namespace, **more: A
     """
     import random_weights
 
-    from vllm.score.launch.engine import start_llm
+    from vllm import LLM
+    from vllm.score.launch.engine import starting
 
     settings: dict[str, Any] = {
         "load_format": random_weights.LOAD_FORMAT,
@@ -79,7 +80,8 @@ def open_engine(folder: str, length: int, options: argparse.Namespace, **more: A
         settings.update(enforce_eager=True, kv_cache_memory_bytes=512 << 20)
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and not more:
             settings["distributed_executor_backend"] = "uni"
-    return start_llm({"model": folder, **settings, **more}, progress=False)
+    with starting(folder, progress=False):
+        return LLM(**{"model": folder, **settings, **more})
 
 
 def describe(llm: Any) -> dict[str, Any]:

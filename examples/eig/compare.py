@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm.score.cli.common import one_line_errors
 from vllm.score.errors import ScoreModeError
+from vllm_score_command import one_line_errors
 
 
 def newest(folder: Path, pattern: str) -> Path:

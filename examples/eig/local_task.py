@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm.score.cli.common import one_line_errors
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.additions import additions_model, random_problems, write_questions
+from vllm_score_command import one_line_errors
 
 NAME = "additions"
 # The answer is the last number, after the cue or at the end of the sums.

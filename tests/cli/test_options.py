@@ -15,7 +15,7 @@ from vllm_score_command import options
 
 
 def parse(*words: str, **defaults: Any) -> Namespace:
-    from vllm.score.cli.parser import parse
+    from vllm.score.cli.model import parse
 
     return parse(options.sequence, "vllm-score sequence", words, defaults)
 
@@ -45,6 +45,54 @@ def test_engine_options_are_vllms_and_only_those_given(tmp_path: Path) -> None:
     read = parse("M", "--config", str(file), "--load-format", "auto")
     assert read.engine == {"pipeline_parallel_size": 2, "load_format": "auto"}
     assert (read.chat, read.context, read.named_model) == (True, ["a", "b"], "M")
+
+
+def refused(capsys: pytest.CaptureFixture[str], name: str, value: str) -> str:
+    """What is said of a value: one line, which ends the program."""
+    with pytest.raises(SystemExit) as exit_:
+        parse("M", name, value)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument {name}" in line and f"{value!r} is not the JSON object that it takes" in line
+    assert f"""give one, e.g. {name} '{{"key": 1}}', or its keys, e.g. {name}.key 1""" in line
+    return line
+
+
+def test_every_option_in_json_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    from vllm.score.cli.model import make_parser
+
+    actions = make_parser(options.sequence, "vllm-score sequence")._actions
+    documented = [a.option_strings[0] for a in actions if "valid JSON string" in (a.help or "")]
+    assert len(documented) > 15
+    for name in (*documented, "--hf-overrides", "--additional-config", "--pt-load-map-location"):
+        refused(capsys, name, "{bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("--hf-overrides", "bad", "Expecting value"),
+        ("--hf-overrides", "[1]", "another kind"),
+        ("--hf-overrides", "{'max_position_embeddings': 512}", "double quotes"),
+        ("--speculative-config", "3", "another kind"),
+        ("--speculative-config", "{bad}", "double quotes"),
+        ("--compilation-config", '{"modee": 1}', "modee is 1"),
+    ],
+)
+def test_json_that_is_none_is_refused(
+    capsys: pytest.CaptureFixture[str], name: str, value: str, reason: str
+) -> None:
+    assert reason in refused(capsys, name, value)
+
+
+def test_json_is_as_vllm_takes_it() -> None:
+    words = ("--hf-overrides", '{"a": {"b": 1}}', "--pt-load-map-location", "cuda")
+    found = parse("M", *words, "--speculative-config", "None").engine
+    assert found == {
+        "hf_overrides": {"a": {"b": 1}},
+        "pt_load_map_location": "cuda",
+        "speculative_config": None,
+    }
 
 
 def test_help_lists_ours_before_vllms(capsys: pytest.CaptureFixture[str]) -> None:

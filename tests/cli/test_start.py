@@ -194,6 +194,30 @@ def test_an_interruption_while_vllm_is_imported_is_one_line() -> None:
     assert "Traceback" not in errors
 
 
+def test_an_interruption_ends_what_waits_for_a_process_that_has_gone() -> None:
+    waiting = "threading.Event().wait()"
+    program = (
+        "import atexit, threading, vllm_score_command as command\n"
+        "command.SECONDS_TO_END = 1\n"
+        f"atexit.register(lambda: {waiting})\n"
+        "with command.interruptible('vllm-score'):\n"
+        "    try:\n"
+        "        print(flush=True)\n"
+        f"        {waiting}\n"
+        "    finally:\n"
+        f"        {waiting}\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "vllm-score: interrupted\n")
+
+
 @pytest.fixture
 def off(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process as it is where vLLM has not loaded the plugin."""

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.cache import default_cache_dir
 from vllm.score.tiny.embedded import (
     EmbeddedModel,
     Phase,
@@ -30,6 +29,7 @@ from vllm.score.tiny.embedded import (
     embedded_model,
     unigram_perplexity,
 )
+from vllm.score.tiny.training import default_cache_dir
 
 SMALL = Recipe(
     vocab_size=512,

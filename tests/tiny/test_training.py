@@ -56,9 +56,9 @@ def test_replicas_give_the_gradient_of_the_mean_loss(sequences: int) -> None:
     expected = reference(batch, labels=batch).loss
     expected.backward()
     model = _llama()
-    with closing(Replicas(model)) as replicas:
-        loss = replicas.backward(batch)
-        replicas.backward(batch)  # adds up, as autograd's own gradients do
+    with closing(Replicas(model, 2)) as replicas:
+        loss = replicas.backward(batch, batch)
+        replicas.backward(batch, batch)  # adds up, as autograd's own gradients do
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for weight, other in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, 2 * other.grad, rtol=1e-4, atol=1e-7)

@@ -28,16 +28,22 @@ from vllm.score.tiny.random_models import make_random_model
 
 def doctor(options: Namespace, results: TextIO) -> None:
     """Print what every process reports; exit code 1 if scores would be refused or are wrong."""
-    statuses, check = [front_end_status()], None
+    statuses: list[dict[str, Any]] = [front_end_status()]
+    check: dict[str, Any] = {}
     if not options.quick and statuses[0]["problem"] is None:
         engine_statuses, check = engine_report(progress=not options.quiet)
         statuses += engine_statuses
-    problem = first_problem(statuses) or _difference(check)
+    problem = first_problem(statuses)
+    if check and check["max_difference_nats"] > check["tolerance_nats"]:
+        problem = (
+            f"the scores differ from Hugging Face's by {check['max_difference_nats']:.2e} nats, "
+            f"more than {check['tolerance_nats']:.0e}."
+        )
     if options.json:
-        report = {"processes": statuses, "check": check, "problem": problem}
+        report = {"processes": statuses, "check": check or None, "problem": problem}
         print(json.dumps(report, indent=2), file=results, flush=True)
     else:
-        _print(statuses, check, problem, results)
+        _print(statuses, check, problem, Console(file=results, highlight=False))
     if problem is not None:
         sys.exit(1)
 
@@ -91,23 +97,9 @@ def _compare(llm: Any, model: Path) -> dict[str, Any]:
     return {"tokens": 64, "max_difference_nats": difference, "tolerance_nats": tolerance}
 
 
-def _difference(check: dict[str, Any] | None) -> str | None:
-    """Why the scores are wrong, if they are."""
-    if not check or check["max_difference_nats"] <= check["tolerance_nats"]:
-        return None
-    return (
-        f"the scores differ from Hugging Face's by {check['max_difference_nats']:.2e} nats, more "
-        f"than {check['tolerance_nats']:.0e}."
-    )
-
-
 def _print(
-    statuses: list[dict[str, Any]],
-    check: dict[str, Any] | None,
-    problem: str | None,
-    results: TextIO,
+    statuses: list[dict[str, Any]], check: dict[str, Any], problem: str | None, console: Console
 ) -> None:
-    console = Console(file=results, highlight=False)
     versions = statuses[0]["versions"]
     console.print("  ".join(f"{name} {number}" for name, number in versions.items()))
     folded = ("patched module", "state")
@@ -119,10 +111,8 @@ def _print(
             table.add_row(*first, patch["target"], state)
             first = ("", "")
     console.print(table)
-    kernel = statuses[-1].get("kernel")
-    if kernel:
-        name, device = kernel["name"], kernel["device"]
-        console.print(f"kernel: {name} on {device} ({kernel['reason']})")
+    if kernel := statuses[-1].get("kernel"):
+        console.print(f"kernel: {kernel['name']} on {kernel['device']} ({kernel['reason']})")
         if "rule" in kernel:
             console.print(f"head: {kernel['rule']}")
     if check:

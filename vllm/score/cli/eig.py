@@ -15,8 +15,7 @@ from rich.console import Console
 from vllm.platforms import current_platform
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, check, describe, limits_of
-from vllm.score.cli.common import check_output, option
-from vllm.score.cli.inputs import Questions, read_questions
+from vllm.score.cli.inputs import Questions, check_output, read_questions
 from vllm.score.cli.model import Model
 from vllm.score.eig.answers import normalise
 from vllm.score.eig.candidates import candidate_source
@@ -41,7 +40,7 @@ from vllm.score.eig.report import (
 )
 from vllm.score.eig.rules import StoppingRule, all_rules, find_rule
 from vllm.score.errors import ScoreModeError
-from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.launch.engine import flag, long_step, say, shows_bars
 from vllm.score.tiny import additions
 from vllm_score_command import options as shared
 
@@ -64,9 +63,9 @@ def declare(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("Rules", ", ".join(rules))
     fields = {name: each for rule in rules.values() for name, each in rule.parameters().items()}
     for name, each in fields.items():
-        if option(name) not in parser._option_string_actions:
+        if flag(name) not in parser._option_string_actions:
             text = f"{each.description}; {describe(each)} (default: {each.default})"
-            group.add_argument(option(name), metavar="VALUE", help=text.replace("%", "%%"))
+            group.add_argument(flag(name), metavar="VALUE", help=text.replace("%", "%%"))
 
 
 def eig(options: Namespace, results: TextIO) -> None:
@@ -145,7 +144,7 @@ def make_rule(given: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> Sto
     own, rest = kind.split(given)
     for key in {key for rule in all_rules().values() for key in rule.parameters()} & rest.keys():
         raise ScoreModeError(
-            f"{option(key)} is {rest[key]!r}, which {name} does not take; leave it out"
+            f"{flag(key)} is {rest[key]!r}, which {name} does not take; leave it out"
         )
     most = max(map(len, choices), default=0)
     limit = int(limits_of(kind.parameters()["beam_size"].rebuild_annotation())["le"])

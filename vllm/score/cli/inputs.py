@@ -1,19 +1,20 @@
-"""Which texts, pairs or questions a command reads, from its options."""
+"""Which texts, pairs or questions a command reads, and where it may write, from its options."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vllm.score.cli.common import option, refuse_given
 from vllm.score.data import Source, TextSource, file_source, hub_source, stdin_source
-from vllm.score.data.rows import Columns, Row, Skipped, read_rows
+from vllm.score.data.rows import Columns, Row, Skipped, no_column, read_rows
 from vllm.score.errors import ScoreModeError
+from vllm.score.launch.engine import flag
 from vllm.score.tokens import encode_inputs
 
 STANDARD_INPUT = "-"
@@ -125,9 +126,9 @@ def read_pairs(options: Namespace) -> Pairs:
         _only_one("pairs", file=options.file, context=contexts or None, target=targets or None)
         context, target = options.context_column or "context", options.target_column or "target"
         remedy = "name the right ones with --context-column and --target-column"
-        rows, notes = _rows(options, Columns((context, target), remedy=remedy), "pairs", target)
+        columns = Columns((context, target), remedy=remedy)
+        rows, names, notes = _rows(options, columns, "pairs", target)
         pairs = [(row.fields[context], row.fields[target]) for row in rows]
-        names = [f"{row.path}, row {row.number}" for row in rows]
     else:
         refuse_given(options, ("context_column", "target_column", "skip_empty"), _NO_FILE)
         if not contexts and not targets:
@@ -173,17 +174,13 @@ def _questions_of_files(options: Namespace) -> Questions:
     answer, choice = options.answer_column or ANSWER, options.choices_column
     optional = (answer,) if choice is None else (answer, choice)
     columns = Columns((question,), optional, "name another with --question-column")
-    rows, notes = _rows(options, columns, "questions", question)
-    names = [f"{row.path}, row {row.number}" for row in rows]
+    rows, names, notes = _rows(options, columns, "questions", question)
 
     def column(field: str, name: str) -> list[Any]:
         """Of every row; a row may leave it out unless none has it."""
         if not any(name in row.fields for row in rows):
-            listed = ", ".join(repr(each) for each in rows[0].columns)
-            raise ScoreModeError(
-                f"column {name!r} is not in file {str(rows[0].path)!r}; its columns are {listed}; "
-                f"name another with {option(field)}"
-            )
+            where = f"file {str(rows[0].path)!r}"
+            raise no_column(where, name, rows[0].columns, f"name another with {flag(field)}")
         return [row.fields.get(name) for row in rows]
 
     questions = [row.fields[question] for row in rows]
@@ -208,18 +205,66 @@ def _questions_of_files(options: Namespace) -> Questions:
 
 def _rows(
     options: Namespace, columns: Columns, content: str, text: str
-) -> tuple[list[Row], list[str]]:
-    """The rows of --file, and notes on those that --skip-empty leaves out for an empty `text`."""
+) -> tuple[list[Row], list[str], list[str]]:
+    """The rows of --file, their names, and notes on those left out for an empty `text`."""
     skipped = Skipped((text,)) if options.skip_empty else None
-    rows = list(read_rows([Path(name) for name in options.file], columns, content, skipped=skipped))
-    return rows, [] if skipped is None else skipped.notes()
+    rows = list(read_rows(list(map(Path, options.file)), columns, content, skipped=skipped))
+    names = [f"{row.path}, row {row.number}" for row in rows]
+    return rows, names, [] if skipped is None else skipped.notes()
 
 
 def _only_one(what: str, **given: Any) -> None:
-    named = [option(name) for name, value in given.items() if value is not None]
+    named = [flag(name) for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ScoreModeError(f"{' and '.join(named)} each name {what}; give one of them")
 
 
 def _as_messages(text: Any) -> Any:
     return [{"role": "user", "content": text}] if isinstance(text, str) else text
+
+
+def refuse_given(options: Namespace, names: Iterable[str], why: str) -> None:
+    """Raise ScoreModeError for the first of these options that is given."""
+    for name in names:
+        value = getattr(options, name)
+        if value not in (None, False):
+            said = "given" if value is True else repr(value)
+            raise ScoreModeError(f"{flag(name)} is {said}, but {why}")
+
+
+def check_output(
+    field: str, name: str | None, endings: Sequence[str], inputs: Sequence[str] = ()
+) -> Path | None:
+    """The file, which can be written, is none of the inputs, and ends in what it holds.
+
+    Raises:
+        ScoreModeError: it is not.
+    """
+    if name is None:
+        return None
+    path, said = Path(name), f"{flag(field)} {name!r}"
+    if path.suffix.lower() not in endings:
+        raise ScoreModeError(
+            f"{said} is not of the kind that is written; name a file that ends in "
+            f"{' or '.join(endings)}"
+        )
+    if any(path.resolve() == Path(each).resolve() for each in inputs):
+        raise ScoreModeError(f"{said} is the text itself; name another file")
+    if path.is_dir():
+        raise ScoreModeError(f"{said} is a directory; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ScoreModeError(f"{said} lies in a directory that does not exist; make it first")
+    check_writable(said, path, path.absolute().parent)
+    return path
+
+
+def check_writable(said: str, path: Path, directory: Path) -> None:
+    """Raise ScoreModeError where a file cannot be written, or none made in its directory."""
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+        if path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        raise ScoreModeError(
+            f"{said} cannot be written ({error.strerror or error}); name another place"
+        ) from error

@@ -12,12 +12,11 @@ from rich.console import Console
 
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, check
-from vllm.score.cli.common import check_output, check_writable
-from vllm.score.cli.inputs import check_text, open_text
+from vllm.score.cli.inputs import check_output, check_text, check_writable, open_text
 from vllm.score.cli.model import Model
 from vllm.score.data import file_source
 from vllm.score.errors import ScoreModeError
-from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.launch.engine import long_step, say, shows_bars
 from vllm.score.perplexity import PerplexityResult, Settings, prepare, run_job
 from vllm.score.perplexity import conventions as known
 from vllm.score.report.table import Baseline, print_result, to_json

@@ -17,11 +17,10 @@ from rich.text import Text
 
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import check_name
-from vllm.score.cli.common import check_output
-from vllm.score.cli.inputs import read_pairs
+from vllm.score.cli.inputs import check_output, read_pairs
 from vllm.score.cli.model import Model
 from vllm.score.data.streams import atomic_write
-from vllm.score.launch.output import long_step, say, shows_bars
+from vllm.score.launch.engine import long_step, say, shows_bars
 from vllm.score.report.table import count, head, json_safe, plain_table, significant, tail
 from vllm.score.sequence.boundary import RULES
 from vllm.score.sequence.scorer import prepare_pairs, score_prepared

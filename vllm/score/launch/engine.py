@@ -1,15 +1,24 @@
-"""Start an `LLM` that fits a scoring run, or say in one sentence why it does not start."""
+"""Start an `LLM` that fits a scoring run, or say in one sentence why it does not start.
+
+Also what long steps print: their lines on standard error, and an engine's output in a file.
+"""
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 import math
 import os
+import sys
+import tempfile
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -19,8 +28,7 @@ from vllm.score.engine.configuration import (
     unsupported_configuration,
     with_room_for_one_more,
 )
-from vllm.score.errors import ScoreModeError
-from vllm.score.launch.output import LEVEL_VARIABLE, LogFile, long_step
+from vllm.score.errors import ScoreModeError, ScoreModeUnavailable
 from vllm.score.launch.reasons import remedy, root_cause
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 # Errors as they are, and all that vLLM logs.
 DEBUG: ContextVar[bool] = ContextVar("DEBUG", default=False)
 
+LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 CPU_WINDOWS_IN_CACHE = 16
 CPU_CACHE_BYTES = (256 << 20, 16 << 30)
 
@@ -69,6 +78,8 @@ def open_llm(
         ScoreModeError: the model cannot be loaded as asked, or score mode does not serve such an
             engine.
     """
+    from vllm import LLM
+
     quieten()
     # A model that only pools would start as one, and be refused at the first request.
     settings = {"use_tqdm_on_load": False, "runner": "generate"}
@@ -79,47 +90,48 @@ def open_llm(
     if low_memory:
         settings.setdefault("max_num_seqs", 4)
         settings.setdefault("max_num_batched_tokens", max(context_length, 512))
-
-    def prepare(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    with starting(model, progress=progress, spell=flag):
         if read is not None and read < context_length:
             settings = with_room_for_one_more({**settings, "max_model_len": read})
         windows = 4 if low_memory else CPU_WINDOWS_IN_CACHE
         settings = {**for_cpu(settings, windows, in_process=in_process), **settings}
         _check_supported(settings)
-        return settings
-
-    return start_llm(settings, progress=progress, spell=flag, prepare=prepare)
+        return LLM(**settings)
 
 
-def start_llm(
-    settings: Mapping[str, Any],
-    *,
-    progress: bool = True,
-    spell: Callable[[str], str] = str,
-    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-) -> LLM:
-    """A running `vllm.LLM`. While it starts, what vLLM prints goes to a file.
+@contextmanager
+def starting(
+    model: str, *, progress: bool = True, spell: Callable[[str], str] = str
+) -> Iterator[None]:
+    """Within, a `vllm.LLM` starts, or what it needs is read: what is printed goes to a file.
 
     The file is named where the start fails. With `DEBUG`, or where the user has set
     VLLM_LOGGING_LEVEL to DEBUG or INFO, nothing is held back.
 
     Args:
-        settings: arguments of `vllm.LLM`; `model` among them.
+        model: name or folder.
         progress: whether to say on standard error that it starts, and when it runs.
         spell: how the caller's users spell an argument of `vllm.LLM`.
-        prepare: makes the final settings of these; what it raises counts as a failed start.
 
     Raises:
         ScoreModeError: it does not start: the cause, what helps, and where the log is.
     """
-    from vllm import LLM
-
-    model = settings["model"]
-    with (
-        long_step(f"Starting vLLM with {str(model)!r}", "vLLM is ready", progress),
-        _one_sentence(f"vLLM does not start {str(model)!r}", spell),
-    ):
-        return LLM(**prepare(settings))
+    global _log
+    with long_step(f"Starting vLLM with {model!r}", "vLLM is ready", progress):
+        if DEBUG.get():
+            yield
+            return
+        wanted = os.environ.get(LEVEL_VARIABLE, "").upper() in ("DEBUG", "INFO")
+        log = None if wanted else LogFile()
+        try:
+            with nullcontext() if log is None else log.receiving():
+                yield
+        except ScoreModeError:
+            raise
+        except Exception as error:
+            failed = f"vLLM does not start {model!r}"
+            raise ScoreModeError(_sentence(failed, error, spell, log)) from None
+        _log = log or _log  # its processes go on writing there
 
 
 def read_model(settings: Mapping[str, Any]) -> Any:
@@ -131,15 +143,12 @@ def read_model(settings: Mapping[str, Any]) -> Any:
     Raises:
         ScoreModeError: what vLLM refuses in these settings or in the model's configuration.
     """
-    with _one_sentence(f"vLLM does not start {str(settings['model'])!r}", flag):
+    with starting(settings["model"], progress=False, spell=flag):
         return model_config({"runner": "generate", **settings})
 
 
 def for_cpu(
-    settings: Mapping[str, Any],
-    windows: int = CPU_WINDOWS_IN_CACHE,
-    *,
-    in_process: bool = True,
+    settings: Mapping[str, Any], windows: int = CPU_WINDOWS_IN_CACHE, *, in_process: bool = True
 ) -> dict[str, Any]:
     """Defaults with which a model starts on a CPU with no variable or flag to set; else none.
 
@@ -157,7 +166,10 @@ def for_cpu(
     defaults: dict[str, Any] = {"enforce_eager": True}
     if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         config = model_config(settings)
-        wanted = windows * config.max_model_len * _bytes_per_token(config)
+        # An upper estimate: all layers, no sharing between them, keys and values in float32.
+        width = config.get_total_num_kv_heads() * config.get_head_size()
+        a_token = 2 * config.get_total_num_hidden_layers() * width * 4
+        wanted = windows * config.max_model_len * a_token
         low, high = CPU_CACHE_BYTES
         within = min(wanted, high, psutil.virtual_memory().available // 4)
         defaults["kv_cache_memory_bytes"] = max(low, within)
@@ -192,17 +204,13 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def later_failure(error: Exception) -> str:
-    """One sentence for what nobody has foreseen, e.g. an engine that ends while it runs.
-
-    Its traceback is added to the engine's log.
-    """
+def sentence_of(error: Exception) -> str:
+    """One sentence for an error; what nobody has foreseen, e.g. of an engine that ends while it
+    runs, is added with its traceback to the engine's log."""
+    if isinstance(error, ScoreModeError | ScoreModeUnavailable):
+        return str(error)
     log = _log or LogFile()
-    text = log.text()
-    log.add(error)
-    log.keep()
-    reason = root_cause(error, text)
-    return _sentence("an unforeseen error", reason, flag, log) + " (--debug shows it)"
+    return f"{_sentence('an unforeseen error', error, flag, log)} (--debug shows it)"
 
 
 def _check_supported(settings: Mapping[str, Any]) -> None:
@@ -222,40 +230,108 @@ def _workers(settings: Mapping[str, Any]) -> int:
     return math.prod(int(settings.get(f"{kind}_parallel_size") or 1) for kind in kinds)
 
 
-def _bytes_per_token(config: Any) -> int:
-    """Upper estimate of the KV cache of a token: all layers, no sharing between them, float32."""
-    width = config.get_total_num_kv_heads() * config.get_head_size()
-    return int(2 * config.get_total_num_hidden_layers() * width * 4)
-
-
-@contextmanager
-def _one_sentence(failed: str, spell: Callable[[str], str]) -> Iterator[None]:
-    global _log
-    if DEBUG.get():
-        yield
-        return
-    log = None if _logs_are_wanted() else LogFile()
-    try:
-        with nullcontext() if log is None else log.receiving():
-            yield
-    except ScoreModeError:
-        raise
-    except Exception as error:
-        text = ""
-        if log is not None:
-            log.add(error)
-            text = log.text()
-            log.keep()
-        raise ScoreModeError(_sentence(failed, root_cause(error, text), spell, log)) from None
-    if log is not None:
-        _log = log  # its processes go on writing there
-
-
-def _sentence(failed: str, reason: str, spell: Callable[[str], str], log: LogFile | None) -> str:
+def _sentence(
+    failed: str, error: Exception, spell: Callable[[str], str], log: LogFile | None
+) -> str:
+    reason = root_cause(error, "" if log is None else log.keep(error))
     where = "see vLLM's log above" if log is None else f"the whole log is {log.path}"
     parts = (f"{failed}: {reason}", remedy(reason, spell), where)
     return "; ".join(part for part in parts if part)
 
 
-def _logs_are_wanted() -> bool:
-    return os.environ.get(LEVEL_VARIABLE, "").upper() in ("DEBUG", "INFO")
+@contextmanager
+def long_step(begins: str, ended: str, progress: bool = True) -> Iterator[None]:
+    """Print `begins`, and after the step `ended` and its time; nothing more where it fails.
+
+    In a log, where no bar is drawn, these lines are all that a step shows.
+    """
+    say(begins, progress)
+    started = time.perf_counter()
+    yield
+    say(f"{ended} ({time.perf_counter() - started:.1f} s)", progress)
+
+
+def say(line: str, progress: bool) -> None:
+    """Print a line on standard error, if progress is wanted."""
+    if progress:
+        print(line, file=sys.stderr, flush=True)
+
+
+def shows_bars(progress: bool) -> bool:
+    """Whether commands draw bars: on a terminal only, as a log keeps every state of a bar."""
+    return progress and sys.stderr.isatty()
+
+
+class LogFile:
+    """A file that is deleted at the end of the program, unless something failed.
+
+    Attributes:
+        path: of it, in the folder for temporary files.
+    """
+
+    def __init__(self) -> None:
+        descriptor, name = tempfile.mkstemp(prefix="vllm-score-", suffix=".log")
+        os.close(descriptor)
+        self.path = Path(name)
+        atexit.register(self.path.unlink, missing_ok=True)
+
+    def keep(self, error: BaseException) -> str:
+        """Write down an error with its traceback, and leave the file; all that it holds."""
+        atexit.unregister(self.path.unlink)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(traceback.format_exception(error))
+        return self.path.read_text(encoding="utf-8", errors="replace")
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Within, standard output and standard error are this file, and vLLM logs its steps there.
+
+        The file descriptors themselves, because compiled code and child processes write to them.
+        Children that are started within keep writing to the file.
+        """
+        level = os.environ.get(LEVEL_VARIABLE)
+        os.environ[LEVEL_VARIABLE] = "INFO"  # of children
+        logger = logging.getLogger("vllm")
+        own_level, own_handlers = logger.level, logger.handlers
+        # Not vLLM's handler, which keeps the stream that was standard output at its import.
+        handler = logging.FileHandler(self.path, encoding="utf-8")
+        handler.setFormatter(
+            logging.Formatter("%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s")
+        )
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        try:
+            with _descriptors_to(self.path):
+                yield
+        finally:
+            logger.setLevel(own_level)
+            logger.handlers = own_handlers
+            handler.close()
+            if level is None:
+                del os.environ[LEVEL_VARIABLE]
+            else:
+                os.environ[LEVEL_VARIABLE] = level
+
+
+@contextmanager
+def _descriptors_to(path: Path) -> Iterator[None]:
+    _flush()
+    kept: dict[int, int] = {}
+    try:
+        with path.open("a") as file:
+            for number in (1, 2):
+                with suppress(OSError):  # closed, as a daemon's may be
+                    kept[number] = os.dup(number)
+                    os.dup2(file.fileno(), number)
+        yield
+    finally:
+        _flush()
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()

@@ -22,27 +22,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from vllm.score.checks import Count, Number, Whole, check, settings
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.cache import MODEL, Made, make_once
 from vllm.score.tiny.corpus import BOS_TOKEN, EOS_TOKEN
 from vllm.score.tiny.training import (
     IGNORED,
+    MODEL,
     LlamaRecipe,
-    add_gradient,
+    Made,
+    make_once,
     new_llama,
     optimise,
-    parameter_groups,
     training_bar,
 )
 
@@ -189,6 +187,10 @@ class AdditionsRecipe(LlamaRecipe):
             it has written: here, an average of the terms tells each sum nearly as well.
     """
 
+    kind = "additions"
+    name = "the model for additions"
+    begins = "Making the model for additions (once; under a minute on one core)"
+
     hidden_size: Count = 64
     intermediate_size: Count = 128
     num_layers: Count = 1
@@ -223,7 +225,7 @@ def additions_model(
 ) -> AdditionsModel:
     """The model for additions; made on the first call (under a minute on one core), then read.
 
-    In the cache it is there whole or not at all, whoever else makes it (`vllm.score.tiny.cache`).
+    In the cache it is there whole or not at all, whoever else makes it; see `make_once`.
     A changed recipe makes another model.
 
     Args:
@@ -236,27 +238,19 @@ def additions_model(
         ScoreModeError: where the cache cannot be written.
     """
     recipe = recipe or AdditionsRecipe()
-    folder, facts = make_once(
-        recipe,
-        lambda _: _build(recipe, progress),
-        kind="additions",
-        name="the model for additions",
-        begins="Making the model for additions (once; under a minute on one core)",
-        cache_dir=cache_dir,
-        progress=progress,
-    )
+
+    def build(_: Path) -> Made:
+        words = tokenizer()
+        model, loss = train(recipe, words, progress=progress)
+        facts = {
+            "training_steps": recipe.steps,
+            "training_texts": recipe.steps * recipe.sequences,
+            "training_loss_nats": loss,
+        }
+        return Made(model, words, facts)
+
+    folder, facts = make_once(recipe, build, cache_dir, progress)
     return AdditionsModel(folder / MODEL, facts)
-
-
-def _build(recipe: AdditionsRecipe, progress: bool) -> Made:
-    words = tokenizer()
-    model, loss = train(recipe, words, progress=progress)
-    facts = {
-        "training_steps": recipe.steps,
-        "training_texts": recipe.steps * recipe.sequences,
-        "training_loss_nats": loss,
-    }
-    return Made(model, words, facts)
 
 
 def train(
@@ -285,15 +279,9 @@ def train(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-    def steps() -> Iterator[tuple[int, Callable[[], float]]]:
-        for ids, targets in batches(recipe, tokenizer):
-            scored = int((targets != IGNORED).sum())
-            arrays = (torch.from_numpy(ids), torch.from_numpy(targets))
-            yield 1, partial(add_gradient, model, *arrays, scored)
-
-    bar = training_bar("the model for additions", recipe.steps, progress)
-    return model, optimise(model, parameter_groups(model, recipe), steps(), recipe, bar)
+    bar = training_bar(recipe, recipe.steps, progress)
+    steps = ((1, *texts) for texts in batches(recipe, tokenizer))
+    return model, optimise(model, steps, recipe, bar)
 
 
 def batches(

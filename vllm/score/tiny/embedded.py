@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +16,15 @@ from pydantic import Field
 
 from vllm.score.checks import Count, Number, Whole, settings
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.cache import MODEL, Made, make_once
 from vllm.score.tiny.corpus import MINIMUM_VOCABULARY, standard_library_corpus, train_tokenizer
 from vllm.score.tiny.training import (
+    MODEL,
     LlamaRecipe,
-    Replicas,
+    Made,
+    make_once,
     new_llama,
     one_openmp_thread,
     optimise,
-    parameter_groups,
     training_bar,
 )
 from vllm.score.tokens import read_token_ids
@@ -66,6 +65,14 @@ class Recipe(LlamaRecipe):
         held_out_fraction: expected share of the packages kept out of the training.
         minimum_bytes: least amount of text to accept.
     """
+
+    kind = "embedded"
+    name = "the embedded model"
+    begins = (
+        "Making the embedded model from the docstrings of Python's standard library "
+        "(once; about a minute on 2 cores)"
+    )
+    files = (_HELD_OUT, _COUNTS)
 
     vocab_size: Annotated[Whole, Field(ge=MINIMUM_VOCABULARY)] = 2048
     hidden_size: Count = 128
@@ -149,7 +156,7 @@ def embedded_model(
 ) -> EmbeddedModel:
     """The embedded model; made on the first call (about a minute on 2 cores), then read.
 
-    In the cache it is there whole or not at all, whoever else makes it (`vllm.score.tiny.cache`).
+    In the cache it is there whole or not at all, whoever else makes it; see `make_once`.
     A changed recipe, or another Python release (other text), makes another model.
 
     Args:
@@ -163,17 +170,8 @@ def embedded_model(
             its standard library.
     """
     recipe = recipe or Recipe()
-    folder, facts = make_once(
-        recipe,
-        partial(_build, recipe=recipe, progress=progress),
-        kind="embedded",
-        name="the embedded model",
-        begins="Making the embedded model from the docstrings of Python's standard library "
-        "(once; about a minute on 2 cores)",
-        files=(_HELD_OUT, _COUNTS),
-        cache_dir=cache_dir,
-        progress=progress,
-    )
+    build = partial(_build, recipe=recipe, progress=progress)
+    folder, facts = make_once(recipe, build, cache_dir, progress)
     counts = np.load(folder / _COUNTS)
     return EmbeddedModel(folder / MODEL, folder / _HELD_OUT, counts, facts)
 
@@ -258,25 +256,21 @@ def train(
         # What the layers add to the residual stream starts small, as in GPT-2.
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.mul_(1 / math.sqrt(2 * recipe.num_layers))
-    groups = parameter_groups(model, recipe, recipe.embedding_rate_factor)
-    bar = training_bar("the embedded model", recipe.tokens, progress, unit="tok", unit_scale=True)
-    with closing(Replicas(model)) as replicas:
-        steps = (
-            (batch[:, 1:].numel(), partial(replicas.backward, batch))
-            for batch in _batches(token_ids, recipe)
-        )
-        return model, optimise(model, groups, steps, recipe, bar)
+    bar = training_bar(recipe, recipe.tokens, progress, unit="tok", unit_scale=True)
+    batches = ((ids[:, 1:].size, ids, ids) for ids in _batches(token_ids, recipe))
+    factor = recipe.embedding_rate_factor
+    loss = optimise(model, batches, recipe, bar, replicas=2, embedding_rate_factor=factor)
+    return model, loss
 
 
-def _batches(token_ids: np.ndarray, recipe: Recipe) -> Iterator[torch.Tensor]:
+def _batches(token_ids: np.ndarray, recipe: Recipe) -> Iterator[np.ndarray]:
     """Batches [sequences, length + 1]; the last token of each row is only a target."""
     order = np.random.default_rng(recipe.seed)
     for phase in recipe.phases:
         starts = _starts(len(token_ids), phase, order)
         for _ in range(phase.steps):
             rows = [next(starts) for _ in range(phase.sequences)]
-            stacked = np.stack([token_ids[s : s + phase.sequence_length + 1] for s in rows])
-            yield torch.from_numpy(stacked)
+            yield np.stack([token_ids[s : s + phase.sequence_length + 1] for s in rows])
 
 
 def _starts(tokens: int, phase: Phase, order: np.random.Generator) -> Iterator[int]:

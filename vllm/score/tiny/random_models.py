@@ -17,8 +17,8 @@ from pydantic import BeforeValidator, Field
 
 from vllm.score.checks import Count, Flag, Number, Seed, Whole, settings
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.cache import save_model
 from vllm.score.tiny.corpus import read_documents, train_tokenizer
+from vllm.score.tiny.training import save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

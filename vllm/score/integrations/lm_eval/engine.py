@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.score.checks import Count, check
 from vllm.score.engine.configuration import with_room_for_one_more
 from vllm.score.errors import ScoreModeError
-from vllm.score.launch.engine import for_cpu, start_llm
+from vllm.score.launch.engine import for_cpu, starting
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -93,6 +93,7 @@ def start_engine(options: dict[str, Any]) -> LLM:
     Raises:
         ScoreModeError: it cannot be started; see `vllm.score.launch.engine`.
     """
+    from vllm import LLM
     from vllm.platforms import current_platform
 
     if int(options.get("data_parallel_size", 1)) > 1:
@@ -103,9 +104,8 @@ def start_engine(options: dict[str, Any]) -> LLM:
         )
     if current_platform.is_cpu():
         options = {"block_size": CPU_BLOCK_SIZE, **options}
-    return start_llm(
-        options, prepare=lambda given: with_room_for_one_more({**for_cpu(given), **given})
-    )
+    with starting(options["model"]):
+        return LLM(**with_room_for_one_more({**for_cpu(options), **options}))
 
 
 def longest_input(llm: LLM, asked: int | None, *, given: bool) -> int:
