@@ -285,11 +285,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against both counts of tokens, with 95 % intervals."""
     from matplotlib.figure import Figure
 
-    from vllm.score.report.style import layout, style
+    from vllm.score.report.style import style
 
     markers = {EIG: "o", FAR: "*", THRESHOLD: "s", BUDGET: "^", VOTE: "D"}
     with style():
-        figure = Figure(figsize=(12, 4.8), layout=layout())
+        figure = Figure(figsize=(12, 4.8))
         left, right = figure.subplots(1, 2, sharey=True)
         panels = {"reasoning_tokens": (left, "tokens of reasoning, mean of a problem")}
         panels["tokens_drawn"] = (right, "all tokens drawn, forecasts included")

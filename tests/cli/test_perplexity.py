@@ -162,9 +162,9 @@ def test_texts_that_cannot_be_read_are_refused(refusal, model_dir, tmp_path, mon
 def test_windows_beyond_the_model_are_refused(refusal, model_dir, text_file):
     model = model_dir("llama")  # 2,048 positions
     message = refusal(model, "--file", text_file, "--context-length", 4096)
-    assert re.search("--context-length is 4096.*2048.*pass --context-length 2048", message)
+    assert re.search("--context-length.* is 4096.*2048.*give 2048 or less", message)
     message = refusal(model, "--file", text_file, "--convention", "gptq:4096")
-    assert re.search("gptq:4096 .*4096 tokens.*2048.*gptq:2048 or less", message)
+    assert re.search("gptq.* has windows of 4096 tokens.*2048.*ask for 'gptq:2048'", message)
 
 
 def test_texts_too_short_are_refused(refusal, model_dir, text_file):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.perplexity.texts import PROSE, byte_level, byte_level_with_bos
 from vllm.score.data import TextSource, as_source
 from vllm.score.data.tokenize import BLOCK
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity import Job, PerplexityResult, Settings, prepare
+from vllm.score.perplexity import Job, PerplexityResult, Settings, bootstrap, prepare
 from vllm.score.perplexity.run import score_job
 from vllm.score.perplexity.windows import Window
 
@@ -157,10 +158,10 @@ def test_another_model_refuses_to_resume(
 
 @pytest.mark.parametrize("changed", ["Z" + TEXT[1:], TEXT[:10_000], TEXT[:10_000] + "Z"])
 def test_a_stream_that_changed_is_noticed(tmp_path: Path, changed: str) -> None:
-    """Of a stream no hash is known beforehand: the prompts are compared as they are made again."""
-    run(job_for(iter([TEXT])), store=tmp_path)
+    """With a limit no hash is known beforehand: the prompts are compared as they are made again."""
+    run(job_for(iter([TEXT]), max_tokens=10**6), store=tmp_path)
     with pytest.raises(ScoreModeError, match="text changed since the stored run"):
-        run(job_for(iter([changed])), store=tmp_path, resume=True)
+        run(job_for(iter([changed]), max_tokens=10**6), store=tmp_path, resume=True)
 
 
 def test_a_stream_resumes_where_it_stopped(tmp_path: Path) -> None:
@@ -183,6 +184,26 @@ def test_a_text_without_end_is_read_as_it_is_scored() -> None:
     result = run(job_for(documents(), max_tokens=5000), model)
     assert result.provenance.scored_tokens == 4999
     assert read < 3 * BLOCK
+
+
+def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "_AUTOCOVARIANCE_TERMS", 1000)
+    monkeypatch.setattr(bootstrap.BlockBootstrap.__init__, "__defaults__", (1 << 10,))
+    random, size = np.random.default_rng(0), len(byte_level())
+
+    def score(windows: Sequence[Window]) -> list[np.ndarray]:
+        return [np.full(window.num_targets, -1, dtype=np.float32) for window in windows]
+
+    most = []
+    for number in (20, 120):  # the scores of the larger alone have 0.5 MB, for each plan
+        documents = [random.integers(size, size=1000).tolist() for _ in range(number)]
+        job = job_for(documents, conventions=NAMES[1:3], separator="", group_tokens=10_000)
+        tracemalloc.start()
+        result = score_job(job, score, IDENTITY, use_tqdm=False)
+        most.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert result.provenance.scored_tokens == number * 1000 - 1
+    assert most[1] < most[0] + 3e5
 
 
 def test_rows_of_the_result() -> None:
@@ -291,7 +312,7 @@ def test_nothing_to_score_is_an_error(source: Any) -> None:
 
 def test_windows_longer_than_the_model() -> None:
     job_for(max_model_len=96)
-    with pytest.raises(ScoreModeError, match="context_length is 96, more than the engine's max_mo"):
+    with pytest.raises(ScoreModeError, match=r"context_length .* is 96, more than the engine's"):
         job_for(max_model_len=95)
     with pytest.raises(ScoreModeError, match=r"convention 'gptq' .* 2048 .* ask for 'gptq:96'"):
         job_for(conventions="gptq", max_model_len=96)
@@ -363,6 +384,14 @@ def test_the_text_is_read_to_be_checked_and_once_to_be_scored(
     result = run(job_for(source, max_tokens=limit))
     assert source.begun == passes
     assert result.nll == run(job_for(max_tokens=limit)).nll
+
+
+def test_of_a_text_with_a_limit_only_what_is_scored_must_be_the_same(tmp_path: Path) -> None:
+    whole = run(job_for(max_tokens=500), store=tmp_path)
+    shorter = run(job_for(TEXT[:10_000], max_tokens=500), store=tmp_path, resume=True)
+    assert shorter.tokens() == whole.tokens()
+    with pytest.raises(ScoreModeError, match="text changed since the stored run"):
+        run(job_for("x" + TEXT, max_tokens=500), store=tmp_path, resume=True)
 
 
 def test_resume_needs_a_store() -> None:

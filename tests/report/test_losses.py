@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm.score.report import plots
-from vllm.score.report.plots import losses_of
+from vllm.score.report.plots import Losses, losses_of, quantiles
 
 
 def table_of(logprobs: np.ndarray) -> pa.Table:
@@ -29,6 +31,14 @@ def table_of(logprobs: np.ndarray) -> pa.Table:
     )
 
 
+def losses_in(logprobs: np.ndarray, cuts: Iterable[int] = ()) -> Losses:
+    """Of batches that end at `cuts`."""
+    table, tokens = table_of(logprobs), len(logprobs)
+    ends = sorted({min(cut, tokens) for cut in cuts} | {tokens})
+    pieces = [table.slice(begin, end - begin) for begin, end in pairwise([0, *ends])]
+    return losses_of((batch for piece in pieces for batch in piece.to_batches()), tokens)
+
+
 def some_logprobs(tokens: int, seed: int) -> np.ndarray:
     return -np.random.default_rng(seed).gamma(1.2, 2.0, tokens).astype(np.float32)
 
@@ -42,12 +52,15 @@ def some_logprobs(tokens: int, seed: int) -> np.ndarray:
 def test_equal_to_numpy_however_the_tokens_are_cut(tokens, cuts, seed):
     logprobs = some_logprobs(tokens, seed)
     losses = -logprobs.astype(np.float64)
-    table = table_of(logprobs)
-    ends = sorted({min(cut, tokens) for cut in cuts} | {tokens})
-    pieces = [table.slice(begin, end - begin) for begin, end in pairwise([0, *ends])]
-    found = losses_of(pa.concat_tables(pieces))
-    assert found.nats.tolist() == losses.tolist()
-    assert found.positions.tolist() == list(range(1, tokens + 1))
+    found = losses_in(logprobs, cuts)
+    assert found.mean == pytest.approx(losses.mean(), rel=1e-12)
+    shares = [0, 0.1, 0.5, 0.9, 1]
+    middle = quantiles(found.counts.sum(axis=0), shares)
+    assert middle == pytest.approx(np.quantile(losses, shares), abs=1e-3)
+    if tokens <= plots.MOST_POINTS:
+        assert found.single.tolist() == [list(range(1, tokens + 1)), losses.tolist()]
+    else:
+        assert found.single.size == 0
 
     order = np.argsort(-losses, kind="stable")[: plots.HARDEST]
     assert [token.position for token in found.hardest] == (order + 1).tolist()
@@ -60,14 +73,42 @@ def test_equal_to_numpy_however_the_tokens_are_cut(tokens, cuts, seed):
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 31, 32, 33, 3199, 3200, 3217, 8999])
-def test_blocks_hold_each_token_once(tokens):
-    losses = losses_of(table_of(some_logprobs(tokens, seed=0)))
-    positions, nats = zip(*losses.blocks(), strict=True)
-    assert len(nats) == max(1, min(plots.MOST_BLOCKS, tokens // plots.SMALLEST_BLOCK))
-    lengths = {len(block) for block in nats}
-    assert max(lengths) - min(lengths) <= 1
-    assert np.concatenate(nats).tolist() == losses.nats.tolist()
-    assert np.concatenate(positions).tolist() == losses.positions.tolist()
+@pytest.mark.parametrize("cut", [64, 1000, 9000])
+def test_blocks_hold_each_token_once(tokens, cut):
+    logprobs = some_logprobs(tokens, seed=0)
+    found = losses_in(logprobs, range(cut, tokens, cut))
+    number = max(1, min(plots.MOST_BLOCKS, tokens // plots.SMALLEST_BLOCK))
+    ends = np.linspace(0, tokens, number + 1).astype(int)
+    assert found.counts.sum(axis=1).tolist() == np.diff(ends).tolist()
+    assert np.ptp(np.diff(ends)) <= 1
+    for block, (begin, end) in enumerate(pairwise(ends)):
+        nats = -logprobs[begin:end].astype(np.float64)
+        assert found.sums[:, block] == pytest.approx([sum(range(begin + 1, end + 1)), nats.sum()])
+        spread = quantiles(found.counts[block], [0.1, 0.9])
+        assert spread == pytest.approx(np.quantile(nats, [0.1, 0.9]), abs=1e-3)
+
+
+def test_memory_is_bounded_whatever_the_number_of_tokens():
+    size, numbers = 20_000, (10, 100)
+    batch = table_of(some_logprobs(size, seed=0)).to_batches()[0]
+
+    def batches(number: int) -> Iterator[pa.RecordBatch]:
+        for part in range(number):
+            positions = pa.array(np.arange(part * size, (part + 1) * size))
+            assert pa.total_allocated_bytes() - held < 4 * batch.nbytes
+            yield batch.set_column(0, "position", positions)
+
+    most, held = [], pa.total_allocated_bytes()
+    for number in numbers:
+        tracemalloc.start()
+        found = losses_of(batches(number), number * size)
+        most.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.counts.sum() == number * size
+        kept = [found.counts, found.sums, found.single]
+        assert sum(array.nbytes for array in kept) <= 81e6
+        assert len(found.hardest) == plots.HARDEST
+    assert most[1] < most[0] + 1e6  # ten times the tokens
 
 
 @settings(deadline=None, max_examples=40)
@@ -75,7 +116,7 @@ def test_blocks_hold_each_token_once(tokens):
 def test_the_histogram_counts_the_tokens(tokens, seed, bins):
     logprobs = some_logprobs(tokens, seed)
     losses = -logprobs.astype(np.float64)
-    edges, shares = losses_of(table_of(logprobs)).histogram(bins)
+    edges, shares = losses_in(logprobs).histogram(bins)
 
     assert len(edges) == bins + 1 and edges[0] == 0
     found = [np.count_nonzero((losses >= low) & (losses < high)) for low, high in pairwise(edges)]
@@ -86,13 +127,13 @@ def test_the_histogram_counts_the_tokens(tokens, seed, bins):
 
 def test_a_few_far_out_do_not_stretch_the_histogram():
     logprobs = np.concatenate([some_logprobs(20_000, seed=1), [-90.0, -99.99, -250.0]])
-    edges, shares = losses_of(table_of(logprobs)).histogram()
+    edges, shares = losses_in(logprobs).histogram()
     assert edges[-1] < 30
     assert 0 < 1 - shares.sum() < 1e-3
 
 
 def test_certain_tokens_have_a_histogram_too():
-    edges, shares = losses_of(table_of(np.array([0.0, 1e-6]))).histogram(10)
+    edges, shares = losses_in(np.array([0.0, 1e-6])).histogram(10)
     assert edges[-1] > 0
     assert shares.tolist() == [1, *[0] * 9]
 
@@ -107,7 +148,8 @@ def test_tokens_that_were_not_scored_end_a_context():
             "window": [0, 0, 1, 1],
         }
     )
-    assert [(token.text, token.context) for token in losses_of(table).hardest] == [
+    found = losses_of(table.to_batches(max_chunksize=1), 4).hardest
+    assert [(token.text, token.context) for token in found] == [
         (None, "five "),
         ("five ", ""),
         ("two ", "one "),
@@ -117,9 +159,10 @@ def test_tokens_that_were_not_scored_end_a_context():
 
 @pytest.mark.engine
 def test_of_a_run(result: Any, expected: Any) -> None:
-    losses = losses_of(result.tokens())
-    assert losses.positions.tolist() == expected.positions.tolist()
-    assert losses.nats == pytest.approx(expected.losses, abs=5e-5)
+    losses = losses_of(result.batches(), len(expected.losses))
+    positions, nats = losses.single
+    assert positions.tolist() == expected.positions.tolist()
+    assert nats == pytest.approx(expected.losses, abs=5e-5)
     highest = np.sort(expected.losses)[::-1][: plots.HARDEST]
     assert [token.loss for token in losses.hardest] == pytest.approx(highest, abs=5e-5)
     for token in losses.hardest:

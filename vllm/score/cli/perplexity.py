@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -54,8 +53,10 @@ def perplexity(options: Namespace, results: TextIO) -> None:
         source.check()
     model.read(make)
     source = source or file_source(embedded[0].held_out_text)
-    _check_fits(model, *sizes)
-    job = prepare(settings, source, model.tokenizer, checked=True)
+    if (most := model.longest) is not None:
+        limit = f"the {most} tokens that {model.name!r} takes (max_position_embeddings)"
+        known.check_fits(*sizes, most, limit)
+    job = prepare(settings, source, model.tokenizer)
     llm = model.start(known.longest_prompt(*sizes), known.longest_window(*sizes))
     bars = shows_bars(progress)
     with long_step(f"Scoring {source.name}", "Scored", progress and not bars):
@@ -93,27 +94,6 @@ def _check_store(name: str | None, resume: bool) -> None:
         )
     existing = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
     check_writable(said, store, existing)
-
-
-def _check_fits(model: Model, conventions: Sequence[str], context_length: int) -> None:
-    """Every window within what the model takes."""
-    longest = model.longest
-    if longest is None:
-        return
-    takes = f"more than the {longest} tokens that {model.name!r} takes (max_position_embeddings)"
-    if context_length > longest:
-        raise ScoreModeError(
-            f"--context-length is {context_length}, {takes}; pass "
-            f"--context-length {longest} or less, and a --stride of at most that"
-        )
-    for name in conventions:
-        size = known.longest_window([name], context_length)
-        if size > longest:
-            bare = name.partition(":")[0]
-            raise ScoreModeError(
-                f"--convention {name} has windows of {size} tokens, {takes}; ask for "
-                f"{bare}:{longest} or less"
-            )
 
 
 def _baselines(result: PerplexityResult, embedded: EmbeddedModel) -> list[Baseline]:

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     """One row of a table.
 
     number: of the row in its file, from 1.
-    line: that it begins at, in a text file that is read by lines; else None.
+    line: that it begins at, in a text file that is read by lines; else None, or the number.
     fields: the wanted columns that it has.
     columns: all columns that it has.
     """
@@ -147,7 +147,9 @@ def read_rows(
                 remedy = f"{columns.remedy}, or {SKIP}"
                 raise no_column(row.where, without, row.columns, remedy)
             else:
-                raise _no_value(row, without)
+                there = ", ".join(map(repr, row.columns)) or "nothing"
+                what = "is null" if without in row.fields else f"is missing (it has {there})"
+                raise ScoreModeError(f"{row.where}: {without!r} {what}; {FILL_IN}")
         for column in columns.required:
             if row is not None and column not in columns_seen:
                 raise no_column(f"file {str(path)!r}", column, row.columns, columns.remedy)
@@ -164,12 +166,6 @@ def _without_value(row: Row, required: Sequence[str], skipped: Skipped | None) -
         if value is None or (value == "" and skipped is not None and column in skipped.texts):
             return column
     return None
-
-
-def _no_value(row: Row, column: str) -> ScoreModeError:
-    there = ", ".join(map(repr, row.columns)) or "nothing"
-    what = "is null" if column in row.fields else f"is missing (it has {there})"
-    return ScoreModeError(f"{row.where}: {column!r} {what}; {FILL_IN}")
 
 
 def no_column(where: str, column: str, columns: Sequence[str], remedy: str) -> ScoreModeError:
@@ -273,44 +269,32 @@ def _undecodable(path: Path) -> ScoreModeError:
 
 def _json(path: Path, columns: Columns, text: IO[str], is_list: bool) -> Iterator[Row]:
     wanted = dict.fromkeys((*columns.required, *columns.optional))
-    for number, (line, row) in enumerate((_items if is_list else _lines)(path, text), 1):
+    file = f"file {str(path)!r}"
+    if is_list:
+        rows: Iterable[tuple[int, Any]] = enumerate(_parsed(text.read(), file), 1)
+    else:
+        lines = ((line, row) for line, row in enumerate(text, 1) if row.strip())
+        rows = ((line, _parsed(row.rstrip(), f"{file}, line {line}")) for line, row in lines)
+    for number, (line, row) in enumerate(rows, 1):
         if not isinstance(row, dict):
             where = f"item {number}" if is_list else f"line {line}"
             per = "item" if is_list else "line (a list of them is for a .json file)"
-            raise ScoreModeError(
-                f"file {str(path)!r}, {where} is {row!r:.40}; give an object per {per}"
-            )
+            raise ScoreModeError(f"{file}, {where} is {row!r:.40}; give an object per {per}")
         fields = {column: row[column] for column in wanted if column in row}
         yield Row(path, number, line, fields, list(row))
 
 
-def _lines(path: Path, text: IO[str]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"{error.msg} at character {error.pos + 1}"
-            raise ScoreModeError(
-                f"file {str(path)!r}, line {number} is not JSON: {reason}; give an object per line"
-            ) from error
-        yield number, row
-
-
-def _items(path: Path, text: IO[str]) -> Iterator[tuple[None, Any]]:
-    whole = text.read()
+def _parsed(text: str, where: str) -> Any:
     try:
-        rows = json.loads(whole)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError) and error.lineno == 1:
+            reason = f"{error.msg} at character {error.pos + 1}"
         raise ScoreModeError(
-            f"file {str(path)!r} is not JSON: {error}; give a list of objects, or an object per "
-            "line"
+            f"{where} is not JSON: {reason}; give an object per line, or a list of objects in a "
+            ".json file"
         ) from error
-    for row in rows:
-        yield None, row
 
 
 def _parquet(path: Path, columns: Columns) -> Iterator[Row]:

@@ -45,6 +45,7 @@ class Source(ABC):
 
     name: str
     skip_empty: bool = False
+    _content: tuple[str, int] | None = None  # hash and bytes of UTF-8, once all has been read
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
@@ -57,20 +58,24 @@ class Source(ABC):
         Raises:
             ScoreModeError: it cannot be read, or is no text.
         """
+        digest, size, last = hashlib.sha256(), 0, 0
         for document, text in self.pieces():
-            check_encodable(text, f"document {document}")
+            data = check_encodable(text, f"document {document}")
+            digest.update(b"\xff" * (document - last) + data)  # a byte that UTF-8 does not have
+            size, last = size + len(data), document
+        self._content = digest.hexdigest(), size
 
     def notes(self) -> list[str]:
         """Sentences for whoever reads the results, after `pieces` has been read."""
         return []
 
     def content_sha256(self) -> str | None:
-        """Hash of the whole content, where reading it beforehand is cheap; else None."""
-        return None
+        """Of all documents, as `check` has read them last; None where it has not."""
+        return self._content and self._content[0]
 
     def size_bytes(self) -> int | None:
         """Bytes of UTF-8 in all documents, at least roughly; None if not known."""
-        return None
+        return self._content and self._content[1]
 
 
 class DocumentsSource(Source):
@@ -83,11 +88,9 @@ class DocumentsSource(Source):
     def pieces(self) -> Iterator[Piece]:
         yield from enumerate(self._documents)
 
-    def content_sha256(self) -> str | None:
-        return _hash_documents(map(_utf8, self._documents))
-
     def size_bytes(self) -> int | None:
-        return sum(len(_utf8(document)) for document in self._documents)
+        # A lone surrogate is refused where the text is tokenised, with the document's number.
+        return sum(len(text.encode("utf-8", errors="surrogatepass")) for text in self._documents)
 
 
 class TextSource(DocumentsSource):
@@ -95,9 +98,6 @@ class TextSource(DocumentsSource):
 
     def __init__(self, text: str, name: str = "text") -> None:
         super().__init__([text], name)
-
-    def content_sha256(self) -> str | None:
-        return hashlib.sha256(_utf8(self._documents[0])).hexdigest()
 
 
 class TokenIdsSource(Source):
@@ -117,7 +117,10 @@ class TokenIdsSource(Source):
         pass
 
     def content_sha256(self) -> str | None:
-        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(json.dumps(document).encode())
+        return digest.hexdigest()
 
 
 class SpooledSource(Source):
@@ -212,11 +215,6 @@ class DatasetSource(_ColumnSource):
         if hasattr(self._dataset, "__len__"):  # reading a stream twice may be costly
             super().check()
 
-    def content_sha256(self) -> str | None:
-        if not hasattr(self._dataset, "__len__"):
-            return None
-        return _hash_documents(_utf8(text) for _, text in self.pieces())
-
     def _texts(self) -> Iterator[str]:
         skipped = self._new_pass()
         batches = self._dataset.select_columns([self._column]).iter(batch_size=1000)
@@ -238,7 +236,6 @@ class _FileSource(_ColumnSource):
     def __init__(self, paths: Sequence[Path], column: str | None, skip_empty: bool) -> None:
         super().__init__(", ".join(map(str, paths)), column, skip_empty)
         self._paths = list(paths)
-        self._size: int | None = None  # bytes of text
 
     def pieces(self) -> Iterator[Piece]:
         if table_suffix(self._paths[0]) is None:
@@ -252,20 +249,9 @@ class _FileSource(_ColumnSource):
         for document, row in enumerate(rows):
             yield document, self._text(row.fields[self._column], row.where)
 
-    def check(self) -> None:
-        texts = (check_encodable(text, f"document {number}") for number, text in self.pieces())
-        self._size = sum(map(len, texts))
-
-    def content_sha256(self) -> str | None:
-        joint = hashlib.sha256()
-        for path in self._paths:
-            with path.open("rb") as file:
-                joint.update(hashlib.file_digest(file, "sha256").digest())
-        return joint.hexdigest()
-
     def size_bytes(self) -> int | None:
-        if self._size is not None:
-            return self._size
+        if self._content is not None:
+            return self._content[1]
         if any(table_suffix(path) == ".parquet" or is_compressed(path) for path in self._paths):
             return None
         return sum(path.stat().st_size for path in self._paths)
@@ -389,16 +375,3 @@ def _texts_only(documents: Iterable[Any], what: str) -> Iterator[Piece]:
                 "text; pass texts, or token ids alone"
             )
         yield index, document
-
-
-def _utf8(text: str) -> bytes:
-    # A lone surrogate is refused where the text is tokenised, with the document's number.
-    return text.encode("utf-8", errors="surrogatepass")
-
-
-def _hash_documents(documents: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for data in documents:
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()

@@ -21,6 +21,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -91,9 +92,8 @@ def tokenize_documents(
             whole_ids = list(tokenizer.encode(whole, add_special_tokens=False)) if whole else []
             yield TokenChunk(document, whole_ids, None, whole)
             continue
-        stream = _BlockStream(encode, texts, size, overlap, separators or "")
-        for ids, token_texts, text in stream.chunks():
-            yield TokenChunk(document, ids, token_texts, text)
+        stream = _BlockStream(document, encode, texts, size, overlap, separators or "")
+        yield from stream.chunks()
 
 
 def limit_tokens(chunks: Iterable[TokenChunk], max_tokens: int) -> Iterator[TokenChunk]:
@@ -173,7 +173,7 @@ class _Block:
 
 @dataclass
 class _BlockStream:
-    """The tokens of one text.
+    """The tokens of one document.
 
     encode: tokenises a piece of text.
     pieces: the text, cut anyhow.
@@ -181,6 +181,7 @@ class _BlockStream:
     separators: whitespace before which words end; "" for any whitespace.
     """
 
+    document: int
     encode: Encode
     pieces: Iterator[str]
     block: int
@@ -191,8 +192,8 @@ class _BlockStream:
     _base: int = 0
     _written: int = 0  # characters already given out with a token
 
-    def chunks(self) -> Iterator[tuple[list[int], list[str], str]]:
-        """(token ids, the characters of each token, all characters), at least once."""
+    def chunks(self) -> Iterator[TokenChunk]:
+        """At least one."""
         amount = self.block
         self._read(amount)
         current = self._tokenize(0)
@@ -232,9 +233,7 @@ class _BlockStream:
         moved = [(start + begin, start + end) for begin, end in offsets]
         return _Block(start, self._base + len(self._text), ids, moved)
 
-    def _give_out(
-        self, block: _Block, first: int, last: int | None
-    ) -> tuple[list[int], list[str], str]:
+    def _give_out(self, block: _Block, first: int, last: int | None) -> TokenChunk:
         """Tokens first to last, None: to the end of the text."""
         begin, texts = self._written, []
         for _, end in block.offsets[first:last]:
@@ -247,7 +246,7 @@ class _BlockStream:
             if texts:
                 texts[-1] += rest
         text = self._text[begin - self._base : self._written - self._base]
-        return block.ids[first:last], texts, text
+        return TokenChunk(self.document, block.ids[first:last], texts, text)
 
     def _read(self, amount: int) -> bool:
         """Read `amount` more characters, or as many as there are; whether there was one."""
@@ -325,7 +324,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._bytes: dict[int, bytes] = {}
+        self._bytes = cache(self._read)
         self.added: dict[int, Any] = dict(getattr(tokenizer, "added_tokens_decoder", None) or {})
         self.greedy = {i for i, token in self.added.items() if token.lstrip or token.rstrip}
         convert = getattr(tokenizer, "convert_ids_to_tokens", None)
@@ -337,10 +336,7 @@ class TokenBytes:
         self.dummy = self.known and any(self(token).startswith(b" ") for token in first)
 
     def __call__(self, token_id: int) -> bytes:
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = self._read(token_id)
-        return found
+        return self._bytes(token_id)
 
     def of_text(self, text: str) -> bytes:
         """A text in the bytes that tokens write; to sentencepiece, ▁ and a space are the same."""

@@ -11,17 +11,7 @@ import numpy as np
 
 from vllm.score.eig.records import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.style import (
-    BLUE,
-    GREY,
-    LIGHT,
-    RED,
-    drawable,
-    html_page,
-    layout,
-    style,
-    svg,
-)
+from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, html_page, style, svg
 from vllm.score.report.table import visible
 
 if TYPE_CHECKING:
@@ -79,7 +69,7 @@ def draw_traces(traces: Sequence[Trace], *, lambda_cost: float | None, title: st
     if not traces:
         raise ScoreModeError("traces is empty; a drawing needs at least one")
     with style():
-        figure = Figure(figsize=(10, 7), layout=layout())
+        figure = Figure(figsize=(10, 7))
         upper, lower = figure.subplots(2, 1, sharex=True)
         if len(traces) <= FEW:
             _draw_each(upper, lower, traces)

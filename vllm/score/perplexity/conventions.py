@@ -96,11 +96,6 @@ class ConventionRequest:
     label: str
     plan: ScoringPlan
 
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.context_length + self.convention.predicted
-
 
 CONVENTIONS: dict[str, Convention] = {}
 
@@ -318,6 +313,29 @@ def longest_prompt(names: str | Iterable[str], context_length: int) -> int:
     """The max_model_len that a run with these conventions needs."""
     sizes = _sizes(names, context_length)
     return max([context_length, *(size + convention.predicted for convention, size in sizes)])
+
+
+def check_fits(
+    names: Iterable[str], context_length: int, most: int, limit: str, *, prompts: bool = False
+) -> None:
+    """Raise ScoreModeError where a window of the run or of a convention is longer than `most`.
+
+    Args:
+        limit: `most` in words.
+        prompts: a token that is predicted and not read counts, too.
+    """
+    if context_length > most:
+        raise ScoreModeError(
+            f"context_length (--context-length) is {context_length}, more than {limit}; give "
+            f"{most} or less, and a stride of at most that"
+        )
+    for convention, size in _sizes(names, context_length):
+        predicted = convention.predicted and prompts
+        if size + predicted > most:
+            raise ScoreModeError(
+                f"convention {convention.name!r} has windows of {size + predicted} tokens, more "
+                f"than {limit}; ask for '{convention.name}:{most - predicted}'"
+            )
 
 
 def _sizes(names: str | Iterable[str], context_length: int) -> Iterator[tuple[Convention, int]]:

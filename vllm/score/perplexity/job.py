@@ -16,7 +16,12 @@ from vllm.score.checks import Count, Whole, settings
 from vllm.score.data import Source, TokenIdsSource
 from vllm.score.data.tokenize import TokenChunk, limit_tokens, tokenize_documents
 from vllm.score.errors import ScoreModeError
-from vllm.score.perplexity.conventions import ConventionRequest, convention_names, resolve
+from vllm.score.perplexity.conventions import (
+    ConventionRequest,
+    check_fits,
+    convention_names,
+    resolve,
+)
 from vllm.score.perplexity.store import UNKNOWN, describe_tokenizer
 from vllm.score.perplexity.windows import ScoringPlan, SlidingWindows, TextStream
 from vllm.score.tokens import automatic_prefix
@@ -123,25 +128,6 @@ class Job:
                     f"the text ({self.source.name}) {what}: nothing can be scored; {remedy}"
                 )
 
-    def check_fits(self, max_model_len: int) -> None:
-        """Raise ScoreModeError for a window longer than the model's."""
-        size = self.settings.context_length
-        if size > max_model_len:
-            raise ScoreModeError(
-                f"context_length is {size}, more than the engine's max_model_len {max_model_len}; "
-                f"pass context_length={max_model_len} or less (and a stride of at most that), or "
-                "start the engine with a larger max_model_len if the model allows it"
-            )
-        for request in self.conventions:
-            if request.prompt_length > max_model_len:
-                name = request.convention.name
-                raise ScoreModeError(
-                    f"convention {name!r} has windows of {request.prompt_length} tokens, more than "
-                    f"the engine's max_model_len {max_model_len}; ask for "
-                    f"'{name}:{max_model_len - request.convention.predicted}', or start the engine "
-                    "with a larger max_model_len"
-                )
-
     def _chunks(self, separator: str | None) -> Iterator[TokenChunk]:
         """A new pass over the text."""
         chunks: Iterator[TokenChunk]
@@ -158,12 +144,7 @@ class Job:
 
 
 def prepare(
-    settings: Settings,
-    source: Source,
-    tokenizer: Any,
-    max_model_len: int | None = None,
-    *,
-    checked: bool = False,
+    settings: Settings, source: Source, tokenizer: Any, max_model_len: int | None = None
 ) -> Job:
     """Resolve settings for a text and a model, and check all of it: the BOS, the conventions, that
     the windows fit the model, that the text can be read (to its end, but with max_tokens) and is
@@ -172,7 +153,6 @@ def prepare(
     Args:
         tokenizer: the model's; None only for token ids.
         max_model_len: of the engine; None: it will be started with what the job needs.
-        checked: the text has been read to its end before.
 
     Raises:
         ScoreModeError: something does not fit.
@@ -196,9 +176,11 @@ def prepare(
     requests = resolve(settings.conventions, tokenizer, **sizes, ids_given=ids_given)
     job = Job(settings, source, tokenizer, plan, tuple(requests))
     if max_model_len is not None:
-        job.check_fits(max_model_len)
-    if settings.max_tokens is None and not checked:  # what a limit cuts off is not looked at
-        source.check()
+        limit = f"the engine's max_model_len {max_model_len} (raise it, if the model allows that)"
+        names, size = settings.conventions, settings.context_length
+        check_fits(names, size, max_model_len, limit, prompts=True)
+    if settings.max_tokens is None and source.content_sha256() is None:
+        source.check()  # what a limit cuts off is not looked at
     job.check_windows()
     return job
 

@@ -99,7 +99,7 @@ class Provenance:
     dtype: str
     quantization: str
     versions: dict[str, str]
-    block_length: int | None
+    block_length: int | None = None
 
 
 @dataclass(frozen=True)

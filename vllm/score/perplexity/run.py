@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def run_job(
     if tokenizer not in (None, job.tokenizer) and (
         describe_tokenizer(tokenizer) != describe_tokenizer(job.tokenizer)
     ):
-        job = prepare(job.settings, job.source, tokenizer, checked=True)
+        job = prepare(job.settings, job.source, tokenizer)
     engine = {
         "model": describe_model(llm),
         "engine": describe_engine(llm),
@@ -193,6 +194,7 @@ def score_job(
             notes.append(f"{request.convention.name}: {request.convention.faults}")
     finally:
         kept.close()
+        run.known.close()
     return PerplexityResult(tuple(metrics), tuple(dict.fromkeys(notes)), kept, job.plan.key())
 
 
@@ -210,11 +212,13 @@ class _Run:
     fingerprint: dict[str, Any]
     use_tqdm: bool | Callable[..., tqdm]
     _done: dict[str, tuple[PlanTotals, TextStream]] = field(default_factory=dict)
-    # Of runs with conventions, by the digest of its prompt: the plan that scored a window, and its
-    # log-probabilities. A window of another plan with no more targets needs no second pass.
-    _known: dict[bytes, tuple[str, np.ndarray]] = field(default_factory=dict)
+    # Of runs with conventions: the plan that scored a window, and its float32 log-probabilities. A
+    # window of another plan with no more targets needs no second pass. In a temporary file.
+    known: sqlite3.Connection = field(default_factory=lambda: sqlite3.connect(""))
 
     def __post_init__(self) -> None:
+        self.known.execute("CREATE TABLE known (prompt, plan, targets, logprobs)")
+        self.known.execute("CREATE UNIQUE INDEX once ON known (prompt, plan, targets)")
         tokenizer = self.job.tokenizer
         decode = (lambda _: None) if tokenizer is None else (lambda t: str(tokenizer.decode([t])))
         self._decode = lru_cache(maxsize=1 << 16)(decode)
@@ -244,10 +248,14 @@ class _Run:
                 totals.add(group, logprobs)
             if self.job.conventions:
                 ends = np.cumsum([window.num_targets for window in group])
-                for window, part in zip(group, np.split(logprobs, ends[:-1]), strict=True):
-                    prompt = window.digest()
-                    if prompt not in self._known or self._known[prompt][1].size < part.size:
-                        self._known[prompt] = key, part
+                parts = map(np.ndarray.tobytes, np.split(logprobs, ends[:-1]))
+                self.known.executemany(
+                    "INSERT OR IGNORE INTO known VALUES (?, ?, ?, ?)",
+                    (
+                        (w.digest(), key, w.num_targets, p)
+                        for w, p in zip(group, parts, strict=True)
+                    ),
+                )
             report(group, scored, totals)
         self.store.check_groups(key, number + 1)
         totals.finish(stream.documents)
@@ -258,9 +266,11 @@ class _Run:
         now."""
         found: dict[int, np.ndarray] = {}
         for at, window in enumerate(group):
-            plan, known = self._known.get(window.digest(), (key, np.empty(0)))
-            if plan != key and known.size >= window.num_targets:
-                found[at] = known[-window.num_targets :]
+            for (known,) in self.known.execute(
+                "SELECT logprobs FROM known WHERE prompt = ? AND plan != ? AND targets >= ?",
+                (window.digest(), key, window.num_targets),
+            ):
+                found[at] = np.frombuffer(known, np.float32)[-window.num_targets :]
         missing = [at for at in range(len(group)) if at not in found]
         scored = self.score([group[at] for at in missing]) if missing else []
         for at, logprobs in zip(missing, scored, strict=True):
@@ -361,7 +371,6 @@ class _Run:
             dtype=known["engine"]["dtype"],
             quantization=known["engine"]["quantization"],
             versions=known["versions"],
-            block_length=None,
         )
 
 

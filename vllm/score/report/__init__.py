@@ -1,1 +1,1 @@
-"""What a run found, for people (`table`, `plots`, `page`) and for programs (`machine`)."""
+"""What a run found, as a table or JSON (`table`), and drawn (`plots`)."""

@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.style import (
-    BLUE,
-    GREY,
-    LIGHT,
-    RED,
-    drawable,
-    html_page,
-    layout,
-    style,
-    svg,
-)
+from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, html_page, style, svg
 from vllm.score.report.table import (
     count,
     figure_cells,
@@ -51,6 +41,9 @@ SMALLEST_BLOCK = 16  # tokens; a mean of fewer follows the single tokens
 MOST_POINTS = 2000  # up to so many tokens each is drawn by itself
 HARDEST = 50
 CONTEXT_CHARACTERS = 120
+_CONTEXT_TOKENS = 4 * CONTEXT_CHARACTERS  # a character has four tokens at most
+STEP = 1e-3  # nats; resolution of the quantiles
+STEPS = 100_000  # a float32 log-softmax seldom goes beyond 100 nats
 
 
 @dataclass(frozen=True)
@@ -70,22 +63,26 @@ class HardToken:
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a run's tokens, in the order of the text.
+    """The losses of a run's tokens in short, in nats.
 
-    positions, nats: int64 and float64 [n], of each token.
+    tokens: how many.
+    counts: int32 [blocks, steps], tokens by loss in steps of `STEP`, for each block of consecutive
+        tokens; the last step has those above, too.
+    sums: float64 [2, blocks], of the positions and of the losses.
+    single: float64 [2, n], position and loss of each token where there are at most `MOST_POINTS`;
+        else empty.
     hardest: highest loss first.
     """
 
-    positions: np.ndarray
-    nats: np.ndarray
+    tokens: int
+    counts: np.ndarray
+    sums: np.ndarray
+    single: np.ndarray
     hardest: tuple[HardToken, ...]
 
-    def blocks(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(positions, losses) of consecutive tokens, in blocks whose lengths differ by at most one
-        token."""
-        number = max(1, min(MOST_BLOCKS, self.nats.size // SMALLEST_BLOCK))
-        cuts = np.linspace(0, self.nats.size, number + 1)[1:-1].astype(int)
-        return list(zip(np.split(self.positions, cuts), np.split(self.nats, cuts), strict=True))
+    @property
+    def mean(self) -> float:
+        return float(self.sums[1].sum()) / self.tokens
 
     def histogram(self, bins: int = 60, covered: float = 0.999) -> tuple[np.ndarray, np.ndarray]:
         """Share of the tokens by loss, from 0 to a loss that at least `covered` of them keep to:
@@ -95,25 +92,66 @@ class Losses:
             edges: float64 [bins + 1], nats.
             shares: float64 [bins]; 1 minus their sum lies beyond the last edge.
         """
-        last = max(1e-3, np.quantile(self.nats, covered, method="higher"))
-        counts, edges = np.histogram(np.maximum(self.nats, 0), bins, (0, last))
-        return edges, counts / self.nats.size
+        counts = self.counts.sum(axis=0)
+        steps = int(np.searchsorted(np.cumsum(counts), covered * self.tokens)) + 1
+        last = -(-steps // bins) * bins * STEP  # the edges are edges of steps
+        middles = (np.arange(counts.size) + 0.5) * STEP
+        found, edges = np.histogram(middles, bins, (0, last), weights=counts)
+        return edges, found / self.tokens
 
 
-def losses_of(tokens: pa.Table) -> Losses:
-    """The losses of `PerplexityResult.tokens`, at least one."""
-    positions = tokens["position"].to_numpy()
-    losses = -tokens["logprob"].to_numpy().astype(np.float64)
-    hardest = []
-    for at in np.argsort(-losses, kind="stable")[:HARDEST].tolist():
-        first = max(0, at - 4 * CONTEXT_CHARACTERS)  # a character has four tokens at most
-        gaps = np.flatnonzero(np.diff(positions[first : at + 1]) != 1)
-        first += int(gaps[-1]) + 1 if gaps.size else 0  # tokens between were not scored
-        *before, text = tokens["text"][first : at + 1].to_pylist()
-        context = "".join(part or "" for part in before)[-CONTEXT_CHARACTERS:]
-        token = tokens["token_id"][at].as_py()
-        hardest.append(HardToken(int(positions[at]), token, text, context, float(losses[at])))
-    return Losses(positions, losses, tuple(hardest))
+def quantiles(counts: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """Of the losses of one row of `Losses.counts`, as numpy interpolates them, to half a step."""
+    below = np.cumsum(counts)
+    ranks = np.multiply(shares, below[-1] - 1)
+    low, high = (np.searchsorted(below, at(ranks), side="right") for at in (np.floor, np.ceil))
+    return (low + (high - low) * (ranks % 1) + 0.5) * STEP
+
+
+def losses_of(batches: Iterable[pa.RecordBatch], tokens: int) -> Losses:
+    """Read the losses once, in bounded memory.
+
+    Args:
+        batches: as `PerplexityResult.batches`.
+        tokens: rows of all of them, at least 1.
+    """
+    import pyarrow as pa
+
+    number = max(1, min(MOST_BLOCKS, tokens // SMALLEST_BLOCK))
+    ends = np.linspace(0, tokens, number + 1)[1:].astype(int)
+    counts, sums = np.zeros((number, STEPS), np.int32), np.zeros((2, number))
+    single: list[np.ndarray] = [np.zeros((2, 0))]
+    hardest: list[HardToken] = []
+    before: list[pa.RecordBatch] = []  # the last tokens
+    done = 0
+    for batch in batches:
+        positions, nats = batch["position"].to_numpy(), -batch["logprob"].to_numpy().astype(float)
+        block = np.searchsorted(ends, np.arange(done, done + nats.size), side="right")
+        step = np.clip(nats / STEP, 0, STEPS - 1).astype(int)
+        np.add.at(counts.reshape(-1), block * STEPS + step, 1)
+        sums += [np.bincount(block, values, number) for values in (positions, nats)]
+        done += nats.size
+        if tokens <= MOST_POINTS:
+            single.append(np.stack([positions, nats]))
+        context = pa.Table.from_batches([*before, batch])
+        least = hardest[-1].loss if len(hardest) == HARDEST else -np.inf
+        hardest += [
+            _hard_token(context, len(context) - nats.size + at, float(nats[at]))
+            for at in np.argsort(-nats, kind="stable")[:HARDEST].tolist()
+            if nats[at] > least
+        ]
+        hardest = sorted(hardest, key=lambda token: -token.loss)[:HARDEST]
+        before = context[-_CONTEXT_TOKENS:].to_batches()
+    return Losses(tokens, counts, sums, np.concatenate(single, axis=1), tuple(hardest))
+
+
+def _hard_token(tokens: pa.Table, at: int, loss: float) -> HardToken:
+    near = tokens[max(0, at - _CONTEXT_TOKENS) : at + 1]
+    positions = near["position"].to_numpy()
+    gaps = np.flatnonzero(np.diff(positions) != 1)  # tokens between were not scored
+    *before, text = near["text"][int(gaps[-1]) + 1 if gaps.size else 0 :].to_pylist()
+    context = "".join(part or "" for part in before)[-CONTEXT_CHARACTERS:]
+    return HardToken(int(positions[-1]), near["token_id"][-1].as_py(), text, context, loss)
 
 
 def write_plot(result: PerplexityResult, path: Path) -> None:
@@ -126,7 +164,7 @@ def write_plot(result: PerplexityResult, path: Path) -> None:
         raise ScoreModeError(
             f"plot is {str(path)!r}; a drawing can be written as .png or .html, name such a file"
         )
-    losses = losses_of(result.tokens())
+    losses = losses_of(result.batches(), result.provenance.scored_tokens)
     drawing = draw_all(result, losses)
     if path.suffix.lower() == ".png":
         with style():
@@ -140,7 +178,7 @@ def draw_all(result: PerplexityResult, losses: Losses) -> Figure:
     from matplotlib.figure import Figure
 
     with style():
-        figure = Figure(figsize=(12, 7.8), layout=layout())
+        figure = Figure(figsize=(12, 7.8))
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.7), height_ratios=(1, 1.05))
         draw_along_text(figure.add_subplot(grid[0, :]), losses)
         draw_distribution(figure.add_subplot(grid[1, 0]), losses)
@@ -154,21 +192,18 @@ def draw_along_text(axes: Axes, losses: Losses) -> None:
     """Block means with the spread of the single tokens (the tokens themselves if few)."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    blocks = losses.blocks()
-    where = [positions.mean() for positions, _ in blocks]
-    if losses.nats.size <= MOST_POINTS:
-        axes.plot(losses.positions, losses.nats, ".", color=LIGHT, markersize=4, label="each token")
+    where, means = losses.sums / losses.counts.sum(axis=1)
+    if losses.tokens <= MOST_POINTS:
+        axes.plot(*losses.single, ".", color=LIGHT, markersize=4, label="each token")
     else:
-        low, high = np.transpose([np.quantile(nats, (0.1, 0.9)) for _, nats in blocks])
+        low, high = np.transpose([quantiles(block, (0.1, 0.9)) for block in losses.counts])
         label = "10 % to 90 % of the tokens in a block"
         axes.fill_between(where, low, high, color=LIGHT, alpha=0.6, linewidth=0, label=label)
-    if len(blocks) > 1:
-        label = f"mean of a block of {losses.nats.size / len(blocks):.0f} tokens"
-        means = [nats.mean() for _, nats in blocks]
+    if means.size > 1:
+        label = f"mean of a block of {losses.tokens / means.size:.0f} tokens"
         axes.plot(where, means, color=BLUE, linewidth=1.5, label=label)
-    mean = losses.nats.mean()
-    label = f"mean of all, {significant(mean, 4)}"
-    axes.axhline(mean, color=RED, linewidth=1.2, linestyle="--", label=label)
+    label = f"mean of all, {significant(losses.mean, 4)}"
+    axes.axhline(losses.mean, color=RED, linewidth=1.2, linestyle="--", label=label)
     axes.set(title="Loss along the text", xlabel="position in the text (tokens)")
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
@@ -181,16 +216,15 @@ def draw_along_text(axes: Axes, losses: Losses) -> None:
 
 def draw_distribution(axes: Axes, losses: Losses) -> None:
     """Histogram with mean and median."""
-    tokens, median, mean = losses.nats.size, np.median(losses.nats), losses.nats.mean()
+    tokens, (median,) = losses.tokens, quantiles(losses.counts.sum(axis=0), [0.5])
     edges, shares = losses.histogram(bins=min(60, max(10, int(2 * tokens**0.5))))
     axes.stairs(100 * shares, edges, fill=True, color=LIGHT)
-    for value, name, line in ((median, "median", ":"), (mean, "mean", "--")):
+    for value, name, line in ((median, "median", ":"), (losses.mean, "mean", "--")):
         label = f"{name} {significant(value, 4)}"
         axes.axvline(value, color=RED, linewidth=1.2, linestyle=line, label=label)
     beyond = round(tokens * (1 - shares.sum()))
-    more = (
-        f"; {100 * beyond / tokens:.1g} % beyond, up to {losses.nats.max():.1f}" if beyond else ""
-    )
+    largest = losses.hardest[0].loss
+    more = f"; {100 * beyond / tokens:.1g} % beyond, up to {largest:.1f}" if beyond else ""
     axes.set(title="Distribution of the loss", xlabel="loss (nats per token)" + more)
     axes.set_ylabel("tokens (%)")
     axes.set_xlim(left=0, right=edges[-1])

@@ -6,13 +6,16 @@ import io
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, LIGHT, RED, GREY = "#1f5a94", "#a9c7e4", "#b3261e", "#5f6368"
 _STYLE = {
+    "figure.constrained_layout.use": True,  # panels leave each other room
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -52,13 +55,6 @@ def style() -> AbstractContextManager[None]:
     from matplotlib import rc_context
 
     return rc_context(_STYLE)
-
-
-def layout() -> Any:
-    """Panels that leave each other room."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    return ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
 
 
 @lru_cache(maxsize=1 << 12)
