@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.errors import ScoreModeError
 from vllm.score.report.style import (
     BLUE,
     GREY,
@@ -22,7 +22,7 @@ from vllm.score.report.style import (
     html_page,
     layout,
     style,
-    svg,
+    write_drawing,
 )
 from vllm.score.report.table import (
     count,
@@ -122,17 +122,9 @@ def write_plot(result: PerplexityResult, path: Path) -> None:
     Raises:
         ScoreModeError: for another ending.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise ScoreModeError(
-            f"plot is {str(path)!r}; a drawing can be written as .png or .html, name such a file"
-        )
     losses = losses_of(result.tokens())
-    drawing = draw_all(result, losses)
-    if path.suffix.lower() == ".png":
-        with style():
-            drawing.savefig(path, dpi=150)
-    else:
-        path.write_text(render_page(result, losses, svg(drawing)), encoding="utf-8")
+    page = partial(render_page, result, losses)
+    write_drawing(lambda: draw_all(result, losses), path, FORMATS, page)
 
 
 def draw_all(result: PerplexityResult, losses: Losses) -> Figure:
