@@ -7,20 +7,21 @@ computes shared contexts once, and so many at a time that it is never short of w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import numpy as np
 from pydantic import Field
 
 from vllm.score.armed import require_score_mode
-from vllm.score.checks import Whole, check
+from vllm.score.checks import Whole, check, check_list
 from vllm.score.engine.configuration import check_configuration, check_llm, confuses_adapters
 from vllm.score.engine.request import AdmittedRequest, ModelFacts, admit
 from vllm.score.errors import ScoreModeError
-from vllm.score.results import FailedScores, TokenScores
+from vllm.score.results import FailedScores, TokenScores, scores_of
 from vllm.score.tokens import encode_inputs, own_prefix_note
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ MAX_TOKENS_IN_FLIGHT = 1 << 20
 SHARED_TOKENS = 16
 # Sent before the engine begins, at most: more would keep it waiting for us.
 HELD_REQUESTS = 256
+SECONDS_BETWEEN_LOOKS = 0.2  # at whether the engine's process is alive
 
 NOTES = "notes"  # of a prompt, for its result
 
@@ -96,6 +98,7 @@ def score(
     Raises:
         ScoreModeError: a request is malformed (before anything runs), or came back unsound.
         ScoreModeUnavailable: score mode is off in this installation.
+        EngineDeadError: vLLM's, where the engine has failed or its process has ended.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -123,30 +126,24 @@ def score(
         for order in _orders(llm, admitted, params.skip_reading_prefix_cache, adapters):
             while left := [i for i in order if i not in results]:
                 # At an error the rest is aborted now, not when the traceback is let go.
-                with closing(run_requests(llm, admitted, left, adapters, reproducible)) as running:
+                with (
+                    dead_engine_raises(llm.llm_engine),
+                    closing(run_requests(llm, admitted, left, adapters, reproducible)) as running,
+                ):
                     for index, output in running:
                         found = output.scores
                         if retry_nan and isinstance(found, FailedScores) and found.nan:
                             # It may be the KV cache's, which the next request finds empty.
                             retry_nan = False
                             break
-                        if found is None:
-                            raise ScoreModeError(
-                                f"requests[{index}] was aborted; score it again when the engine "
-                                "is free."
-                            )
-                        len(found)  # failed scores raise their reason
-                        results[index] = found
+                        results[index] = scores_of(output, f"requests[{index}]")
                         bar.update(len(admitted[index].ids))
     return [results[i] for i in range(len(prompts))]
 
 
 def _prompts(llm: LLM, requests: Any) -> list[dict[str, Any]]:
     """Every request as a token prompt."""
-    if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
-        raise ScoreModeError(
-            f"requests must be a list, got one {type(requests).__name__}; write [request]."
-        )
+    check_list("requests", requests, Iterable)
     prompts = [_prompt(i, request) for i, request in enumerate(requests)]
     texts = {
         i: prompt["prompt"]
@@ -318,20 +315,63 @@ def run_requests(
             engine.abort_request([own_id for _, own_id in running.values()], internal=True)
 
 
+@contextmanager
+def dead_engine_raises(engine: Any) -> Iterator[None]:
+    """Within, calls that wait for an engine in another process raise once it is dead.
+
+    vLLM's own wait for ever where the process is killed, or ends at Ctrl-C: then it sends no last
+    message, and what vLLM finds out about its end reaches nobody who waits.
+
+    Raises:
+        EngineDeadError: the engine is dead; names the signal that ended it, if one did.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    core, left = engine.engine_core, Event()
+
+    def watch() -> None:
+        while not left.wait(SECONDS_BETWEEN_LOOKS):
+            if core.resources.engine_dead:
+                core.outputs_queue.put_nowait(EngineDeadError())
+                while core.utility_results:
+                    core.utility_results.popitem()[1].set_exception(EngineDeadError())
+                return
+
+    if hasattr(core, "engine_core"):  # in this process
+        yield
+        return
+    Thread(target=watch, name="score-engine-watch", daemon=True).start()
+    try:
+        yield
+    except EngineDeadError as error:
+        processes = getattr(core.resources.engine_manager, "processes", ())
+        if killed := [-each.exitcode for each in processes if (each.exitcode or 0) < 0]:
+            error.args = (f"the engine's process was ended by signal {killed[0]}; start it anew.",)
+        raise
+    finally:
+        left.set()
+
+
 def _held(engine: Any) -> ExitStack:
     """Keep an engine in another process from its first step until the `close` of what is returned.
 
     It would begin with the one request that arrives first: a step for a single context, and
     another batch each time.
     """
-    hold = ExitStack()
-    # An engine in this process runs only when it is told to; ranks of data parallelism pause and
-    # go on together, which is not ours to do.
-    alone = engine.vllm_config.parallel_config.data_parallel_size == 1
-    if alone and not hasattr(engine.engine_core, "engine_core"):
-        engine.sleep(level=0, mode="keep")
-        hold.callback(engine.wake_up, tags=["scheduling"])
-    return hold
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def release() -> None:
+        with suppress(EngineDeadError):  # the next step raises it; at Ctrl-C nothing has to
+            engine.wake_up(tags=["scheduling"])
+
+    with ExitStack() as hold:
+        # An engine in this process runs only when it is told to; ranks of data parallelism pause
+        # and go on together, which is not ours to do.
+        alone = engine.vllm_config.parallel_config.data_parallel_size == 1
+        if alone and not hasattr(engine.engine_core, "engine_core"):
+            hold.callback(release)
+            engine.sleep(level=0, mode="keep")
+        return hold.pop_all()
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -8,7 +8,7 @@ a dataclass that looks at its fields, `check_name` at a name among known ones.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as fields_of
 from functools import cache
 from numbers import Integral, Real
@@ -98,6 +98,18 @@ def settings(cls: C) -> C:
 
     made.__init__ = __init__
     return made
+
+
+def check_list(field: str, given: Any, kind: type = Sequence) -> None:
+    """Raise ScoreModeError for one thing where a list of them is wanted.
+
+    Args:
+        kind: what counts as a list.
+    """
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, kind):
+        raise ScoreModeError(
+            f"{field} must be a list, got one {type(given).__name__}; write [{field}]."
+        )
 
 
 def check_name(what: str, name: Any, known: Iterable[str], cutoff: float = 0.6) -> None:

@@ -240,6 +240,22 @@ class FailedScores:
         return f"FailedScores({self.reason!r})"
 
 
+def scores_of(output: Any, name: str) -> TokenScores:
+    """The scores of a finished score request.
+
+    Args:
+        name: of the request, for errors.
+
+    Raises:
+        ScoreModeError: it was aborted, or its scores are unsound.
+    """
+    if output.scores is None:
+        raise ScoreModeError(f"{name} was aborted; ask again when the engine is free.")
+    len(output.scores)  # failed scores raise their reason
+    scores: TokenScores = output.scores
+    return scores
+
+
 def split_columns(rows: np.ndarray, spec: ScoreSpec) -> TokenScores:
     """The columns of `rows`, [m, width], as `TokenScores`."""
     layout, start, notes = spec.layout, spec.start + 1, spec.notes

@@ -237,7 +237,7 @@ def read_token_id_rows(given: Any, vocab_size: int, field: str) -> np.ndarray:
     if len(widths) > 1 or widths == [0]:
         raise ScoreModeError(
             f"{field} must have the same number of candidates at every position, k of at least 1, "
-            f"got rows of {widths} candidates.",
+            f"got rows of {widths} candidates."
         )
     matrix = isinstance(given, np.ndarray) and given.ndim == 2
     ids = _whole_numbers(given.ravel() if matrix else list(chain.from_iterable(rows)))
@@ -288,6 +288,6 @@ def _token_id(value: Any, vocab_size: int, field: str, place: int) -> int:
         raise ScoreModeError(f"{field} must be integers, got {value!r:.60} at [{place}].") from None
     if not 0 <= number < vocab_size:
         raise ScoreModeError(
-            f"{field}[{place}] is {number}, outside the vocabulary 0..{vocab_size - 1}.",
+            f"{field}[{place}] is {number}, outside the vocabulary 0..{vocab_size - 1}."
         )
     return number

@@ -18,13 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vllm.score.data.rows import FILL_IN, Columns, Skipped, no_column, read_rows, table_suffix
-from vllm.score.data.streams import (
-    check_file,
-    decode_utf8,
-    decompressed,
-    is_compressed,
-    open_bytes,
-)
+from vllm.score.data.streams import check_file, decode_utf8, decompressed, is_compressed, open_bytes
 from vllm.score.errors import ScoreModeError
 from vllm.score.tokens import check_encodable
 

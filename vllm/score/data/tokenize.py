@@ -60,11 +60,7 @@ class TokenChunk:
 
 
 def tokenize_documents(
-    tokenizer: Any,
-    pieces: Iterable[tuple[int, str]],
-    *,
-    block: int = BLOCK,
-    overlap: int = OVERLAP,
+    tokenizer: Any, pieces: Iterable[tuple[int, str]], *, block: int = BLOCK, overlap: int = OVERLAP
 ) -> Iterator[TokenChunk]:
     """Tokenise documents.
 

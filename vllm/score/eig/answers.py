@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm.score.errors import ScoreModeError
-from vllm.score.tokens import check_encodable
+from vllm.score.tokens import check_encodable, own_prefix_length
 
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 # A minus between two numbers is a difference, and "1/2/2026" is no fraction.
@@ -104,9 +104,8 @@ class AnswerFormat:
         self._check(answers)
         cue = self.cue_tokens(tokenizer)
         wholes = [self._encode_one(tokenizer, answer, cue) for answer in answers]
-        cut = min(_common(cue, whole) for whole in wholes)
         # A tokenizer that reads on may need fewer tokens for cue and answer than for the cue.
-        cut = min(cut, *(len(whole) - 1 for whole in wholes))
+        cut = min(min(own_prefix_length(whole, cue), len(whole) - 1) for whole in wholes)
         targets = [whole[cut:] for whole in wholes]
         self._check_targets(tokenizer, answers, targets)
         if self.end is None:
@@ -180,12 +179,6 @@ def check_answers(answers: Sequence[str]) -> None:
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 class Found(NamedTuple):

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, get_type_hints, runtime_checkable
 
 from pydantic import Field
 
@@ -67,7 +67,16 @@ class _Hypothesis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BeamCandidates:
+class _Checked:
+    """A source whose fields are checked when it is made, each by its annotation."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            check(name, getattr(self, name), kind)
+
+
+@dataclass(frozen=True)
+class BeamCandidates(_Checked):
     """Beam search behind the cue, with the model's own log-probabilities.
 
     A hypothesis is complete where its text holds the format's end, or its last token is a special
@@ -86,10 +95,7 @@ class BeamCandidates:
         ScoreModeError: `max_tokens` is no whole number from 1 on.
     """
 
-    max_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        check("max_tokens", self.max_tokens, Count)
+    max_tokens: Count = 16
 
     async def propose(
         self, reasoner: Reasoner, state: State, count: int, form: AnswerFormat
@@ -102,7 +108,8 @@ class BeamCandidates:
         tokenizer = reasoner.tokenizer
         context = [*state.token_ids, *form.cue_tokens(tokenizer)]
         top = min(2 * count, MAX_TOP, len(tokenizer))
-        special = _special_tokens(tokenizer)
+        end = getattr(tokenizer, "eos_token_id", None)
+        special = {*getattr(tokenizer, "all_special_ids", ()), end}
         live = [_Hypothesis(0.0, ())]
         found: dict[str, _Hypothesis] = {}
         for length in range(1, self.max_tokens + 1):
@@ -135,7 +142,7 @@ class BeamCandidates:
 
 
 @dataclass(frozen=True)
-class SampledCandidates:
+class SampledCandidates(_Checked):
     """Answers sampled behind the cue, the most frequent first, then in the order of the draws.
 
     Draws that do not come to their end are left out.
@@ -149,16 +156,10 @@ class SampledCandidates:
         ScoreModeError: a value out of range.
     """
 
-    samples: int | None = None
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        check("samples", self.samples, Count | None)
-        check("max_tokens", self.max_tokens, Count)
-        check("temperature", self.temperature, _Temperature)
-        check("top_p", self.top_p, Fraction)
+    samples: Count | None = None
+    max_tokens: Count = 16
+    temperature: _Temperature = 1.0
+    top_p: Fraction = 1.0
 
     async def propose(
         self, reasoner: Reasoner, state: State, count: int, form: AnswerFormat
@@ -223,7 +224,7 @@ class GivenCandidates:
 
 
 @dataclass(frozen=True)
-class ExtractedCandidates:
+class ExtractedCandidates(_Checked):
     """Answers found in the reasoning so far and in sampled continuations of it.
 
     First those that are the last ones of most continued texts, then the most frequent, then the
@@ -243,11 +244,11 @@ class ExtractedCandidates:
         ScoreModeError: an unknown kind, or a value out of range.
     """
 
-    kind: str | re.Pattern[str] = "numeric"
-    samples: int = 4
-    sample_length: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
+    kind: Any = "numeric"
+    samples: Count = 4
+    sample_length: Count = 128
+    temperature: _Temperature = 1.0
+    top_p: Fraction = 1.0
     fallback: CandidateSource | None = field(default_factory=BeamCandidates)
 
     def __post_init__(self) -> None:
@@ -257,10 +258,7 @@ class ExtractedCandidates:
                 f"kind is {self.kind!r}; it must be 'numeric', 'boxed' or a compiled regular "
                 "expression, re.compile(...), over texts."
             )
-        check("samples", self.samples, Count)
-        check("sample_length", self.sample_length, Count)
-        check("temperature", self.temperature, _Temperature)
-        check("top_p", self.top_p, Fraction)
+        super().__post_init__()
 
     async def propose(
         self, reasoner: Reasoner, state: State, count: int, form: AnswerFormat
@@ -366,8 +364,3 @@ def _unfinished(source: str, form: AnswerFormat, max_tokens: int) -> NoCandidate
         f"{form.cue!r}; use a larger max_tokens, a cue and an end that the model is used to, or "
         "give the answers."
     )
-
-
-def _special_tokens(tokenizer: Any) -> set[int]:
-    tokens = {*getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "eos_token_id", None)}
-    return {int(token) for token in tokens if token is not None}

@@ -6,16 +6,10 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-)
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from types import coroutine
 from typing import TYPE_CHECKING, Annotated, Any, Generic
 
@@ -25,7 +19,7 @@ from pydantic import Field
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
-from vllm.score.api import shared_prefix_order
+from vllm.score.api import dead_engine_raises, shared_prefix_order
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Count, Number, Whole, check
 from vllm.score.continuations import MergedContinuations
@@ -44,7 +38,7 @@ from vllm.score.eig.records import (
 from vllm.score.engine.configuration import check_configuration, check_llm
 from vllm.score.engine.request import AdmittedRequest, ModelFacts, admit
 from vllm.score.errors import ScoreModeError
-from vllm.score.results import TokenScores
+from vllm.score.results import scores_of
 from vllm.score.tokens import read_token_ids
 
 if TYPE_CHECKING:
@@ -101,23 +95,24 @@ class LLMReasoner:
             raise ScoreModeError("llm has unfinished requests; reasoning needs an idle engine.")
         waiting = enumerate(problems)
         live: dict[int, _Live[T]] = {}
-        try:
-            while True:
-                while len(live) < self._concurrency and (begun := next(waiting, None)):
-                    index, problem = begun
-                    live[index] = _Live(problem(_Handing(self.tokenizer)))
-                    yield from self._go_on(live, index, None)
-                if not live:
-                    return
-                for index, outcome in self._step(live).items():
-                    yield from self._go_on(live, index, outcome)
-        finally:
+        with dead_engine_raises(self._engine):
             try:
-                for each in live.values():
-                    self._abort(each)
+                while True:
+                    while len(live) < self._concurrency and (begun := next(waiting, None)):
+                        index, problem = begun
+                        live[index] = _Live(problem(_Handing(self.tokenizer)))
+                        yield from self._go_on(live, index, None)
+                    if not live:
+                        return
+                    for index, outcome in self._step(live).items():
+                        yield from self._go_on(live, index, outcome)
             finally:
-                for each in live.values():
-                    each.steps.close()
+                try:
+                    for each in live.values():
+                        self._abort(each)
+                finally:
+                    for each in live.values():
+                        each.steps.close()
 
     def _go_on(
         self, live: dict[int, _Live[T]], index: int, outcome: list[Any] | Exception | None
@@ -212,14 +207,10 @@ class _Handing:
 
     tokenizer: Any
 
-    async def run(self, batch: Batch) -> list[Any]:
-        return await _handed_over(batch)
-
-
-@coroutine
-def _handed_over(batch: Batch) -> Generator[Batch, list[Any], list[Any]]:
-    """Hands the batch to whoever runs this coroutine, and who sends the results."""
-    return (yield batch)
+    @coroutine
+    def run(self, batch: Batch) -> Generator[Batch, list[Any], list[Any]]:
+        """Hands the batch to whoever runs the problem, and who sends the results."""
+        return (yield batch)
 
 
 class AsyncLLMReasoner:
@@ -302,14 +293,12 @@ class AsyncLLMReasoner:
 
     async def _one(self, requests: BatchRequests, position: int, name: str) -> None:
         request = requests.requests[position]
-        output: Any = None
-        async for latest in self._engine.generate(
-            request.prompt, request.params, name, lora_request=self._lora_request
-        ):
-            output = latest
-        if output is None:
+        given = request.prompt, request.params, name
+        outputs = self._engine.generate(*given, lora_request=self._lora_request)
+        found = [output async for output in outputs]  # the final one only
+        if not found:
             raise ScoreModeError("the engine ended a request without an output; ask again.")
-        requests.take(position, output)
+        requests.take(position, found[-1])
 
 
 def _facts(engine: Any, lora_request: LoRARequest | None) -> ModelFacts:
@@ -334,12 +323,12 @@ class _Piece:
 
     Attributes:
         read: what a finished output says; ScoreModeError if it says nothing.
-        result: of what the outputs of `requests` say, in their order.
+        result: of what the outputs of `requests` say, in their order; by default the first.
     """
 
     requests: list[AdmittedRequest]
     read: Callable[[Any], Any]
-    result: Callable[[list[Any]], Any]
+    result: Callable[[list[Any]], Any] = itemgetter(0)
 
 
 class BatchRequests:
@@ -437,12 +426,10 @@ def _sample(work: Sample, facts: ModelFacts) -> _Piece:
     )
 
     def read(output: Any) -> list[Continuation]:
-        return [_continuation(each) for each in output.outputs]
+        drawn = [_continuation(each) for each in output.outputs]
+        return drawn * (count // len(drawn))
 
-    def result(values: list[list[Continuation]]) -> list[Continuation]:
-        return values[0] * (count // len(values[0]))
-
-    return _Piece([AdmittedRequest(ids, params)], read, result)
+    return _Piece([AdmittedRequest(ids, params)], read)
 
 
 def _continuation(output: Any) -> Continuation:
@@ -483,7 +470,7 @@ def _score(work: Score, facts: ModelFacts) -> _Piece:
     def result(values: list[Any]) -> list[np.ndarray]:
         return [place.of(values[place.request]).copy() for place in merged.places]
 
-    return _Piece(requests, lambda output: _scores(output).logprobs, result)
+    return _Piece(requests, lambda output: scores_of(output, "a Score").logprobs, result)
 
 
 def _next(work: Next, facts: ModelFacts) -> _Piece:
@@ -493,14 +480,14 @@ def _next(work: Next, facts: ModelFacts) -> _Piece:
     _check_room(len(ids), 1, "the next token", facts)
 
     def read(output: Any) -> tuple[np.ndarray, np.ndarray]:
-        scores = _scores(output)
+        scores = scores_of(output, "a Next")
         assert scores.top_token_ids is not None and scores.top_logprobs is not None
         found, logprobs = scores.top_token_ids[0], scores.top_logprobs[0]
         order = np.lexsort((found, -logprobs))
         return found[order], logprobs[order]
 
     request = admit([*ids, ids[-1]], [[ids[-1]]], _score_params(top), facts)
-    return _Piece([request], read, lambda values: values[0])
+    return _Piece([request], read)
 
 
 def _token_ids(name: str, given: Any, facts: ModelFacts) -> np.ndarray:
@@ -517,24 +504,6 @@ def _check_room(context: int, tokens: int, name: str, facts: ModelFacts) -> None
             f"context has {context} tokens, with {tokens} of {name} {context + tokens}; the "
             f"engine's max_model_len is {facts.max_model_len}: shorten the context or ask for less."
         )
-
-
-def _scores(output: Any) -> TokenScores:
-    scores = output.scores
-    if scores is None:
-        raise ScoreModeError(
-            f"a score request ended with finish_reason {output.outputs[0].finish_reason!r}: it was "
-            "aborted in the engine; ask again."
-        )
-    len(scores)  # failed scores raise their reason
-    logprobs = scores.logprobs if scores.top_logprobs is None else scores.top_logprobs
-    wrong = np.isnan(logprobs) | np.isposinf(logprobs)
-    if wrong.any():
-        raise ScoreModeError(
-            f"the engine returned a log-probability of {logprobs[wrong][0]}: look for overflow in "
-            "the model (try dtype='bfloat16' or 'float32')."
-        )
-    return scores
 
 
 @lru_cache(maxsize=32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,17 @@ import numpy as np
 
 from vllm.score.eig.records import Trace
 from vllm.score.errors import ScoreModeError
-from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, html_page, style, svg
-from vllm.score.report.table import visible
+from vllm.score.report.style import (
+    BLUE,
+    GREY,
+    LIGHT,
+    RED,
+    drawable,
+    html_page,
+    style,
+    write_drawing,
+)
+from vllm.score.report.table import head, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,24 +47,9 @@ def plot_traces(
     Raises:
         ScoreModeError: another ending, or no traces.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
-    if ending not in FORMATS:
-        raise ScoreModeError(
-            f"plot is {str(path)!r}; a drawing can be written as {', '.join(FORMATS)}, name such "
-            "a file"
-        )
-    figure = draw_traces(traces, lambda_cost=lambda_cost, title=title)
-    with style():
-        if ending == ".png":
-            figure.savefig(path, dpi=150)
-        elif ending == ".pdf":
-            figure.savefig(path, metadata={"CreationDate": None})
-        else:
-            text = svg(figure)
-            if ending == ".html":
-                text = html_page(title or "Expected information gain along each trace", text)
-            path.write_text(text, encoding="utf-8")
+    draw = partial(draw_traces, traces, lambda_cost=lambda_cost, title=title)
+    page = partial(html_page, title or "Expected information gain along each trace")
+    write_drawing(draw, Path(path), FORMATS, page)
 
 
 def draw_traces(traces: Sequence[Trace], *, lambda_cost: float | None, title: str = "") -> Figure:
@@ -93,7 +88,8 @@ def draw_traces(traces: Sequence[Trace], *, lambda_cost: float | None, title: st
                 handles.values(), handles.keys(), loc="outside right upper", frameon=False
             )
         if title:
-            figure.suptitle(_one_line(title), fontsize=12, x=0.01, ha="left")
+            line = head(visible(title, drawable), _TITLE_WIDTH)
+            figure.suptitle(line, fontsize=12, x=0.01, ha="left")
     return figure
 
 
@@ -144,8 +140,3 @@ def _positions(trace: Trace) -> np.ndarray:
 def _standard_errors(trace: Trace) -> np.ndarray:
     found = [step.decision.estimate for step in trace.steps]
     return np.array([np.nan if each is None else each.standard_error for each in found])
-
-
-def _one_line(title: str) -> str:
-    text = visible(title, drawable)
-    return text if len(text) <= _TITLE_WIDTH else text[: _TITLE_WIDTH - 1] + "…"

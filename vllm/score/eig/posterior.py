@@ -154,11 +154,7 @@ class MonteCarloForecaster:
     stop: tuple[str, ...] = ()
 
     async def draw(
-        self,
-        reasoner: Reasoner,
-        context: Sequence[int],
-        count: int,
-        max_tokens: int | None = None,
+        self, reasoner: Reasoner, context: Sequence[int], count: int, max_tokens: int | None = None
     ) -> list[Continuation]:
         """`count` continuations of a context, without the text that ended them."""
         length = self.sample_length if max_tokens is None else max_tokens
@@ -239,23 +235,28 @@ def gain_estimate(
     Raises:
         ScoreModeError: an unknown estimator, no draws, or one draw for the mutual information.
     """
-    check_name("estimator", estimator, ESTIMATORS)
     logs = np.asarray(log_posteriors, dtype=np.float64)
     draws = len(logs)
-    if draws == 0 or (draws == 1 and estimator == "mutual_information"):
-        raise ScoreModeError(
-            f"{estimator} from {draws} forecasts; raise mc_samples to at least {1 + draws}."
-        )
+    check_draws(estimator, draws)
     entropies = entropy(logs)
     expected = float(entropies.mean())
     difference = current - expected
     information, information_error = _mutual_information(logs, entropies)
+    gain, error = information, information_error
     if estimator == "entropy_difference":
-        error = float(entropies.std(ddof=1)) / math.sqrt(draws) if draws > 1 else math.nan
         gain = difference
-    else:
-        gain, error = information, information_error
+        error = float(entropies.std(ddof=1)) / math.sqrt(draws) if draws > 1 else math.nan
     return GainEstimate(current, expected, gain, error, difference, information)
+
+
+def check_draws(estimator: str, mc_samples: int) -> None:
+    """Raise ScoreModeError for an unknown estimator, or too few forecasts for it."""
+    check_name("estimator", estimator, ESTIMATORS)
+    least = 2 if estimator == "mutual_information" else 1
+    if mc_samples < least:
+        raise ScoreModeError(
+            f"mc_samples is {mc_samples}; estimator={estimator!r} needs at least {least}."
+        )
 
 
 def _mutual_information(logs: np.ndarray, entropies: np.ndarray) -> tuple[float, float]:

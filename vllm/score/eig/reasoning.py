@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from vllm.score.checks import check_list
 from vllm.score.eig.candidates import CandidateSource, GivenCandidates, State, candidate_source
 from vllm.score.eig.engines import LLMReasoner
 from vllm.score.eig.options import Options
@@ -230,18 +231,14 @@ def eig_problems(
         ScoreModeError: a question or an option cannot be used.
     """
     options = options if isinstance(options, Options) else Options(**(options or {}))
-    if isinstance(questions, str) or not isinstance(questions, Sequence):
-        raise ScoreModeError(
-            f"questions must be a list, got one {type(questions).__name__}; write [question]."
-        )
+    check_list("questions", questions)
     names = [f"questions[{i}]" for i in range(len(questions))] if names is None else names
-    size = NO_LIMIT if vocab_size is None else vocab_size
-    prompts = [found.ids for found in encode_inputs(tokenizer, questions, names, size)]
+    found = encode_inputs(tokenizer, questions, names, vocab_size or NO_LIMIT)
     most = rule.budget(options.max_tokens_thinking)
     most = MAX_TOKENS_THINKING if most is None else most
     sources = _sources(options, names, rule.beam_size, tokenizer)
     problems: list[Problem[Trace]] = []
-    for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
+    for i, ((prompt, _), source) in enumerate(zip(found, sources, strict=True)):
         room = _room(most, len(prompt), rule.sample_length, max_model_len, names[i])
         estimator = AnswerPosteriorEstimator(
             source,
@@ -258,7 +255,8 @@ def eig_problems(
             stop=options.think_end,
         )
         bounded = replace(options, max_tokens_thinking=room)
-        problems.append(partial(_reason_about, prompt, rule, forecaster, bounded, i))
+        begin = partial(_Reasoning, prompt, rule, forecaster, bounded, i)
+        problems.append(partial(_reason_about, begin))
     return problems
 
 
@@ -321,16 +319,8 @@ def _logging_decisions() -> ExitStack:
     return undo
 
 
-async def _reason_about(
-    prompt: list[int],
-    rule: StoppingRule,
-    forecaster: MonteCarloForecaster,
-    options: Options,
-    index: int,
-    reasoner: Reasoner,
-) -> Trace:
-    random = np.random.default_rng([options.seed, index])
-    return await _Reasoning(reasoner, prompt, rule, forecaster, options, random).run()
+async def _reason_about(begin: Callable[[Reasoner], _Reasoning], reasoner: Reasoner) -> Trace:
+    return await begin(reasoner).run()
 
 
 def describe(decision: Decision) -> str:
@@ -346,29 +336,25 @@ def describe(decision: Decision) -> str:
     return " ".join(parts)
 
 
-class _WritingFailed(Exception):
-    """The model could not write on; `decision` is the one to stop."""
-
-    def __init__(self, decision: Decision) -> None:
-        self.decision = decision
-
-
 @dataclass
 class _Reasoning:
-    """The reasoning about a question so far."""
+    """The reasoning about a question, the `index`-th of a run, so far."""
 
-    reasoner: Reasoner
     prompt: list[int]
     rule: StoppingRule
     forecaster: MonteCarloForecaster
     options: Options
-    random: np.random.Generator
+    index: int
+    reasoner: Reasoner
     reasoning: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     ended: bool = False
     overruled: int = 0
     tokens_sampled: int = 0
     posterior: AnswerPosterior | None = None  # the last one that was had
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng([self.options.seed, self.index])
 
     async def run(self) -> Trace:
         """Reason; ends after `max_tokens_thinking` at the latest.
@@ -382,13 +368,12 @@ class _Reasoning:
                 if self.options.decide_at == "end" and not self.ended and self.left > 0:
                     self.add([], await self.write([], self.left))
                 decision = await self.decide()
-                position = len(self.reasoning)
-                logger.debug("At %d tokens of reasoning: %s", position, describe(decision))
+                logger.debug("%d tokens of reasoning: %s", len(self.reasoning), describe(decision))
                 if not decision.go_on:
                     break
                 await self.step(decision)
-        except _WritingFailed as failure:
-            decision = failure.decision
+        except Exception as error:  # of deciding it is a decision already
+            decision = failed(error, "writing")
             self.options.metrics.record(decision)
         steps = [*self.steps, Step(len(self.reasoning), decision)]
         return Trace(
@@ -457,20 +442,13 @@ class _Reasoning:
         )
 
     async def write(self, inserted: list[int], max_tokens: int) -> Continuation:
-        """One continuation of `max_tokens` at most.
-
-        Raises:
-            _WritingFailed: there is none.
-        """
+        """One continuation of `max_tokens` at most."""
         length = min(max_tokens, self.left - len(inserted))
         if length < 1:
             return Continuation([], "", False)
         context = [*self.prompt, *self.reasoning, *inserted]
         meter = Meter(self.reasoner)
-        try:
-            (drawn,) = await self.forecaster.draw(meter, context, 1, length)
-        except Exception as error:
-            raise _WritingFailed(failed(error, "writing")) from error
+        (drawn,) = await self.forecaster.draw(meter, context, 1, length)
         self.tokens_sampled += meter.tokens_sampled
         return drawn
 

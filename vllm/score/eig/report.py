@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -65,26 +64,22 @@ class MetricsSummary(TypedDict):
 
 
 class EIGMetrics:
-    """Collects decisions; many threads may record at once."""
+    """Collects decisions; many threads may record at once (what a list's `append` allows)."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._made: list[Decision] = []  # without their forecasts, which take memory
 
     def reset(self) -> None:
         """Forget everything."""
-        with self._lock:
-            self._made = []
+        self._made = []
 
     def record(self, decision: Decision) -> None:
         """Count one decision."""
-        with self._lock:
-            self._made.append(replace(decision, forecast=None))
+        self._made.append(replace(decision, forecast=None))
 
     def summary(self) -> MetricsSummary:
         """All figures."""
-        with self._lock:
-            made = list(self._made)
+        made = list(self._made)
         n, continued = len(made), sum(each.go_on for each in made)
         estimates = [each.estimate for each in made if each.estimate is not None]
         seconds: dict[str, list[float]] = {}
@@ -248,7 +243,6 @@ def summarize_run(
         if right is not None
     ]
     correct = sum(answer is not None and bool(equal(answer, right)) for answer, right in pairs)
-    begun = [trace for trace in traces if trace.steps]
     return RunSummary(
         questions=len(traces),
         answered=sum(trace.answer is not None for trace in traces),
@@ -259,9 +253,9 @@ def summarize_run(
         reasoning_tokens=sum(len(trace.reasoning_token_ids) for trace in traces),
         tokens_sampled=sum(trace.tokens_sampled for trace in traces),
         decisions=sum(len(trace.steps) for trace in traces),
-        stops=dict(Counter(trace.steps[-1].decision.reason for trace in begun).most_common()),
-        entropy_start=_moments(trace.entropies[0] for trace in begun)["mean"],
-        entropy_end=_moments(trace.entropies[-1] for trace in begun)["mean"],
+        stops=dict(Counter(trace.steps[-1].decision.reason for trace in traces).most_common()),
+        entropy_start=_moments(trace.entropies[0] for trace in traces)["mean"],
+        entropy_end=_moments(trace.entropies[-1] for trace in traces)["mean"],
     )
 
 
@@ -333,15 +327,13 @@ def write_traces(
     Raises:
         ScoreModeError: `questions` or `gold` is of another length.
     """
-    _check_length("questions", questions, traces)
-    _check_length("gold", gold, traces)
+    given = {"question": questions, "gold": gold}
+    beside = {name: values for name, values in given.items() if values is not None}
+    for name, values in beside.items():
+        _check_length(name, values, traces)
     with atomic_write(Path(path)) as file:
         for number, trace in enumerate(traces):
-            record: dict[str, Any] = {}
-            if questions is not None:
-                record["question"] = questions[number]
-            if gold is not None:
-                record["gold"] = gold[number]
+            record = {name: values[number] for name, values in beside.items()}
             # Escapes beyond ASCII: no reader takes U+2028 for the end of a line.
             line = json.dumps(record | trace_record(trace), allow_nan=False) + "\n"
             file.write(line.encode())

@@ -37,7 +37,7 @@ from pydantic.fields import FieldInfo
 from vllm.score.checks import Number, Whole, check_name, describe, limits_of, settings
 from vllm.score.eig.candidates import State
 from vllm.score.eig.options import Options, parameters_of
-from vllm.score.eig.posterior import ESTIMATORS, MonteCarloForecaster, gain_estimate
+from vllm.score.eig.posterior import MonteCarloForecaster, check_draws, gain_estimate
 from vllm.score.eig.records import (
     BUDGET,
     COST,
@@ -285,7 +285,7 @@ class ExpectedInformationGain(StoppingRule):
     estimator: Literal["entropy_difference", "mutual_information"] = "entropy_difference"
 
     def __post_init__(self) -> None:
-        _check_draws(self.estimator, self.mc_samples)
+        check_draws(self.estimator, self.mc_samples)
 
     @property
     def cost(self) -> float | None:
@@ -348,8 +348,7 @@ class ExpectedInformationGainCalculator:
     max_computation_time: float | None = 30.0
 
     def __post_init__(self) -> None:
-        check_name("estimator", self.estimator, ESTIMATORS)
-        _check_draws(self.estimator, self.forecaster.mc_samples)
+        check_draws(self.estimator, self.forecaster.mc_samples)
 
     async def decide(
         self, reasoner: Reasoner, state: State, known: Sequence[str] = (), final: bool = False
@@ -362,10 +361,8 @@ class ExpectedInformationGainCalculator:
         """
         meter = Meter(reasoner, self.max_computation_time)
         point = DecisionPoint(meter, self.forecaster, state, known)
-        return await decided(point, None if final else self._weigh)
-
-    async def _weigh(self, point: DecisionPoint) -> Decision:
-        return await _weigh(point, self.forecaster.mc_samples, self.lambda_cost, self.estimator)
+        parameters = self.forecaster.mc_samples, self.lambda_cost, self.estimator
+        return await decided(point, None if final else lambda at: _weigh(at, *parameters))
 
 
 def _number(given: Any, kind: Any) -> float | None:
@@ -378,13 +375,6 @@ def _number(given: Any, kind: Any) -> float | None:
         return None
     wrong = number != number or (kind is int and number % 1)
     return None if wrong else cast(float, number)
-
-
-def _check_draws(estimator: str, mc_samples: int) -> None:
-    if estimator == "mutual_information" and mc_samples < 2:
-        raise ScoreModeError(
-            f"mc_samples is {mc_samples}; estimator='mutual_information' needs at least 2."
-        )
 
 
 async def _weigh(point: DecisionPoint, samples: int, cost: float, estimator: str) -> Decision:

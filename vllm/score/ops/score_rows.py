@@ -12,12 +12,7 @@ import torch
 from vllm.score.ops import row_state as rs
 from vllm.score.ops.kernels import choose_kernel, reduce_logits, score_head, target_logits
 from vllm.score.ops.row_state import Reduction, Transform
-from vllm.score.ops.statistics import (
-    FULL_VOCABULARY,
-    RowLayout,
-    score_columns,
-    statistics_mask,
-)
+from vllm.score.ops.statistics import FULL_VOCABULARY, RowLayout, score_columns, statistics_mask
 from vllm.score.ops.top_p import reduce_nucleus
 
 # Rows whose states are held at once. Their hidden states are gathered only where they are not

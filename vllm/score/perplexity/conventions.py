@@ -31,11 +31,7 @@ LM_EVAL_HF = "lm-eval-0.4.13-hf"
 LM_EVAL_VLLM = "lm-eval-0.4.13-vllm"
 
 # Shorter names; the version behind one may change with a release of this package.
-ALIASES = {
-    "lm-eval-rolling": LM_EVAL_HF,
-    "lm-eval-hf": LM_EVAL_HF,
-    "lm-eval-vllm": LM_EVAL_VLLM,
-}
+ALIASES = {"lm-eval-rolling": LM_EVAL_HF, "lm-eval-hf": LM_EVAL_HF, "lm-eval-vllm": LM_EVAL_VLLM}
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,7 @@ def run_job(
         describe_tokenizer(tokenizer) != describe_tokenizer(job.tokenizer)
     ):
         job = prepare(job.settings, job.source, tokenizer)
-    engine = {
-        "model": describe_model(llm),
-        "engine": describe_engine(llm),
-        "versions": versions(),
-    }
+    engine = {"model": describe_model(llm), "engine": describe_engine(llm), "versions": versions()}
     return score_job(job, engine_scorer(llm), engine, store=store, resume=resume, use_tqdm=use_tqdm)
 
 

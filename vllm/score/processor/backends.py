@@ -26,12 +26,7 @@ from vllm.score.processor.config import (
     dtype_name,
     read_profile,
 )
-from vllm.score.processor.head import (
-    LOGITS_BYTES,
-    causal_model,
-    evaluating,
-    map_logits,
-)
+from vllm.score.processor.head import LOGITS_BYTES, causal_model, evaluating, map_logits
 from vllm.score.processor.overrides import ZeroMapping, call_with, checked_mapping
 from vllm.score.processor.results import StepValues, Wanted, step_values
 from vllm.score.processor.sequences import (
@@ -161,6 +156,7 @@ class HuggingFaceBackend:
         self.tokenizer = tokenizer
         self.precision = precision
         self._params_zero = ZeroMapping(self.target)
+        precision.apply_to_process()  # an engine multiplies as it was started to
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -282,8 +278,7 @@ class HuggingFaceBackend:
         # A whole override needs no copy of the model's own parameters.
         whole = all(name in moved for name, _ in self.target.named_parameters())
         mapping = moved if whole else self._params_zero.get(checked.dtype) | moved
-        fp64 = self.precision.entropy_fp64
-        work = partial(self._score, responses, wanted, checked, fp64)
+        work = partial(self._score, responses, wanted, checked, self.precision.entropy_fp64)
         with torch.no_grad(), evaluating(self.target):
             values = call_with(self.target, mapping, work)
         return [{name: v.cpu() for name, v in each.items()} for each in values]

@@ -79,12 +79,12 @@ class Gsm8kR1Template:
         named = ((f"{what}, row {number}", row) for number, row in enumerate(rows, 1))
         examples = []
         for where, text, known in _read(what, rows.column_names, named):
-            if known is None or _MARK not in known:
+            _, mark, number = (known or "").rpartition(_MARK)
+            if not mark:
                 raise ScoreModeError(
                     f"{where}: the answer {known!r:.80} has no {_MARK} before its result."
                 )
-            number = known.rsplit(_MARK, 1)[1].strip().replace(",", "")
-            examples.append(Example(fill(self.template, text), number))
+            examples.append(Example(fill(self.template, text), number.strip().replace(",", "")))
         return examples
 
 

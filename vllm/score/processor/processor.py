@@ -75,9 +75,8 @@ class SequenceProcessor:
         llm: LLM | None = None,
         lora_request: LoRARequest | None = None,
     ) -> None:
-        self.config, precision = read_config(config)
-        self.precision = precision
-        self.backend = _checked_backend(backend, model, llm, precision, lora_request)
+        self.config, self.precision = read_config(config)
+        self.backend = _checked_backend(backend, model, llm, self.precision, lora_request)
         self.tokenizer = llm.get_tokenizer() if tokenizer is None and llm else tokenizer
         if not hasattr(self.tokenizer, "eos_token_id"):
             raise ScoreModeError(
@@ -89,14 +88,11 @@ class SequenceProcessor:
         self.llm = llm
         self._judge = AnswerJudge()
         self._engine = EngineBackend(llm, self.tokenizer, lora_request) if llm else None
-        self._hf = None if model is None else HuggingFaceBackend(model, self.tokenizer, precision)
+        self._hf = HuggingFaceBackend(model, self.tokenizer, self.precision) if model else None
         # Attributes that the specification of this class names: two profiles, which may be changed,
         # and the model without DistributedDataParallel.
-        self._fo_cfg, self._tf_cfg = precision.func_override, precision.tf_nograd
+        self._fo_cfg, self._tf_cfg = self.precision.func_override, self.precision.tf_nograd
         self._mdl_target = None if self._hf is None else self._hf.target
-        # An engine in this process multiplies as it was started to.
-        if model is not None:
-            precision.apply_to_process()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "config" and not isinstance(value, GenerationConfig):

@@ -172,9 +172,8 @@ class DistributionDiagnostics:
         eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
         self.config = GenerationConfig(temperature, top_p)
-        if isinstance(eos_token_id, int):
-            eos_token_id = (eos_token_id,)
-        self.eos_token_ids: tuple[int, ...] = tuple(eos_token_id or ())
+        ends = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+        self.eos_token_ids: tuple[int, ...] = tuple(ends or ())
 
     @torch.no_grad()
     def compute_from_logits(self, gen_logits: Tensor, realized_tokens: Tensor) -> DiagnosticsPack:
@@ -209,18 +208,14 @@ class DistributionDiagnostics:
             raise ScoreModeError(
                 f"gen_logits[{int(bad[0])}] has NaN: the model's output is broken there."
             )
-        if gen_logits.dtype != torch.float64:
-            gen_logits = gen_logits.float()
-        tokens = torch.tensor(ids, device=gen_logits.device)
-        values = step_values(gen_logits, tokens, Wanted(self.config), self.eos_token_ids)
+        logits = gen_logits.to(torch.promote_types(gen_logits.dtype, torch.float32))
+        tokens = torch.tensor(ids, device=logits.device)
+        values = step_values(logits, tokens, Wanted(self.config), self.eos_token_ids)
         return diagnostics_pack(values)
 
 
 def step_values(
-    logits: Tensor,
-    tokens: Tensor,
-    wanted: Wanted,
-    eos_token_ids: Sequence[int] = (),
+    logits: Tensor, tokens: Tensor, wanted: Wanted, eos_token_ids: Sequence[int] = ()
 ) -> StepValues:
     """What a model's logits say about the tokens drawn from them, in nats.
 

@@ -9,7 +9,7 @@ one response.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vllm.score.checks import Count, Whole, check
+from vllm.score.checks import Count, Whole, check, check_list
 from vllm.score.errors import ScoreModeError
 from vllm.score.tokens import encode_inputs, read_token_ids
 
@@ -141,13 +141,10 @@ def prompt_ids(prompts: Any, tokenizer: Any, vocab_size: int) -> list[list[int]]
     Raises:
         ScoreModeError: no prompts, one without a token, or neither texts nor ids.
     """
-    one = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
-    listed: list[Any] = [] if one else list(prompts)
+    check_list("prompts", prompts, Iterable)
+    listed = list(prompts)
     if not listed:
-        raise ScoreModeError(
-            "prompts must be a list of at least one text, or list of token ids, got "
-            f"{prompts!r:.80}."
-        )
+        raise ScoreModeError("prompts is empty; give at least one text, or list of token ids.")
     names = [f"prompts[{i}]" for i in range(len(listed))]
     found = [tokens.ids for tokens in encode_inputs(tokenizer, listed, names, vocab_size)]
     for name, ids in zip(names, found, strict=True):

@@ -6,14 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm.score.errors import ScoreModeError
-from vllm.score.report.style import BLUE, GREY, LIGHT, RED, drawable, html_page, style, svg
+from vllm.score.report.style import (
+    BLUE,
+    GREY,
+    LIGHT,
+    RED,
+    drawable,
+    html_page,
+    style,
+    write_drawing,
+)
 from vllm.score.report.table import (
     count,
     figure_cells,
@@ -160,17 +169,9 @@ def write_plot(result: PerplexityResult, path: Path) -> None:
     Raises:
         ScoreModeError: for another ending.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise ScoreModeError(
-            f"plot is {str(path)!r}; a drawing can be written as .png or .html, name such a file"
-        )
     losses = losses_of(result.batches(), result.provenance.scored_tokens)
-    drawing = draw_all(result, losses)
-    if path.suffix.lower() == ".png":
-        with style():
-            drawing.savefig(path, dpi=150)
-    else:
-        path.write_text(render_page(result, losses, svg(drawing)), encoding="utf-8")
+    page = partial(render_page, result, losses)
+    write_drawing(lambda: draw_all(result, losses), path, FORMATS, page)
 
 
 def draw_all(result: PerplexityResult, losses: Losses) -> Figure:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vllm.score.errors import ScoreModeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +77,35 @@ def svg(figure: Figure) -> str:
         figure.savefig(drawing, format="svg", metadata={"Date": None})
     text = drawing.getvalue()
     return text[text.index("<svg") :]  # without the declarations of a file of its own
+
+
+def write_drawing(
+    draw: Callable[[], Figure], path: Path, formats: Sequence[str], page: Callable[[str], str]
+) -> None:
+    """Write a drawing as the ending of the path says: .png, .svg, .pdf or .html.
+
+    Args:
+        draw: makes it.
+        formats: the endings that are possible.
+        page: the HTML file around an <svg> element.
+
+    Raises:
+        ScoreModeError: another ending.
+    """
+    ending = path.suffix.lower()
+    if ending not in formats:
+        raise ScoreModeError(
+            f"plot is {str(path)!r}; a drawing can be written as {' or '.join(formats)}, name such "
+            "a file"
+        )
+    figure = draw()
+    if ending in (".svg", ".html"):
+        text = svg(figure)
+        path.write_text(page(text) if ending == ".html" else text, encoding="utf-8")
+    else:
+        with style():
+            metadata = {"CreationDate": None} if ending == ".pdf" else None
+            figure.savefig(path, dpi=150, metadata=metadata)
 
 
 def html_page(title: str, body: str) -> str:

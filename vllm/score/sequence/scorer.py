@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from vllm.score.checks import check_name
+from vllm.score.checks import check_list, check_name
 from vllm.score.continuations import ContinuationScores, score_token_pairs
 from vllm.score.engine.configuration import check_llm
 from vllm.score.errors import ScoreModeError
@@ -232,10 +232,7 @@ def prepare_pairs(
 
 
 def _named(field: str, values: Any) -> list[tuple[str, Any]]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ScoreModeError(
-            f"{field} must be a list, got one {type(values).__name__}; write [{field}]."
-        )
+    check_list(field, values)
     return [(f"{field}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -252,10 +249,7 @@ def _rows(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] | None = None) 
 
 
 def _prepare(
-    rows: Iterable[_Row],
-    tokenizer: Callable[[], Any],
-    boundary: str,
-    vocab_size: int | None = None,
+    rows: Iterable[_Row], tokenizer: Callable[[], Any], boundary: str, vocab_size: int | None = None
 ) -> Prepared:
     """The tokens of all pairs; without `vocab_size` token ids are no context."""
     check_name("boundary", boundary, RULES)

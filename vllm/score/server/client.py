@@ -72,9 +72,7 @@ async def _echo(
 
     try:
         scoring = SamplingParams(
-            score_mode=True,
-            prompt_logprobs=mark.top,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            score_mode=True, prompt_logprobs=mark.top, output_kind=RequestOutputKind.FINAL_ONLY
         )
         setattr(scoring, AS_TOKENISED, True)
         own_id = f"{request_id}-prompt" if mark.generate else request_id

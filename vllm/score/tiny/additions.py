@@ -41,7 +41,6 @@ from vllm.score.tiny.training import (
     make_once,
     new_llama,
     optimise,
-    training_bar,
 )
 
 if TYPE_CHECKING:
@@ -73,9 +72,7 @@ class Problem:
     terms: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not (
-            MIN_TERMS <= len(self.terms) <= MAX_TERMS and all(term in TERMS for term in self.terms)
-        ):
+        if not (MIN_TERMS <= len(self.terms) <= MAX_TERMS and set(self.terms) <= set(TERMS)):
             raise ScoreModeError(
                 f"terms is {self.terms}; it must hold {MIN_TERMS} to {MAX_TERMS} whole numbers "
                 f"from {MIN_TERM} to {MAX_TERM}"
@@ -218,10 +215,7 @@ class AdditionsModel:
 
 
 def additions_model(
-    cache_dir: Path | None = None,
-    progress: bool = True,
-    *,
-    recipe: AdditionsRecipe | None = None,
+    cache_dir: Path | None = None, progress: bool = True, *, recipe: AdditionsRecipe | None = None
 ) -> AdditionsModel:
     """The model for additions; made on the first call (under a minute on one core), then read.
 
@@ -279,9 +273,8 @@ def train(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    bar = training_bar(recipe, recipe.steps, progress)
     steps = ((1, *texts) for texts in batches(recipe, tokenizer))
-    return model, optimise(model, steps, recipe, bar)
+    return model, optimise(model, steps, recipe, recipe.steps, progress)
 
 
 def batches(

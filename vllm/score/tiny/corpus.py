@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -64,24 +63,18 @@ class Corpus:
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
 
-    @property
-    def train_bytes(self) -> int:
-        """UTF-8 bytes of the training text."""
-        return sum(len(document.text.encode()) for document in self.train)
-
-    @property
-    def held_out_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text."""
-        return sum(len(document.text.encode()) for document in self.held_out)
-
     def sha256(self) -> str:
         """Hash of all the text and of the way it is split."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.held_out):
-            for document in part:
-                digest.update(f"{document.module}\0{document.text}\0".encode())
-            digest.update(b"\1")
-        return digest.hexdigest()
+        train, held_out = (
+            "".join(f"{document.module}\0{document.text}\0" for document in part)
+            for part in (self.train, self.held_out)
+        )
+        return hashlib.sha256(f"{train}\1{held_out}\1".encode()).hexdigest()
+
+
+def text_bytes(documents: Iterable[Document]) -> int:
+    """UTF-8 bytes of their texts."""
+    return sum(len(document.text.encode()) for document in documents)
 
 
 def standard_library_corpus(
@@ -100,7 +93,7 @@ def standard_library_corpus(
     """
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     corpus = split_corpus(read_documents(folder), held_out_fraction=held_out_fraction)
-    found = corpus.train_bytes + corpus.held_out_bytes
+    found = text_bytes(corpus.train) + text_bytes(corpus.held_out)
     if found < minimum_bytes or not corpus.train or not corpus.held_out:
         raise ScoreModeError(
             f"only {found:,} bytes of docstrings found under {folder} (at least {minimum_bytes:,} "
@@ -143,7 +136,8 @@ def split_corpus(documents: Iterable[Document], *, held_out_fraction: float = 0.
     train: list[Document] = []
     held_out: list[Document] = []
     for document in documents:
-        below = _unit_hash(document.package) < held_out_fraction
+        digest = hashlib.sha256(document.package.encode()).digest()
+        below = int.from_bytes(digest[:8], "big") / 2**64 < held_out_fraction
         (held_out if below else train).append(document)
     return Corpus(tuple(train), tuple(held_out))
 
@@ -155,27 +149,20 @@ def _docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return
-    for docstring in _walk(tree):
-        text = inspect.cleandoc(docstring).strip()
+    for text in _walk(tree):
         # Lone surrogates (written as escapes) have no UTF-8 form.
         if text and text.encode(errors="ignore").decode() == text:
             yield text
 
 
 def _walk(node: ast.AST) -> Iterator[str]:
-    """Docstrings of a node and of what it contains, in the order of the source."""
+    """Docstrings ("" for none) of a node and of what it contains, in the order of the source."""
     if isinstance(node, _DOCUMENTED):
-        docstring = ast.get_docstring(node, clean=False)
-        if docstring is not None:
-            yield docstring
+        yield (ast.get_docstring(node) or "").strip()
     for child in ast.iter_child_nodes(node):
         # Definitions stand in statements (and their except/case arms), never in expressions.
         if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
             yield from _walk(child)
-
-
-def _unit_hash(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -16,16 +16,21 @@ from pydantic import Field
 
 from vllm.score.checks import Count, Number, Whole, settings
 from vllm.score.errors import ScoreModeError
-from vllm.score.tiny.corpus import MINIMUM_VOCABULARY, standard_library_corpus, train_tokenizer
+from vllm.score.tiny.corpus import (
+    MINIMUM_VOCABULARY,
+    standard_library_corpus,
+    text_bytes,
+    train_tokenizer,
+)
 from vllm.score.tiny.training import (
     MODEL,
     LlamaRecipe,
     Made,
+    check_heads,
     make_once,
     new_llama,
     one_openmp_thread,
     optimise,
-    training_bar,
 )
 from vllm.score.tokens import read_token_ids
 
@@ -87,11 +92,7 @@ class Recipe(LlamaRecipe):
     minimum_bytes: Whole = 200_000
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.head_dim:
-            raise ScoreModeError(
-                f"hidden_size is {self.hidden_size}; it must be a multiple of head_dim, "
-                f"{self.head_dim}"
-            )
+        check_heads(self.hidden_size, self.head_dim)
         if not self.phases:
             raise ScoreModeError("phases is empty; at least one phase of training is needed")
         for phase in self.phases:
@@ -102,11 +103,6 @@ class Recipe(LlamaRecipe):
                     f"phases holds {phase}; its sequence_length must be at most "
                     f"max_position_embeddings, {self.max_position_embeddings}"
                 )
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps in all."""
-        return sum(phase.steps for phase in self.phases)
 
     @property
     def tokens(self) -> int:
@@ -199,13 +195,13 @@ def _build(folder: Path, recipe: Recipe, progress: bool) -> Made:
     facts = {
         "training_text": {
             "source": "docstrings of Python's standard library",
-            "bytes": corpus.train_bytes,
+            "bytes": text_bytes(corpus.train),
             "files": len(corpus.train),
             "tokens": len(train_ids),
             "corpus_sha256": corpus.sha256(),
             "held_out_packages": sorted({document.package for document in corpus.held_out}),
         },
-        "training_steps": recipe.steps,
+        "training_steps": sum(phase.steps for phase in recipe.phases),
         "training_tokens_seen": recipe.tokens,
         "training_loss_nats": loss,
         "held_out_bytes": len(held_out.encode()),
@@ -256,11 +252,10 @@ def train(
         # What the layers add to the residual stream starts small, as in GPT-2.
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.mul_(1 / math.sqrt(2 * recipe.num_layers))
-    bar = training_bar(recipe, recipe.tokens, progress, unit="tok", unit_scale=True)
     batches = ((ids[:, 1:].size, ids, ids) for ids in _batches(token_ids, recipe))
-    factor = recipe.embedding_rate_factor
-    loss = optimise(model, batches, recipe, bar, replicas=2, embedding_rate_factor=factor)
-    return model, loss
+    more: dict[str, Any] = {"replicas": 2, "unit": "tok", "unit_scale": True}
+    more["embedding_rate_factor"] = recipe.embedding_rate_factor
+    return model, optimise(model, batches, recipe, recipe.tokens, progress, **more)
 
 
 def _batches(token_ids: np.ndarray, recipe: Recipe) -> Iterator[np.ndarray]:

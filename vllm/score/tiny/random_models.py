@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 from vllm.score.checks import Count, Flag, Number, Seed, Whole, settings
 from vllm.score.errors import ScoreModeError
 from vllm.score.tiny.corpus import read_documents, train_tokenizer
-from vllm.score.tiny.training import save_model
+from vllm.score.tiny.training import check_heads, save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -74,11 +74,7 @@ class RandomModel:
     config_overrides: Mapping[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.head_dim:
-            raise ScoreModeError(
-                f"hidden_size is {self.hidden_size}; it must be a multiple of head_dim, "
-                f"{self.head_dim}"
-            )
+        check_heads(self.hidden_size, self.head_dim)
         if self.architecture == "gemma2" and not self.tied:
             raise ScoreModeError(
                 "tie_word_embeddings=False with architecture='gemma2': vLLM's Gemma-2 always "

@@ -83,6 +83,14 @@ class LlamaRecipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check_heads(hidden_size: int, head_dim: int) -> None:
+    """Raise ScoreModeError for heads that do not fill a hidden state."""
+    if hidden_size % head_dim:
+        raise ScoreModeError(
+            f"hidden_size is {hidden_size}; it must be a multiple of head_dim, {head_dim}"
+        )
+
+
 def new_llama(recipe: LlamaRecipe, num_heads: int, **fields: Any) -> LlamaForCausalLM:
     """A model with random weights by the recipe's seed; the caller's random state is put back.
 
@@ -108,31 +116,28 @@ def new_llama(recipe: LlamaRecipe, num_heads: int, **fields: Any) -> LlamaForCau
         return LlamaForCausalLM(config)
 
 
-def training_bar(recipe: LlamaRecipe, total: int, progress: bool, **options: Any) -> tqdm:
-    """The bar of a training; not shown where standard error is no terminal (tqdm's None)."""
-    shown = None if progress else True
-    return tqdm(desc=f"training {recipe.name} (once)", total=total, disable=shown, **options)
-
-
 def optimise(
     model: LlamaForCausalLM,
     batches: Iterable[tuple[int, np.ndarray, np.ndarray]],
     recipe: LlamaRecipe,
-    bar: tqdm,
+    total: int,
+    progress: bool,
     *,
     replicas: int = 1,
     embedding_rate_factor: float = 1.0,
+    **bar_options: Any,
 ) -> float:
     """Train by one step of AdamW for each batch, and leave the model in evaluation mode.
 
     Vectors, as norms are, do not decay. PyTorch's number of threads is put back.
 
     Args:
-        batches: how far each brings the training, in units of the bar; token ids and targets,
-            int64 [rows, length + 1] each; see `Replicas.backward`.
-        bar: shows how far the training is; its total is the end.
+        batches: how far each brings the training, out of `total`; token ids and targets, int64
+            [rows, length + 1] each; see `Replicas.backward`.
+        progress: show a bar, where standard error is a terminal.
         replicas: threads that share a batch; not the number of cores, for the same sums everywhere.
         embedding_rate_factor: how much faster the embedding and the head learn.
+        bar_options: of tqdm.
 
     Returns:
         Mean loss in nats per token over the last tenth of the steps.
@@ -151,13 +156,14 @@ def optimise(
     groups = [matrices, ends, vectors]
     optimiser = torch.optim.AdamW(groups, betas=_ADAM_BETAS, fused=True)
     peaks = [group["lr"] for group in optimiser.param_groups]
-    warmup = recipe.warmup_fraction * bar.total
+    shown, warmup = None if progress else True, recipe.warmup_fraction * total
+    bar = tqdm(desc=f"training {recipe.name} (once)", total=total, disable=shown, **bar_options)
     losses: list[float] = []
     done = 0
     with bar, one_openmp_thread(), closing(Replicas(model, replicas)) as copies:
         for size, ids, targets in batches:
             # Linear from 0 to 1 over the warm-up, then linear to 0 at the end.
-            falling = (bar.total - done) / (bar.total - warmup)
+            falling = (total - done) / (total - warmup)
             factor = min(falling, (done + size) / warmup if warmup else 1.0)
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor

@@ -34,11 +34,7 @@ from vllm.score.integrations.lm_eval.requests import (
     fit_pairs,
     read_generation_kwargs,
 )
-from vllm.score.integrations.lm_eval.scaled import (
-    ScaledGeneration,
-    ScaledRequest,
-    split_settings,
-)
+from vllm.score.integrations.lm_eval.scaled import ScaledGeneration, ScaledRequest, split_settings
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
