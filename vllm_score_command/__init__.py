@@ -208,7 +208,7 @@ def _loaded(command: str) -> tuple[Any, Callable[..., None], Declare]:
         _launch().quieten()
         module = import_module(f"vllm.score.cli.{command}")
         from vllm.score.cli import model
-    declare = getattr(options, command, None) or module.declare
+    declare = getattr(module, "declare", None) or getattr(options, command)
     return model, getattr(module, command), declare
 
 

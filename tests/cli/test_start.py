@@ -179,18 +179,28 @@ def test_an_engine_that_fails_while_it_starts(
     log.unlink()
 
 
-def test_an_interruption_while_vllm_is_imported_is_one_line() -> None:
-    program = "from vllm_score_command import main; print(flush=True); main()"
-    command = [sys.executable, "-c", program, "sequence", *PAIR]
+def interrupted(program: str, *arguments: str, after: float = 0) -> tuple[int, str]:
+    """Exit code and errors of a program that gets Ctrl-C, some seconds after its first line."""
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has what it runs in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(1)
+        time.sleep(after)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.splitlines()[-1]) == (130, "vllm-score: interrupted")
+    return process.returncode, errors
+
+
+def test_an_interruption_while_vllm_is_imported_is_one_line() -> None:
+    program = "from vllm_score_command import main; print(flush=True); main()"
+    code, errors = interrupted(program, "sequence", *PAIR, after=1)
+    assert (code, errors.splitlines()[-1]) == (130, "vllm-score: interrupted")
     assert "Traceback" not in errors
 
 
@@ -207,15 +217,7 @@ def test_an_interruption_ends_what_waits_for_a_process_that_has_gone() -> None:
         "    finally:\n"
         f"        {waiting}\n"
     )
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "vllm-score: interrupted\n")
+    assert interrupted(program) == (130, "vllm-score: interrupted\n")
 
 
 @pytest.fixture
