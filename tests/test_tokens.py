@@ -43,7 +43,7 @@ def question_ids(text: str, tokenizer: Any) -> list[int]:
     """The ids with which reasoning about a question begins."""
     vocab_size = len(tokenizer)
     (problem,) = eig_problems(tokenizer, [text], EIGParameters(), vocab_size=vocab_size)
-    return problem.args[0]
+    return problem.args[0].args[0]
 
 
 def ways(tokenizer: Any, text: str) -> dict[str, list[int]]:

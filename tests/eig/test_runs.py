@@ -184,7 +184,7 @@ def test_out_of_range_is_corrected_with_a_warning_or_refused(llm):
 @pytest.mark.parametrize(
     ("questions", "options", "message"),
     [
-        ("one question", {}, r"write \[question\]"),
+        ("one question", {}, r"write \[questions\]"),
         ([3], {}, r"questions\[0\] is int"),
         ([[]], {}, r"questions\[0\] has no messages"),
         (["a"], {"candidates": [["x"], ["y"]]}, "candidates has 2 lists for 1 questions"),

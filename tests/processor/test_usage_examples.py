@@ -129,7 +129,7 @@ def test_what_a_call_lacks_is_named(llm):
         sp.teacher_force_logprobs(batch, tf_batch_size=0)
     with pytest.raises(ScoreModeError, match="needs with_grad=True"):
         sp.teacher_force_logprobs(batch, return_baseline_features=True)
-    with pytest.raises(ScoreModeError, match="prompts must be a list"):
+    with pytest.raises(ScoreModeError, match="prompts is empty; give at least one text"):
         sp.generate_batched([])
     with pytest.raises(ScoreModeError, match="examples has 1 entries for 2 prompts"):
         sp._compute_rewards(["a", "b"], None, [object()])

@@ -329,8 +329,8 @@ def write_traces(
     """
     given = {"question": questions, "gold": gold}
     beside = {name: values for name, values in given.items() if values is not None}
-    for name, values in beside.items():
-        _check_length(name, values, traces)
+    _check_length("questions", questions, traces)
+    _check_length("gold", gold, traces)
     with atomic_write(Path(path)) as file:
         for number, trace in enumerate(traces):
             record = {name: values[number] for name, values in beside.items()}
