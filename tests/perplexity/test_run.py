@@ -195,7 +195,8 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
         return [np.full(window.num_targets, -1, dtype=np.float32) for window in windows]
 
     most = []
-    for number in (20, 120):  # the scores of the larger alone have 0.5 MB, for each plan
+    # The first run imports. The scores of the last alone have 0.5 MB, for each plan.
+    for number in (20, 20, 120):
         documents = [random.integers(size, size=1000).tolist() for _ in range(number)]
         job = job_for(documents, conventions=NAMES[1:3], separator="", group_tokens=10_000)
         tracemalloc.start()
@@ -203,7 +204,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
         most.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert result.provenance.scored_tokens == number * 1000 - 1
-    assert most[1] < most[0] + 3e5
+    assert most[2] < most[1] + 3e5
 
 
 def test_rows_of_the_result() -> None:
