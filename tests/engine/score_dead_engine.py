@@ -18,6 +18,8 @@ def main(model: str, how: str) -> None:
     from vllm import LLM
     from vllm.score import score
 
+    # A shell has what it runs in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     llm = LLM(
         model,
         dtype="float32",
