@@ -13,6 +13,7 @@ import pytest
 from tests.helpers import token_logprobs
 from tests.patches.processes import run_script
 from tests.patches.scripts.engines import SCORED
+from vllm.score.armed import upstream_version
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -108,7 +109,7 @@ def test_a_changed_engine_core_is_a_problem_of_that_process_only(
     for word in (
         "engine core",
         "vllm.v1.core.kv_cache_manager",
-        "0.32.",
+        f"vLLM {upstream_version()}",
         "VLLM_PLUGINS=vllm_score",
     ):
         assert word in problems["engine core"]

@@ -13,6 +13,7 @@ import vllm.score.patches as patches
 from tests.support.patch_table import notes
 from vllm.score import armed
 from vllm.score.patches import REGISTER
+from vllm.score.patches.contract import recorded_forms
 from vllm.score.patches.patch import Patch
 
 ROLES = {"front end", "engine core", "worker"}
@@ -44,7 +45,10 @@ def test_no_two_patches_share_a_target() -> None:
 
 @pytest.mark.parametrize("patch", REGISTER, ids=lambda patch: patch.target)
 def test_a_patch_is_documented(patch: Patch) -> None:
-    assert patch.contract and all(patch.contract.values())
+    assert patch.contract
+    for dotted in (*patch.contract, *patch.fields):
+        name = dotted if ":" in dotted else f"{patch.target}:{dotted}"
+        assert recorded_forms(name), name
     assert patch.roles and set(patch.roles) <= ROLES
     written = notes()[patch.target]
     assert [heading for heading, _ in written] == [

@@ -21,7 +21,8 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "ours only": ((), {"VLLM_PLUGINS": "vllm_score,vllm_score_check"}),
     "ours, too": ((), {"VLLM_PLUGINS": "some_other,vllm_score,vllm_score_check"}),
     "CPU target": ((), {"VLLM_TARGET_DEVICE": "cpu"}),
-    "later vLLM": (("0.33.0",), {}),
+    "later vLLM": (("0.34.0",), {}),
+    "later vLLM, tried": (("0.34.0",), {"VLLM_SCORE_ANY_VERSION": "1"}),
 }
 
 
@@ -100,13 +101,23 @@ def test_ordinary_parameters_are_the_same_bytes_on_the_wire(
 
 def test_another_vllm_is_not_amended(found: dict[str, Any]) -> None:
     states = found["later vLLM"]["states"]
-    assert states == {p.target: ["failed", "written for vLLM 0.32.*"] for p in REGISTER}
+    assert states == {p.target: ["failed", "written for vLLM 0.31 to 0.33"] for p in REGISTER}
 
 
 @pytest.mark.parametrize("attempt", ["constructor", "from_optional", "score"])
 def test_another_vllm_refuses_scores_in_one_sentence(attempt: str, found: dict[str, Any]) -> None:
     kind, message = found["later vLLM"][attempt]
     assert kind == "ScoreModeUnavailable"
-    for word in ("vllm.sampling_params", "vLLM 0.33.0", "0.32.*", "`pip install vllm==0.32.0`"):
+    cure = "`pip install 'vllm>=0.31,<0.34'`"
+    for word in ("vllm.sampling_params", "vLLM 0.34.0", "0.31 to 0.33", cure):
         assert word in message
     assert message.endswith(".") and "\n" not in message
+
+
+def test_a_brave_user_is_warned(found: dict[str, Any]) -> None:
+    ours = found["later vLLM, tried"]
+    assert ours["states"] == {patch.target: ["applied", ""] for patch in REGISTER}
+    assert ours["problem"] is None and ours["constructor"] == ["SamplingParams"]
+    (warning,) = ours["warnings"]
+    assert "tested with vLLM 0.31 to 0.33, not with 0.34.0" in warning
+    assert found["ours only"]["warnings"] == []

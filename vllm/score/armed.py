@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 Role = Literal["front end", "engine core", "worker"]
 
-UPSTREAM_VERSION = "0.32."
+# Releases of vLLM that the tests ran with; `vllm/score/patches/upstream.json` records each.
+UPSTREAM_VERSIONS = ("0.31.", "0.32.", "0.33.")
+ANY_VERSION = "VLLM_SCORE_ANY_VERSION"
 PLUGINS, CHECKS = "vllm.platform_plugins", "vllm.general_plugins"  # groups of entry points
 NAME = "vllm_score"
 OUR_PLUGINS = (NAME, "vllm_score_check")
@@ -71,6 +73,32 @@ def upstream_version() -> str:
     return str(__version__)
 
 
+def tested_releases() -> str:
+    """The range of releases that score mode was tested with, in words."""
+    return f"{UPSTREAM_VERSIONS[0][:-1]} to {UPSTREAM_VERSIONS[-1][:-1]}"
+
+
+def is_tested(version: str) -> bool:
+    """Whether the tests ran with this release of vLLM."""
+    return version.startswith(UPSTREAM_VERSIONS)
+
+
+def may_be_amended(version: str) -> bool:
+    """Whether this release is amended where the contracts hold: tested, or at the user's risk."""
+    return is_tested(version) or os.environ.get(ANY_VERSION) == "1"
+
+
+def untested_warning() -> str | None:
+    """What to say at every start beside a release that the tests did not run with, or None."""
+    version = upstream_version()
+    if is_tested(version) or not may_be_amended(version):
+        return None
+    return (
+        f"score mode was tested with vLLM {tested_releases()}, not with {version}; "
+        f"{ANY_VERSION}=1 tries it all the same. Compare its scores with another tool's."
+    )
+
+
 def why_not_armed() -> str:
     """The cause that vLLM did not load our plugin, and the cure. Looked for in vLLM's own order."""
     if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
@@ -107,9 +135,9 @@ def why_not_armed() -> str:
 def _why_failed(target: str, reason: str) -> str:
     """The cause that the patch of `target` is not in place, and the cure."""
     version = upstream_version()
-    if not version.startswith(UPSTREAM_VERSION):
+    if not may_be_amended(version):
         return (
-            f"the patch of {target} was written for vLLM {UPSTREAM_VERSION}* and vLLM {version} "
+            f"the patch of {target} was written for vLLM {tested_releases()} and vLLM {version} "
             f"was found; {HOW_TO_INSTALL_VLLM}"
         )
     points = (point for group in (PLUGINS, CHECKS) for point in entry_points(group=group))

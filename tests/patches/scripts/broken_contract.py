@@ -15,8 +15,8 @@ def rename_a_parameter(module: ModuleType) -> None:
     manager: Any = module.KVCacheManager
     stock = manager.get_computed_blocks
 
-    def get_computed_blocks(self: Any, queried: Any) -> Any:
-        return stock(self, queried)
+    def get_computed_blocks(self: Any, queried: Any, *args: Any) -> Any:
+        return stock(self, queried, *args)
 
     manager.get_computed_blocks = get_computed_blocks
 

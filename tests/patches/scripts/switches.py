@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ if len(sys.argv) > 1:
 
 from vllm import SamplingParams
 from vllm.score import armed, score
-from vllm.score.patches import REGISTER
+from vllm.score.patches import REGISTER, verify
 from vllm.v1.serial_utils import MsgpackEncoder
 
 
@@ -33,6 +34,23 @@ ORDINARY = (
     SamplingParams(max_tokens=1, prompt_logprobs=0, stop_token_ids=[7], min_p=0.1),
     SamplingParams.from_optional(n=2, temperature=0.5, max_tokens=None, logit_bias={3: 1.0}),
 )
+
+
+class Messages(logging.Handler):
+    """What `vllm.score.patches` says when vLLM loads its general plugins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+messages = Messages()
+logging.getLogger("vllm.score.patches").addHandler(messages)
+if armed.APPLICATIONS:
+    verify()
 encoder = MsgpackEncoder()
 version = armed.upstream_version()
 modules = {patch.target: importlib.import_module(patch.target) for patch in REGISTER}
@@ -43,6 +61,7 @@ print(
             "armed": bool(armed.APPLICATIONS),
             "states": {a.patch.target: [a.state, a.reason] for a in armed.applications()},
             "problem": armed.problem("front end"),
+            "warnings": messages.texts,
             # The contracts read in modules that nobody amended.
             "contracts": None
             if armed.APPLICATIONS

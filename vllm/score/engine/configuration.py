@@ -145,14 +145,14 @@ def model_config(settings: Mapping[str, Any]) -> Any:
 
 def _changes_the_model(config: Any, length: int) -> bool:
     """Whether vLLM builds another model for max_model_len = length + 1 than for length."""
-    from vllm.transformers_utils.config import iter_rope_parameters
-
     text = config.hf_text_config
     if "llama4" in text.model_type and length == _LLAMA4_PLAIN_ATTENTION:
         return True
     # LongRoPE has one set of factors up to this length, and another beyond it.
     originals = [getattr(text, "original_max_position_embeddings", None)]
-    rope = list(iter_rope_parameters(text))
+    rope = getattr(text, "rope_parameters", None) or {}
+    # One set for all layers, or one for each type of layer.
+    rope = [parameters for parameters in rope.values() if isinstance(parameters, dict)] or [rope]
     originals += [parameters.get("original_max_position_embeddings") for parameters in rope]
     longrope = any(parameters.get("rope_type") == "longrope" for parameters in rope)
     return longrope and length in originals

@@ -11,7 +11,13 @@ import logging
 from functools import partial
 from typing import get_args
 
-from vllm.score.armed import APPLICATIONS, Role, problem, upstream_version
+from vllm.score.armed import (
+    APPLICATIONS,
+    Role,
+    problem,
+    untested_warning,
+    upstream_version,
+)
 from vllm.score.patches import endpoints, engine_core, front_end, sampling_params, worker
 from vllm.score.patches.patch import Application, Patch, when_imported
 
@@ -41,6 +47,9 @@ def verify() -> None:
 
     It does not arm: what modules of vLLM have taken from each other by now would stay stock.
     """
+    logger = logging.getLogger(__name__)
     found = next(filter(None, map(problem, get_args(Role))), None)
     if found is not None:
-        logging.getLogger(__name__).warning("Ordinary generation is not affected, but %s", found)
+        logger.warning("Ordinary generation is not affected, but %s", found)
+    elif (warning := untested_warning()) is not None:
+        logger.warning(warning)

@@ -36,7 +36,6 @@ vllm.entrypoints.openai.responses.protocol
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +43,7 @@ import wrapt
 
 from vllm.score.armed import front_end_problem
 from vllm.score.errors import ScoreModeError
-from vllm.score.patches.patch import Patch
+from vllm.score.patches.patch import Call, Patch
 from vllm.score.server.answer import events_with_scores, scores_object, scores_of
 from vllm.score.server.client import ScoringClient
 from vllm.score.server.request import (
@@ -75,52 +74,59 @@ def _refuse_scores(module: ModuleType) -> None:
 
 
 REQUEST = Patch("vllm.entrypoints.openai.completion.protocol", ("front end",))
-SERVING = Patch("vllm.entrypoints.openai.completion.serving", ("front end",), refuse=_refuse_scores)
+_CREATE = ("OpenAIServingCompletion._create_completion",)
+SERVING = Patch(
+    "vllm.entrypoints.openai.completion.serving",
+    ("front end",),
+    calls={
+        "render_completion_request": _CREATE,
+        "to_sampling_params": _CREATE,
+        "completion_stream_generator": _CREATE,
+        "request_output_to_completion_response": _CREATE,
+    },
+    refuse=_refuse_scores,
+)
 CHAT = Patch("vllm.entrypoints.openai.chat_completion.protocol", ("front end",))
 RESPONSES = Patch("vllm.entrypoints.openai.responses.protocol", ("front end",))
 
 
 @REQUEST.wrap("CompletionRequest.to_sampling_params")
-def to_sampling_params(
-    stock: Any, self: Any, max_tokens: int, default_sampling_params: Any = None
-) -> Any:
+def to_sampling_params(call: Call, self: Any, max_tokens: int) -> Any:
     """Have requests for the log-probabilities of a prompt become score requests."""
     fields = score_fields(self)
     if fields is not None:
         # One token is what the stock checks want.
-        return score_params(self, fields, stock(1, default_sampling_params))
+        return score_params(self, fields, call(max_tokens=1))
     check_room(max_tokens, self.max_tokens, ECHO_ALONE)
-    params = stock(max_tokens, default_sampling_params)
+    params = call()
     mark_echo(self, params)
     return params
 
 
 @SERVING.wrap("OpenAIServingCompletion.__init__")
-def init(stock: Any, self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+def init(call: Call, self: Any) -> None:
     """Give this endpoint, and no other, a client that scores."""
-    stock(engine_client, *args, **kwargs)
+    call()
     self.engine_client = ScoringClient(self.engine_client)
 
 
 @SERVING.wrap("OpenAIServingCompletion.render_completion_request")
-async def render(stock: Any, self: Any, request: Any) -> Any:
+async def render(call: Call, self: Any, request: Any) -> Any:
     """Add the targets to the prompts; every refusal comes before anything runs."""
     fields = score_fields(request)
     if fields is None:
-        return await stock(request)
+        return await call()
     prepare(request, fields)
-    rendered = await stock(request)
+    rendered = await call()
     if isinstance(rendered, list):  # else the stock answer to an error
         add_targets(self, request, fields, rendered)
     return rendered
 
 
 @SERVING.wrap("OpenAIServingCompletion.request_output_to_completion_response")
-def response(
-    stock: Any, self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
-) -> Any:
+def response(call: Call, self: Any, final_res_batch: Any, request: Any) -> Any:
     """Add the scores to an answer."""
-    answer = stock(final_res_batch, request, *args, **kwargs)
+    answer = call()
     if score_fields(request) is not None:
         for choice, output in zip(answer.choices, final_res_batch, strict=True):
             choice.scores = scores_object(scores_of(output))
@@ -128,24 +134,22 @@ def response(
 
 
 @SERVING.wrap("OpenAIServingCompletion.completion_stream_generator")
-def stream(stock: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+def stream(call: Call, self: Any, request: Any, result_generator: Any) -> Any:
     """Add the scores to the events of a stream."""
-    if score_fields(request) is not None:
-        stock = partial(events_with_scores, stock)
-    return stock(request, *args, **kwargs)
+    if score_fields(request) is None:
+        return call()
+    return events_with_scores(call, request, result_generator)
 
 
 @CHAT.wrap("ChatCompletionRequest.to_sampling_params")
-def chat_params(stock: Any, self: Any, max_tokens: int, default_sampling_params: Any) -> Any:
+def chat_params(call: Call, self: Any, max_tokens: int) -> Any:
     """Refuse score fields, which this endpoint would ignore."""
     refuse_score_fields(self, max_tokens, ("max_completion_tokens", "max_tokens"))
-    return stock(max_tokens, default_sampling_params)
+    return call()
 
 
 @RESPONSES.wrap("ResponsesRequest.to_sampling_params")
-def responses_params(
-    stock: Any, self: Any, default_max_tokens: int, *args: Any, **kwargs: Any
-) -> Any:
+def responses_params(call: Call, self: Any, default_max_tokens: int) -> Any:
     """The same."""
     refuse_score_fields(self, default_max_tokens, ("max_output_tokens",))
-    return stock(default_max_tokens, *args, **kwargs)
+    return call()

@@ -42,7 +42,7 @@ import wrapt
 from vllm.score import armed
 from vllm.score.armed import Role
 from vllm.score.errors import ScoreModeError
-from vllm.score.patches.patch import Patch
+from vllm.score.patches.patch import Call, Patch
 
 
 def process_status(role: Role) -> dict[str, Any]:
@@ -126,15 +126,34 @@ def _add_methods(module: ModuleType) -> None:
 CORE = Patch(
     "vllm.v1.engine.core",
     ("engine core",),
-    contract={
-        "EngineCore.collective_rpc": ("self", "method", "timeout", "args", "kwargs"),
-        "EngineCore.reset_prefix_cache": ("self",),
-    },
+    contract={"EngineCore.collective_rpc": (), "EngineCore.reset_prefix_cache": ()},
+    relies_on=("EngineCoreProc._handle_client_request", "EngineCoreProc._invoke_utility_method"),
     apply=_add_methods,
     holds=lambda module: all(getattr(module.EngineCore, m.__name__) is m for m in METHODS),
 )
-CACHE = Patch("vllm.v1.core.kv_cache_manager", ("engine core",))
-SCHEDULER = Patch("vllm.v1.core.sched.scheduler", ("engine core",))
+CACHE = Patch(
+    "vllm.v1.core.kv_cache_manager",
+    ("engine core",),
+    relies_on=(
+        "KVCacheManager.get_computed_blocks_for_connector",
+        "vllm.v1.core.kv_cache_coordinator:UnitaryKVCacheCoordinator.find_longest_cache_hit",
+        "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
+    ),
+)
+SCHEDULER = Patch(
+    "vllm.v1.core.sched.scheduler",
+    ("engine core",),
+    fields=("vllm.v1.engine:EngineCoreOutput.prompt_token_id_logprobs",),
+    calls={
+        "get_computed_blocks": ("Scheduler.schedule",),
+        "_update_request_with_output": ("Scheduler.update_from_output",),
+    },
+    relies_on=(
+        "Scheduler._get_local_prefix_cache_hit",
+        "Scheduler._handle_stopped_request",
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_request_with_output",
+    ),
+)
 
 
 class CappedRequest(wrapt.ObjectProxy):
@@ -145,25 +164,30 @@ class CappedRequest(wrapt.ObjectProxy):
         return int(self.__wrapped__.sampling_params._score.start) + 1
 
 
+LIMIT = "max_cache_hit_length"
+
+
 @CACHE.wrap("KVCacheManager.get_computed_blocks")
-def get_computed_blocks(stock: Any, self: Any, request: Any) -> Any:
+def get_computed_blocks(call: Call, self: Any, request: Any) -> Any:
     """End the hit of a score request before its first scored row."""
     params = request.sampling_params
     if params is None or not params.score_mode:
-        return stock(request)
-    if params._score.start == 0:
+        return call()
+    start = params._score.start
+    if start == 0:
         return self.empty_kv_cache_blocks, 0, 0
-    return stock(CappedRequest(request))
+    if not call.takes(LIMIT):
+        return call(request=CappedRequest(request))
+    given = call.argument(LIMIT)
+    return call(**{LIMIT: start if given is None else min(start, given)})
 
 
 @SCHEDULER.wrap("Scheduler._update_request_with_output")
-def update_request(
-    stock: Any, self: Any, request: Any, new_token_ids: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Finish a score request; AsyncScheduler calls this through super()."""
+def update_request(call: Call, self: Any, request: Any) -> Any:
+    """Finish a score request; where AsyncScheduler overrides this, it calls it through super()."""
     params = request.sampling_params
     if params is None or not params.score_mode:
-        return stock(request, new_token_ids, *args, **kwargs)
+        return call()
     from vllm.v1.request import RequestStatus
 
     # The sampled id only says that the prompt is complete.

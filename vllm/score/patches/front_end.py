@@ -64,6 +64,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from vllm.score.engine.configuration import check_configuration, confuses_adapters
 from vllm.score.engine.request import (
     NO_CLIENT_LIMIT,
@@ -78,21 +80,52 @@ from vllm.score.engine.request import (
 )
 from vllm.score.errors import ScoreModeUnavailable
 from vllm.score.patches.engine_core import first_problem
-from vllm.score.patches.patch import Patch
+from vllm.score.patches.patch import Call, Patch
 from vllm.score.results import ANY_ID, EveryId, FailedScores, attach_scores
 
-RENDERER = Patch("vllm.renderers.base", ("front end",))
-INPUTS = Patch("vllm.v1.engine.input_processor", ("front end",))
+RENDERER = Patch(
+    "vllm.renderers.base",
+    ("front end",),
+    calls={
+        "_process_singleton": ("BaseRenderer.process_for_engine",),
+        "_process_singleton_async": ("BaseRenderer.process_for_engine_async",),
+    },
+)
+INPUTS = Patch(
+    "vllm.v1.engine.input_processor",
+    ("front end",),
+    relies_on=("InputProcessor._validate_params", "InputProcessor._validate_model_input"),
+)
 OUTPUT = Patch(
     "vllm.outputs",
     ("front end",),
-    contract={"RequestOutput.__init__": ("self", "request_id", "prompt", "prompt_token_ids")},
+    contract={"RequestOutput.__init__": ()},
     apply=lambda module: setattr(module.RequestOutput, "scores", None),
     holds=lambda module: module.RequestOutput.scores is None,
 )
-OUTPUTS = Patch("vllm.v1.engine.output_processor", ("front end",))
-LLM_ENGINE = Patch("vllm.v1.engine.llm_engine", ("front end",))
-ASYNC_LLM = Patch("vllm.v1.engine.async_llm", ("front end",))
+OUTPUTS = Patch(
+    "vllm.v1.engine.output_processor",
+    ("front end",),
+    calls={
+        "_new_request_output": ("RequestState.make_request_output",),
+        "from_new_request": ("OutputProcessor.add_request",),
+    },
+    relies_on=(
+        "OutputProcessor.process_outputs",
+        "vllm.v1.engine.logprobs:LogprobsProcessor.update_from_output",
+    ),
+)
+LLM_ENGINE = Patch(
+    "vllm.v1.engine.llm_engine",
+    ("front end",),
+    calls={"process_inputs": ("LLMEngine.add_request",)},
+)
+ASYNC_LLM = Patch(
+    "vllm.v1.engine.async_llm",
+    ("front end",),
+    calls={"process_inputs": ("AsyncLLM.add_request",)},
+    relies_on=("AsyncLLM.generate",),
+)
 
 # On an input processor: a score was NaN, so a part of the KV cache may be.
 NAN_SEEN = "score_mode_nan_seen"
@@ -109,17 +142,15 @@ TOUCHED = "score_mode_model_touched"
 
 
 @RENDERER.wrap("BaseRenderer._process_singleton")
-def process_singleton(stock: Any, self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+def process_singleton(call: Call, self: Any, prompt: Any, tok_params: Any) -> Any:
     """Keep the targets, which rendering drops with all keys that it does not know."""
-    return _with_targets(prompt, kwargs.get("tok_params"), stock(prompt, *args, **kwargs))
+    return _with_targets(prompt, tok_params, call())
 
 
 @RENDERER.wrap("BaseRenderer._process_singleton_async")
-async def process_singleton_async(
-    stock: Any, self: Any, prompt: Any, *args: Any, **kwargs: Any
-) -> Any:
+async def process_singleton_async(call: Call, self: Any, prompt: Any, tok_params: Any) -> Any:
     """The same."""
-    return _with_targets(prompt, kwargs.get("tok_params"), await stock(prompt, *args, **kwargs))
+    return _with_targets(prompt, tok_params, await call())
 
 
 def _with_targets(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
@@ -131,9 +162,7 @@ def _with_targets(prompt: Any, tok_params: Any, engine_input: Any) -> Any:
 
 
 @INPUTS.wrap("InputProcessor.process_inputs")
-def process_inputs(
-    stock: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-) -> Any:
+def process_inputs(call: Call, self: Any, prompt: Any, params: Any) -> Any:
     """Admission: a score request becomes an engine request with targets and no token to generate.
 
     Instances bind the method when they are made, so the class must be amended.
@@ -145,21 +174,19 @@ def process_inputs(
                 "SamplingParams(score_mode=True).",
                 parameter=TARGETS,
             )
-        request = stock(request_id, prompt, params, *args, **kwargs)
+        request = call()
         if hasattr(params, ANY_ID):
             setattr(request.sampling_params, ANY_ID, True)  # the stock function copies them
         return request
-    prompt = _rendered(self, prompt, kwargs.get("tokenization_kwargs"))
-    ids, spec = _admitted(self, prompt, params, bool(kwargs.get("resumable")))
+    prompt = _rendered(self, prompt, call.argument("tokenization_kwargs"))
+    ids, spec = _admitted(self, prompt, params, bool(call.argument("resumable")))
     lease = BytesLease(self, spec)
     prompt = {**prompt, "prompt_token_ids": ids[: len(ids) - len(spec.unread)]}
     prompt.pop(TARGETS, None)
     skip = bool(params.skip_reading_prefix_cache)
     if confuses_adapters(self.vllm_config):  # a cached prefix may have another request's adapter
-        bound = inspect.signature(stock).bind(request_id, prompt, params, *args, **kwargs)
-        skip |= bound.arguments.get("lora_request") is None
-    carrier = copy.copy(_template(params.output_kind, skip))
-    request = stock(request_id, prompt, carrier, *args, **kwargs)
+        skip |= call.argument("lora_request") is None
+    request = call(prompt=prompt, params=copy.copy(_template(params.output_kind, skip)))
     _mark(request.sampling_params, spec, lease)
     return request
 
@@ -234,10 +261,25 @@ def _template(output_kind: Any, skip_reading_prefix_cache: bool) -> Any:
     )
 
 
+@functools.cache
+def _somebody_reads() -> Any:
+    """What says in prompt_logprob_token_ids, of either of its types, that prompt rows are read."""
+    import msgspec
+
+    from vllm import SamplingParams
+
+    types = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+    rows = "ndarray" in repr(types["prompt_logprob_token_ids"])
+    return np.zeros((1, 1), np.int32) if rows else [0]
+
+
 def _mark(engine_params: Any, spec: ScoreSpec, lease: BytesLease) -> None:
     engine_params.score_mode = True
     engine_params._score = spec
     engine_params.max_tokens = 0
+    # Models that leave out prompt rows which nobody reads look at these two.
+    engine_params.prompt_logprob_token_ids = _somebody_reads()
+    engine_params.prompt_logprob_start = spec.start
     # The generation config's end-of-sequence ids mean nothing here.
     engine_params.stop_token_ids = []
     engine_params._all_stop_token_ids = set()
@@ -342,10 +384,10 @@ def _touching(engine: Any) -> Iterator[None]:
 
 
 @LLM_ENGINE.wrap("LLMEngine.__init__")
-def init(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+def init(call: Call, self: Any) -> None:
     """No limit of a client; a note on a start that failed."""
     try:
-        stock(vllm_config, *args, **kwargs)
+        call()
     except RuntimeError as error:
         from vllm.score.launch.reasons import unguarded_script_note
 
@@ -356,51 +398,43 @@ def init(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> 
 
 
 @LLM_ENGINE.wrap("LLMEngine.add_request")
-def add_request(
-    stock: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-) -> Any:
+def add_request(call: Call, self: Any, params: Any) -> Any:
     """Admit a score request, or refuse it."""
-    if getattr(params, "score_mode", False):
-        params = _at_once(_let_in(self, params, self.has_unfinished_requests))
-    return stock(request_id, prompt, params, *args, **kwargs)
+    if not getattr(params, "score_mode", False):
+        return call()
+    return call(params=_at_once(_let_in(self, params, self.has_unfinished_requests)))
 
 
 @ASYNC_LLM.wrap("AsyncLLM.add_request")
-async def add_request_async(
-    stock: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-) -> Any:
+async def add_request_async(call: Call, self: Any, params: Any) -> Any:
     """The same, for an engine that is waited for."""
-    if getattr(params, "score_mode", False):
-        unfinished = self.output_processor.has_unfinished_requests
-        params = await _let_in(self, params, unfinished)
-    return await stock(request_id, prompt, params, *args, **kwargs)
+    if not getattr(params, "score_mode", False):
+        return await call()
+    unfinished = self.output_processor.has_unfinished_requests
+    return await call(params=await _let_in(self, params, unfinished))
 
 
 @LLM_ENGINE.wrap("LLMEngine.collective_rpc")
-def collective_rpc(stock: Any, self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+def collective_rpc(call: Call, self: Any) -> Any:
     """Note that the model may have changed."""
     with _touching(self):
-        return stock(method, *args, **kwargs)
+        return call()
 
 
 @ASYNC_LLM.wrap("AsyncLLM.collective_rpc")
-async def collective_rpc_async(
-    stock: Any, self: Any, method: Any, *args: Any, **kwargs: Any
-) -> Any:
+async def collective_rpc_async(call: Call, self: Any) -> Any:
     """The same."""
     with _touching(self):
-        return await stock(method, *args, **kwargs)
+        return await call()
 
 
 # --- the way out
 
 
 @OUTPUTS.wrap("RequestState.from_new_request")
-def from_new_request(
-    stock: Any, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any
-) -> Any:
+def from_new_request(call: Call, cls: Any, tokenizer: Any, request: Any) -> Any:
     """Remember with the request's state what is scored."""
-    state = stock(tokenizer, request, *args, **kwargs)
+    state = call()
     params = request.sampling_params
     if params is not None and params.score_mode:
         state.score_spec = params._score
@@ -412,9 +446,9 @@ def from_new_request(
 
 
 @OUTPUTS.wrap("RequestState._new_request_output")
-def new_request_output(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def new_request_output(call: Call, self: Any) -> Any:
     """Turn the engine's array into `scores`, and the view in `prompt_logprobs`."""
-    output = stock(*args, **kwargs)
+    output = call()
     spec = getattr(self, "score_spec", None)
     if spec is not None:
         attach_scores(output, spec, self.score_tokenizer)

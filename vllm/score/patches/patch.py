@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import wrapt
 
-from vllm.score.armed import UPSTREAM_VERSION, Role
+from vllm.score.armed import Role, may_be_amended, tested_releases
+from vllm.score.patches.contract import annotation_of, form_of, names_in, recorded_forms
 
 State = Literal["not imported", "applied", "failed"]
 Hook = Callable[[ModuleType], None]
@@ -29,8 +30,14 @@ class Patch:
     Attributes:
         target: the upstream module.
         roles: the processes in which score requests need it.
-        contract: what is amended, and what must be found there: dotted attribute to parameter
-            names, in order. `wrap` adds to it.
+        contract: what is amended or called: dotted attribute to the forms that it may have; none
+            stands for those on record. `wrap` adds to it.
+        fields: fields that are written or read, `Class.field` of the target or `module:Class.field`
+            of a module that it imports; they must be typed as on record.
+        calls: what is wrapped to the functions of the target, in any release, that call it: one of
+            them must.
+        relies_on: further functions, named like fields, whose behaviour is relied on. Their changes
+            are reported (`vllm.score.patches.drift`), and break no contract.
         apply: amends the imported module; not needed where functions are only wrapped.
         holds: read-back for amendments that are not wrapped functions; None: `contract` says all.
         refuse: applied instead when the contract does not hold, so that a score request gets a
@@ -41,24 +48,23 @@ class Patch:
     target: str
     roles: tuple[Role, ...]
     contract: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
+    calls: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    relies_on: tuple[str, ...] = ()
     apply: Callable[[ModuleType], None] | None = None
     holds: Callable[[ModuleType], bool] | None = None
     refuse: Callable[[ModuleType], None] | None = None
     wrappers: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def wrap(self, dotted: str) -> Callable[[F], F]:
-        """Decorator: have `f(stock, self, ...)` called in the place of `dotted`.
+        """Decorator: have `f(call, self, ...)` called in the place of `dotted`.
 
-        `stock` is the upstream function, bound. From `self` on, the parameters of `f` are the first
-        ones of the upstream function under their own names, which makes the contract; `*args` and
-        `**kwargs` take those that `f` only passes on. Where `f` lacks these, a function that
-        takes more, as one of a later release may, breaks the contract.
+        `call` is the `Call`. From the third on, the parameters of `f` are those of the upstream
+        function that it reads, under their own names.
         """
 
         def register(f: F) -> F:
-            _, *own = inspect.signature(f).parameters.values()
-            names = (p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD)
-            self.contract[dotted] = tuple(names)
+            self.contract[dotted] = ()
             self.wrappers[dotted] = f
             return f
 
@@ -67,44 +73,126 @@ class Patch:
     def put_in_place(self, module: ModuleType) -> None:
         """Amend the imported module."""
         for dotted, f in self.wrappers.items():
-            wrapt.wrap_function_wrapper(module, dotted, _calling(f))
+            found = wrapt.resolve_path(module, dotted)[2]
+            wrapt.wrap_function_wrapper(module, dotted, calling(f, found))
         if self.apply is not None:
             self.apply(module)
 
     def contract_problem(self, module: ModuleType, version: str) -> str | None:
         """Why the module found, of that version of vLLM, must not be amended; or None."""
-        if not version.startswith(UPSTREAM_VERSION):
-            return f"written for vLLM {UPSTREAM_VERSION}*"
-        for dotted, expected in self.contract.items():
+        if not may_be_amended(version):
+            return f"written for vLLM {tested_releases()}"
+        for dotted, forms in self.contract.items():
             try:
                 *_, found = wrapt.resolve_path(module, dotted)
             except AttributeError:
                 return f"{dotted} does not exist"
-            function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
-            names = tuple(inspect.signature(function).parameters)
-            if names[: len(expected)] != expected:
-                return f"{dotted} takes {names}, not {expected}"
-            wrapper = self.wrappers.get(dotted)
-            if names != expected and wrapper is not None and not _passes_on(wrapper):
-                return f"{dotted} takes {names}, more than {expected}"
+            expected = forms or recorded_forms(f"{self.target}:{dotted}")
+            if form_of(found) not in expected:
+                return f"{dotted} takes ({form_of(found)}), not ({') or ('.join(expected)})"
+            for name in reads(self.wrappers[dotted]) if dotted in self.wrappers else ():
+                if name not in inspect.signature(_function(found)).parameters:
+                    return f"{dotted} takes no {name}"
+        for name in self.fields:
+            full = name if ":" in name else f"{self.target}:{name}"
+            typed, expected = _annotation(module, full), recorded_forms(full)
+            if typed not in expected:
+                return f"{name} is typed {typed}, not {' or '.join(expected)}"
+        for called, callers in self.calls.items():
+            functions = [f for c in callers if (f := _look_up(module, c)) is not None]
+            if not any(called in names_in(f) for f in functions):
+                return f"{called} is not called by {' or '.join(callers)}"
         return None
 
 
-def _passes_on(f: Callable[..., Any]) -> bool:
-    """Whether `f` takes any more parameters, by its `*args` and `**kwargs`."""
-    kinds = {parameter.kind for parameter in inspect.signature(f).parameters.values()}
-    return {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+class Call:
+    """A call of a wrapped function: `call()` hands it on as it came, whatever it was called with.
+
+    `call(name=value)` changes the arguments of those names.
+    """
+
+    __slots__ = ("_args", "_kwargs", "_parameters", "_stock")
+
+    def __init__(self, stock: Any, parameters: dict[str, Any], args: Any, kwargs: Any) -> None:
+        self._stock, self._parameters, self._args, self._kwargs = stock, parameters, args, kwargs
+
+    def __call__(self, **changes: Any) -> Any:
+        if not changes:
+            return self._stock(*self._args, **self._kwargs)
+        args, kwargs, places = list(self._args), dict(self._kwargs), list(self._parameters)
+        for name, value in changes.items():
+            place = places.index(name) if name in self._parameters else len(args)
+            if place < len(args):
+                args[place] = value
+            else:
+                kwargs[name] = value
+        return self._stock(*args, **kwargs)
+
+    def takes(self, name: str) -> bool:
+        """Whether this release's function has a parameter of that name."""
+        return name in self._parameters
+
+    def argument(self, name: str) -> Any:
+        """What was given for a parameter, or its default.
+
+        Raises:
+            LookupError: nothing was, and it has no default.
+        """
+        if name in self._kwargs:
+            return self._kwargs[name]
+        place = list(self._parameters).index(name) if name in self._parameters else len(self._args)
+        if place < len(self._args):
+            return self._args[place]
+        default = self._parameters.get(name, inspect.Parameter.empty)
+        if default is inspect.Parameter.empty:
+            raise LookupError(name)
+        return default
 
 
-def _calling(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f(stock, self, ...)` as wrapt calls wrappers."""
+def reads(wrapper: Callable[..., Any]) -> list[str]:
+    """The upstream parameters that a wrapper reads."""
+    return list(inspect.signature(wrapper).parameters)[2:]
+
+
+def _function(found: Any) -> Any:
+    return found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+
+
+def _annotation(module: ModuleType, field_name: str) -> str | None:
+    home, _, dotted = field_name.partition(":")
+    owner, _, name = dotted.partition(".")
+    place = module if home == module.__name__ else sys.modules.get(home)
+    cls = getattr(place, owner, None)
+    return None if cls is None else annotation_of(cls, name)
+
+
+def _look_up(module: ModuleType, dotted: str) -> Any:
+    try:
+        return wrapt.resolve_path(module, dotted)[2]
+    except AttributeError:
+        return None
+
+
+def calling(f: Callable[..., Any], found: Any) -> Callable[..., Any]:
+    """`f(call, self, ...)` as wrapt calls wrappers; `found` is what it is called in place of."""
+    wanted = reads(f)
+    parameters = {
+        p.name: p.default for p in inspect.signature(_function(found)).parameters.values()
+    }
+    if not isinstance(found, staticmethod):
+        del parameters[next(iter(parameters))]
 
     def wrapper(stock: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if instance is None:
+        if instance is None and not isinstance(found, staticmethod):
             # Called through the class, with an object that is none of it, as LoRA's layers do.
             instance, *args = args
             stock = partial(stock, instance)
-        return f(stock, instance, *args, **kwargs)
+        call = Call(stock, parameters, args, kwargs)
+        try:
+            read = [call.argument(name) for name in wanted]
+        except LookupError:
+            return call()  # raises the error that the caller is to see
+        return f(call, instance, *read)
 
     return wrapper
 

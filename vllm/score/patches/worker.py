@@ -41,12 +41,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.score.patches.patch import Patch
+from vllm.score.patches.patch import Call, Patch
 
-V1_RUNNER = Patch("vllm.v1.worker.gpu_model_runner", ("worker",))
-V2_RUNNER = Patch("vllm.v1.worker.gpu.sample.prompt_logprob", ("worker",))
-HEAD = Patch("vllm.model_executor.layers.logits_processor", ("worker",))
-LORA_HEAD = Patch("vllm.lora.layers.logits_processor", ("worker",))
+V1_RUNNER = Patch(
+    "vllm.v1.worker.gpu_model_runner",
+    ("worker",),
+    fields=("vllm.v1.outputs:ModelRunnerOutput.prompt_token_id_logprobs_dict",),
+    calls={"_get_prompt_logprobs_dict": ("GPUModelRunner._bookkeeping_sync",)},
+    relies_on=("GPUModelRunner._update_states", "GPUModelRunner._prepare_inputs"),
+)
+V2_RUNNER = Patch(
+    "vllm.v1.worker.gpu.sample.prompt_logprob",
+    ("worker",),
+    relies_on=(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
+        "vllm.v1.worker.gpu.input_batch:InputBatch.num_computed_prefill_tokens_np",
+        "vllm.v1.worker.gpu.input_batch:InputBatch.num_scheduled_tokens",
+        "vllm.v1.worker.gpu.input_batch:InputBatch.query_start_loc_np",
+        "vllm.v1.worker.gpu.async_utils:AsyncOutput.__init__",
+        "vllm.v1.worker.gpu.async_utils:AsyncOutput.get_output",
+        "vllm.models.deepseek_v41.nvidia.model_state:DeepseekV41ModelState.add_request",
+    ),
+)
+HEAD = Patch(
+    "vllm.model_executor.layers.logits_processor",
+    ("worker",),
+    relies_on=("LogitsProcessor._get_logits", "LogitsProcessor.__init__"),
+)
+LORA_HEAD = Patch(
+    "vllm.lora.layers.logits_processor",
+    ("worker",),
+    relies_on=("LogitsProcessorWithLoRA._get_logits", "LogitsProcessorWithLoRA.forward"),
+)
 
 # On the V1 runner: results of the step that is under way.
 READY = "score_mode_ready"
@@ -58,18 +86,18 @@ REQUESTS = "score_mode_requests"
 
 @V1_RUNNER.wrap("GPUModelRunner._get_prompt_logprobs_dict")
 def get_prompt_logprobs(
-    stock: Any, self: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
+    call: Call, self: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
 ) -> Any:
     """Score the rows of the step."""
     setattr(self, READY, _score_v1(self, hidden_states, num_scheduled_tokens))
-    return stock(hidden_states, num_scheduled_tokens)
+    return call()
 
 
 @V1_RUNNER.wrap("GPUModelRunner.sample_tokens")
-def sample_tokens(stock: Any, self: Any, grammar_output: Any, *args: Any, **kwargs: Any) -> Any:
+def sample_tokens(call: Call, self: Any) -> Any:
     """Hand over what the step has completed."""
     setattr(self, READY, {})
-    output = stock(grammar_output, *args, **kwargs)
+    output = call()
     ready = getattr(self, READY)
     if ready:
         # Asynchronous scheduling wraps the output.
@@ -117,32 +145,30 @@ def _spoils_rows_without_adapter(runner: Any, num_scheduled_tokens: dict[str, in
 
 
 @V2_RUNNER.wrap("PromptLogprobsWorker.add_request")
-def add_request(stock: Any, self: Any, req_id: str, req_idx: int, sampling_params: Any) -> Any:
+def add_request(call: Call, self: Any, req_id: str, sampling_params: Any) -> Any:
     """Keep a score request from upstream's state."""
     if not sampling_params.score_mode:
-        return stock(req_id, req_idx, sampling_params)
+        return call()
     from vllm import SamplingParams
     from vllm.score.engine.worker import RequestScores
 
     _requests(self)[req_id] = RequestScores(sampling_params._score)
     # Upstream is told of a request without prompt scores: its own state would cost three launches
     # per request and compute everything a second time.
-    return stock(req_id, req_idx, SamplingParams())
+    return call(sampling_params=SamplingParams())
 
 
 @V2_RUNNER.wrap("PromptLogprobsWorker.remove_request")
-def remove_request(stock: Any, self: Any, req_id: str) -> Any:
+def remove_request(call: Call, self: Any, req_id: str) -> Any:
     """Forget a request, also an aborted one."""
     _requests(self).pop(req_id, None)
-    return stock(req_id)
+    return call()
 
 
 @V2_RUNNER.wrap("PromptLogprobsWorker.compute_prompt_token_id_logprobs")
-def compute(
-    stock: Any, self: Any, logits_fn: Any, hidden_states: Any, input_batch: Any, prompt_lens: Any
-) -> Any:
+def compute(call: Call, self: Any, logits_fn: Any, hidden_states: Any, input_batch: Any) -> Any:
     """Score the rows of the step."""
-    ready = stock(logits_fn, hidden_states, input_batch, prompt_lens)
+    ready = call()
     requests = _requests(self)
     if not requests:
         return ready
@@ -168,38 +194,29 @@ def _requests(worker: Any) -> dict[str, Any]:
 
 
 @HEAD.wrap("LogitsProcessor.forward")
-def forward(
-    stock: Any,
-    self: Any,
-    lm_head: Any,
-    hidden_states: Any,
-    embedding_bias: Any = None,
-    skip_gather: bool = False,
-) -> Any:
+def forward(call: Call, self: Any, lm_head: Any, hidden_states: Any, embedding_bias: Any) -> Any:
     """Give the arguments of the call that ends nearly every model's compute_logits away."""
     from vllm.score.engine.model_head import captured_call, capturing
 
     if not capturing():
-        return stock(lm_head, hidden_states, embedding_bias, skip_gather)
+        return call()
     return captured_call(self, lm_head, hidden_states, embedding_bias)
 
 
 @LORA_HEAD.wrap("LogitsProcessorWithLoRA.set_lora")
-def set_lora(
-    stock: Any, self: Any, index: int, lora_a: Any, lora_b: Any, *args: Any, **kwargs: Any
-) -> Any:
+def set_lora(call: Call, self: Any, index: int) -> Any:
     """Remember a slot whose adapter has weights for the head."""
     from vllm.score.engine.model_head import adapter_slots
 
-    result = stock(index, lora_a, lora_b, *args, **kwargs)
+    result = call()
     adapter_slots(self).add(index)
     return result
 
 
 @LORA_HEAD.wrap("LogitsProcessorWithLoRA.reset_lora")
-def reset_lora(stock: Any, self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+def reset_lora(call: Call, self: Any, index: int) -> Any:
     """Forget the slot."""
     from vllm.score.engine.model_head import adapter_slots
 
     adapter_slots(self).discard(index)
-    return stock(index, *args, **kwargs)
+    return call()

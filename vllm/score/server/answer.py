@@ -102,15 +102,14 @@ def _listed(values: np.ndarray | None) -> Any:
 async def events_with_scores(
     stock: Callable[..., AsyncGenerator[str, None]],
     request: Any,
-    engine_inputs: Any,
     result_generator: AsyncIterator[tuple[int, Any]],
-    *args: Any,
-    **kwargs: Any,
 ) -> AsyncGenerator[str, None]:
     """The events of a score request, each choice with its scores.
 
     Args:
-        stock: `completion_stream_generator`, whose arguments follow.
+        stock: `completion_stream_generator`, which takes the other two by name.
+        request: the `CompletionRequest`.
+        result_generator: (index of the prompt, its `RequestOutput`).
     """
     scores: dict[int, dict[str, Any]] = {}
 
@@ -125,7 +124,7 @@ async def events_with_scores(
         if not request.return_token_ids:
             remove = ["prompt_token_ids", "token_ids"]
         request = request.model_copy(update={"echo": True, "return_token_ids": True})
-    async for event in stock(request, engine_inputs, noted(), *args, **kwargs):
+    async for event in stock(request=request, result_generator=noted()):
         yield _with_scores(event, scores, remove)
 
 
