@@ -4,8 +4,8 @@
     python -m vllm.score.patches.drift vllm-0.34.0.whl  # or a wheel, or a folder that holds vllm/
     python -m vllm.score.patches.drift 0.34.0 --record  # its forms become part of the contracts
 
-Only the source is read; nothing of the release is imported or installed. Exit code 0: nothing
-differs from the base, 1: something does, 2: the release cannot be read.
+Only the source is read; nothing of the release is imported or installed. Exit code 0: everything is
+as in a release on record, 1: something is new and to be read, 2: the release cannot be read.
 """
 
 from __future__ import annotations
@@ -188,27 +188,29 @@ def installed() -> Release:
 
 
 def report(found: Release, base: Release) -> tuple[list[str], int]:
-    """The lines of the report, and how many entries differ."""
+    """The lines of the report, and how many entries are on record for no release."""
     lines: list[str] = []
-    differing = 0
+    unknown = 0
     for name in names():
         new, old = found.entry(name), base.entry(name)
         if new is None and old is None:
             continue  # of another release of the range
+        known = [version for version, entries in record().items() if entries.get(name) == new]
+        unknown += not known
         if new == old:
             lines.append(f"same     {name}")
             continue
-        differing += 1
         status = "gone" if new is None else "new" if old is None else "changed"
-        lines.append(f"{status:<8} {name}")
+        lines.append(f"{status:<8} {name}" + (f" (as in {', '.join(known)})" if known else ""))
         if new is not None and new[0] not in recorded_forms(name):
-            lines.append(f"    not on record: {new[0]}")
-        if new is None or old is None:
-            continue
+            lines.append(f"    breaks the contract: {new[0]}")
         before, after = body(base.find(name)), body(found.find(name))
         changed = difflib.unified_diff(before, after, lineterm="", n=0)
-        lines += [f"    {line}" for line in changed if not line.startswith(("---", "+++", "@@"))]
-    return lines, differing
+        if new is not None and old is not None:
+            lines += [
+                f"    {line}" for line in changed if not line.startswith(("---", "+++", "@@"))
+            ]
+    return lines, unknown
 
 
 def save(found: Release, file: Path) -> None:
@@ -258,10 +260,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compare(found: Release, base: Release) -> int:
-    lines, differing = report(found, base)
+    lines, unknown = report(found, base)
     print(f"vLLM {found.version} against {base.version}:", *lines, sep="\n")
-    print(f"{differing} of {sum(line[0] != ' ' for line in lines)} differ.")
-    return int(differing > 0)
+    entries = [line for line in lines if line[0] != " "]
+    changed = sum(not line.startswith("same") for line in entries)
+    print(f"{changed} of {len(entries)} differ, {unknown} of them from every release on record.")
+    return int(unknown > 0)
 
 
 if __name__ == "__main__":
