@@ -30,6 +30,7 @@ def found(pool: ThreadPoolExecutor, model_dir: Callable[..., Path]) -> Callable[
         "without us": pool.submit(run_script, script, model, "without us", **PROCESSES),
         "with us": pool.submit(run_script, script, model, "with us", **PROCESSES),
         "broken": pool.submit(run_script, "broken_contract.py", model, **IN_PROCESS),
+        "altered": pool.submit(run_script, "altered.py", model, **IN_PROCESS),
     }
     return lambda name: running[name].result()
 
@@ -139,3 +140,18 @@ def test_what_another_plug_in_undoes_is_found(found: Callable[[str], Any]) -> No
         assert target in undone["problems"][role]
     assert undone["attempt"] == ["ScoreModeUnavailable", undone["problems"]["front end"]]
     assert undone["class"] == ["failed", "the amendment is not in place"]
+
+
+def test_a_release_that_changed_everywhere_generates_and_refuses(
+    found: Callable[[str], Any],
+) -> None:
+    altered = found("altered")
+    in_use = {t: s for t, s in altered["states"].items() if s[0] != "not imported"}
+    assert len(in_use) >= 12
+    for target, (state, reason) in in_use.items():
+        assert state == "failed" and "takes (more" in reason, target
+    assert all(is_one_sentence(problem) for problem in altered["problems"].values())
+    for kind, message in altered["attempts"]:
+        assert kind == "ScoreModeUnavailable" and message == altered["problems"]["front end"]
+    tokens = found("with us")["generated"][0]
+    assert altered["generated"] == [tokens, tokens]

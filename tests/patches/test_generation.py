@@ -9,6 +9,7 @@ added up in another order when the batch has another shape, with or without us.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,16 +19,21 @@ import pytest
 
 from tests.patches.processes import run_script
 
+# Requests of all kinds; VLLM_SCORE_TEST_REQUESTS=2000 before a release.
+MANY = int(os.environ.get("VLLM_SCORE_TEST_REQUESTS", "120"))
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def found(pool: ThreadPoolExecutor, model_dir: Callable[..., Path]) -> tuple[Any, Any]:
     """What stock vLLM and what the amended one generated."""
-    arguments = ("generation.py", model_dir("llama"))
+    model = model_dir("llama")
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    stock = pool.submit(run_script, *arguments, "without us", VLLM_PLUGINS="", **environment)
-    ours = pool.submit(run_script, *arguments, "with us", **environment)
+    stock, ours = (
+        pool.submit(run_script, "generation.py", model, side, MANY, **environment, **plugins)
+        for side, plugins in (("without us", {"VLLM_PLUGINS": ""}), ("with us", {}))
+    )
     return stock.result(), ours.result()
 
 
@@ -45,3 +51,9 @@ def test_generation_is_bit_identical(batch: str, found: tuple[Any, Any]) -> None
     for request in stock:
         assert len(request["token_ids"]) == len(request["logprobs"]) == 12
     assert ours == stock
+
+
+def test_requests_of_all_kinds_are_bit_identical(found: tuple[Any, Any]) -> None:
+    stock, ours = found
+    assert len(stock["many"]) == MANY
+    assert ours["many"] == stock["many"]
