@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.helpers import token_logprobs
 from tests.patches.processes import run_script
 from tests.patches.scripts.engines import SCORED
 from vllm.score.armed import upstream_version
+from vllm.score.patches import REGISTER
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -26,11 +28,12 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 def found(pool: ThreadPoolExecutor, model_dir: Callable[..., Path]) -> Callable[[str], Any]:
     model = model_dir("llama")
     script = "engine_processes.py"
+    contracts = json.dumps({patch.target: list(patch.contract) for patch in REGISTER})
     running: dict[str, Future[Any]] = {
         "without us": pool.submit(run_script, script, model, "without us", **PROCESSES),
         "with us": pool.submit(run_script, script, model, "with us", **PROCESSES),
         "broken": pool.submit(run_script, "broken_contract.py", model, **IN_PROCESS),
-        "altered": pool.submit(run_script, "altered.py", model, **IN_PROCESS),
+        "altered": pool.submit(run_script, "altered.py", model, contracts, **IN_PROCESS),
     }
     return lambda name: running[name].result()
 

@@ -12,12 +12,9 @@ from typing import Any
 import wrapt
 from engines import greedy_tokens, scores_by_function, scores_by_generate, start
 
-from vllm.score.patches import REGISTER
-from vllm.score.patches.patch import Patch
 
-
-def add_parameters(module: ModuleType, patch: Patch) -> None:
-    for dotted in patch.contract:
+def add_parameters(module: ModuleType, names: list[str]) -> None:
+    for dotted in names:
         parent, name, found = wrapt.resolve_path(module, dotted)
         function = getattr(found, "__func__", found)
         signature = inspect.signature(function)
@@ -32,8 +29,8 @@ def add_parameters(module: ModuleType, patch: Patch) -> None:
 
 def main() -> None:
     # Hooks run in the order in which they were registered: these before ours.
-    for patch in REGISTER:
-        wrapt.register_post_import_hook(partial(add_parameters, patch=patch), patch.target)
+    for target, names in json.loads(sys.argv[2]).items():
+        wrapt.register_post_import_hook(partial(add_parameters, names=names), target)
     llm = start(sys.argv[1])
 
     from vllm.score import armed

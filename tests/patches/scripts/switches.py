@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import vllm.version
+import wrapt
 
-if len(sys.argv) > 1:
-    vllm.version.__version__ = sys.argv[1]
+if len(sys.argv) > 1:  # before our plugin asks, which may be while vLLM is imported
+    wrapt.register_post_import_hook(
+        lambda module: setattr(module, "__version__", sys.argv[1]), "vllm.version"
+    )
 
 from vllm import SamplingParams
 from vllm.score import armed, score
