@@ -12,20 +12,26 @@ vllm.v1.engine.core
 
 vllm.v1.core.kv_cache_manager
     Why: A cached position has no hidden state, so no score.
-    How: The stock look-up leaves the last token of a request uncached; a proxy makes the first
-        scored row that token. Alignment and hybrid models stay upstream's business.
+    How: The stock look-ups leave the last token of a request uncached; a proxy makes the first
+        scored row that token. Alignment and hybrid models stay upstream's business. Where a hit's
+        last window is computed anew from that window alone (swa_bounded_replay), none is read.
     Risk: A look-up that stops reading num_tokens would hit too far: rows stay unwritten, and the
         front end reports them as an error.
     Upstream: Pull request: max_cache_hit_length from prompt_logprob_start.
     Deleted when: get_computed_blocks respects prompt_logprob_start.
 
 vllm.v1.core.sched.scheduler
-    Why: No token may be kept or returned.
+    Why: No token may be kept or returned. A position that a KV connector brings has no hidden
+        state, so no score.
     How: The request is marked finished by length, with no new tokens; everything after that is the
-        stock path.
-    Risk: None known: the asynchronous scheduler adds to what this returns.
-    Upstream: Pull request: a branch for max_tokens == 0.
-    Deleted when: The scheduler finishes requests with max_tokens == 0.
+        stock path. The connector's own look-up is wrapped: a hit that reaches past the first scored
+        row is answered with 0, as vLLM answers it for skip_reading_prefix_cache.
+    Risk: The asynchronous scheduler adds to what this returns. A connector that loads what it found
+        although it is told 0 breaks its contract.
+    Upstream: Pull request: a branch for max_tokens == 0; a cap on external hits from
+        prompt_logprob_start.
+    Deleted when: The scheduler finishes requests with max_tokens == 0, and external hits respect
+        prompt_logprob_start.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ import wrapt
 
 from vllm.score import armed
 from vllm.score.armed import Role
+from vllm.score.engine.external_hits import limit_external_hits
 from vllm.score.errors import ScoreModeError
 from vllm.score.patches.patch import Patch
 
@@ -87,9 +94,14 @@ def versions() -> dict[str, str]:
 
 def worker_status(worker: Any) -> dict[str, Any]:
     """Called in each worker through `collective_rpc`: `process_status`, and warnings."""
-    from vllm.score.engine.configuration import dead_hooks_warning, int8_warning
+    from vllm.score.engine.configuration import (
+        dead_hooks_warning,
+        int8_warning,
+        unread_rows_problem,
+    )
 
     status = process_status("worker")
+    status["problem"] = status["problem"] or unread_rows_problem(worker)
     on_cpu = status["kernel"].get("device") == "cpu"
     model = worker.get_model()
     found = (int8_warning(model) if on_cpu else None, dead_hooks_warning(worker, model))
@@ -136,6 +148,9 @@ CORE = Patch(
 CACHE = Patch("vllm.v1.core.kv_cache_manager", ("engine core",))
 SCHEDULER = Patch("vllm.v1.core.sched.scheduler", ("engine core",))
 
+# On a KV cache manager: what follows a hit is not what the model computes without it.
+INEXACT_HITS = "score_mode_inexact_hits"
+
 
 class CappedRequest(wrapt.ObjectProxy):
     """A request whose `num_tokens`, less one, is the longest hit that keeps every score."""
@@ -151,9 +166,31 @@ def get_computed_blocks(stock: Any, self: Any, request: Any) -> Any:
     params = request.sampling_params
     if params is None or not params.score_mode:
         return stock(request)
-    if params._score.start == 0:
+    if params._score.start == 0 or getattr(self, INEXACT_HITS, False):
         return self.empty_kv_cache_blocks, 0, 0
     return stock(CappedRequest(request))
+
+
+@CACHE.wrap("KVCacheManager.get_computed_blocks_for_connector")
+def get_computed_blocks_for_connector(stock: Any, self: Any, request: Any) -> Any:
+    """The same, for connectors that bring recurrent states."""
+    params = request.sampling_params
+    if params is None or not params.score_mode:
+        return stock(request)
+    if params._score.start == 0 or getattr(self, INEXACT_HITS, False):
+        return self.empty_kv_cache_blocks, 0, 0, False
+    return stock(CappedRequest(request))
+
+
+@SCHEDULER.wrap("Scheduler.__init__")
+def init(stock: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Limit what a KV connector brings."""
+    stock(vllm_config, *args, **kwargs)
+    # DeepSeek-V4.1's swa_bounded_replay: the window's first tokens see nothing before the window.
+    inexact = self.prefix_replay_tokens > 0
+    setattr(self.kv_cache_manager, INEXACT_HITS, inexact)
+    if self.connector is not None:
+        limit_external_hits(self.connector, reads_prefixes=not inexact)
 
 
 @SCHEDULER.wrap("Scheduler._update_request_with_output")
