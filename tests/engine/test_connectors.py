@@ -48,7 +48,8 @@ def connected(engine):
             kv_transfer_config=kv_transfer_config,
         )
 
-    return start
+    yield start
+    ensure_kv_transfer_shutdown()
 
 
 def run(llm, requests):
