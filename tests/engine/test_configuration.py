@@ -1,4 +1,5 @@
-"""max_model_len for requests that read as many tokens as the model can; no engine is started."""
+"""max_model_len for requests that read as many tokens as the model can, no engine is started; and
+models that leave out rows."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm.score.engine.configuration import with_room_for_one_more
+from vllm.score.engine.configuration import unread_rows_problem, with_room_for_one_more
+from vllm.score.errors import ScoreModeError
 
 LIMIT = 64
 LONGROPE = {
@@ -51,3 +53,39 @@ def test_longrope_keeps_its_short_factors(model_dir: Callable[..., Path]) -> Non
     for length, expected in ((LIMIT - 1, LIMIT), (LIMIT, LIMIT), (LIMIT + 1, LIMIT + 2)):
         settings = {"model": str(folder), "max_model_len": length}
         assert with_room_for_one_more(settings)["max_model_len"] == expected
+
+
+@pytest.mark.engine
+def test_rows_that_deepseek_leaves_out_are_refused(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With vLLM's own classes; the model itself needs several GPUs."""
+    from vllm.models.deepseek_v41.decoder_replay_layers import DecoderReplayLayers
+    from vllm.models.deepseek_v41.nvidia.model_state import DeepseekV41ModelState
+    from vllm.score import score
+
+    class ReadsTargets(DeepseekV41ModelState):
+        """As vLLM 0.33.0's."""
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            if new_req_data.sampling_params.prompt_logprob_token_ids is None:
+                super().add_request(req_index, new_req_data)
+
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert unread_rows_problem(worker) is None
+    for kind, replays, refused in (
+        (DeepseekV41ModelState, True, True),
+        (DeepseekV41ModelState, False, False),
+        (ReadsTargets, True, False),
+    ):
+        state = kind.__new__(kind)
+        layers = DecoderReplayLayers(128, lambda *_: (), lambda *_: None, set(), "")
+        state.decoder_replay_layers = layers if replays else None
+        monkeypatch.setattr(worker.model_runner, "model_state", state, raising=False)
+        assert (unread_rows_problem(worker) is not None) is refused
+        monkeypatch.setattr(llm.llm_engine, "score_mode_checked", False)
+        if refused:
+            with pytest.raises(ScoreModeError, match="--no-swa-bounded-replay"):
+                score(llm, [[5, 6, 7]], use_tqdm=False)
+        else:
+            assert len(score(llm, [[5, 6, 7]], use_tqdm=False)[0]) == 2

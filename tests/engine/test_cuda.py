@@ -181,3 +181,82 @@ def test_hooks_in_the_worker_count(where, engine, model_dir):
         found.logprobs, token_logprobs(rows, p)[-20:], atol=REFERENCE_TOLERANCE
     )
     assert np.abs(found.logprobs - before.logprobs).max() > 0.3
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_scores_beside_drafts(eager, method, engine, model_dir, reference, tmp_path_factory):
+    from tests.support.drafters import make_drafter
+    from vllm import SamplingParams
+
+    # The model drafts for itself, or a random head drafts what is turned down.
+    drafter = model_dir("llama")
+    if method == "eagle":
+        drafter = make_drafter(tmp_path_factory.mktemp(method) / method, method, 128, 1024)
+    llm = engine(
+        "llama",
+        enforce_eager=eager,
+        max_num_batched_tokens=256,
+        speculative_config={
+            "method": method,
+            "model": str(drafter),
+            "num_speculative_tokens": 3,
+        },
+        **CACHE,
+    )
+    # The last one has one row left behind the cache, which vLLM pads beside drafts.
+    prompts = random_prompts([30, 400, 5, 260, 90, 66], 1024, seed=8)
+    scoring = SamplingParams(score_mode=True, prompt_logprobs=0)
+    generating = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    params = [scoring if i % 2 else generating for i in range(len(prompts))]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    last = {"prompt_token_ids": prompts[5], "target_token_ids": prompts[5][-1:]}
+    for i, p in enumerate(prompts[::2]):
+        llm.llm_engine.add_request(f"text-{i}", {"prompt_token_ids": p}, generating)
+    again, steps = {}, 0
+    while llm.llm_engine.has_unfinished_requests():
+        if steps in (3, 4, 5):
+            one = SamplingParams(score_mode=True)
+            llm.llm_engine.add_request(f"one-{steps}", last, one)
+        steps += 1
+        again |= {o.request_id: o for o in llm.llm_engine.step() if o.finished}
+    for i, (p, o) in enumerate(zip(prompts, outputs, strict=True)):
+        if i % 2:
+            want = token_logprobs(reference("llama", p), p)
+            np.testing.assert_allclose(o.scores.logprobs, want, atol=REFERENCE_TOLERANCE)
+        else:
+            assert len(o.outputs[0].token_ids) == 40
+    want = token_logprobs(reference("llama", prompts[5]), prompts[5])[-1:]
+    for name in ("one-3", "one-4", "one-5"):
+        found = again[name].scores.logprobs
+        np.testing.assert_allclose(found, want, atol=REFERENCE_TOLERANCE)
+
+
+@pytest.mark.parametrize("connector", ["SimpleCPUOffloadConnector", "OffloadingConnector"])
+def test_offloaded_prefixes_end_before_the_first_scored_row(connector, engine, reference):
+    from vllm import SamplingParams
+
+    llm = engine(
+        "llama",
+        enforce_eager=True,
+        kv_transfer_config={
+            "kv_connector": connector,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 28},
+        },
+        **CACHE,
+    )
+    (context,) = random_prompts([600], 1024, seed=9)
+    tails = random_prompts([3, 1, 40], 1024, seed=10)
+    requests = [{"prompt_token_ids": context + t, "target_token_ids": t} for t in tails]
+    requests += [{"prompt_token_ids": context, "target_token_ids": context[-n:]} for n in (5, 599)]
+    first = llm.generate(requests, SamplingParams(score_mode=True), use_tqdm=False)
+    llm.reset_prefix_cache()  # what is found from now on is the connector's
+    second = llm.generate(requests, SamplingParams(score_mode=True), use_tqdm=False)
+    for outputs in (first, second):
+        for r, o in zip(requests, outputs, strict=True):
+            ids, m = r["prompt_token_ids"], len(r["target_token_ids"])
+            assert (o.num_cached_tokens or 0) <= len(ids) - m - 1
+            want = token_logprobs(reference("llama", ids), ids)[-m:]
+            np.testing.assert_allclose(o.scores.logprobs, want, atol=REFERENCE_TOLERANCE)
+    assert any(o.num_cached_tokens for o in second)

@@ -124,7 +124,6 @@ def test_prompt_embeddings_are_refused(engine):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("kv_transfer_config", object(), "KV connectors"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),
         ("model_config.runner_type", "pooling", "pooling models"),

@@ -173,6 +173,9 @@ async def test_an_ordinary_call_is_handed_on_whole(patch: Patch, dotted: str) ->
         input_processor=SimpleNamespace(),
         vllm_config=SimpleNamespace(lora_config=None),
         requests={},
+        prefix_replay_tokens=0,
+        kv_cache_manager=SimpleNamespace(),
+        connector=None,
     )
     wrapper = calling(patch.wrappers[dotted], found)
     result = wrapper(stock, instance, [*args, "unheard of"], {**keywords, "unknown": 1})

@@ -21,7 +21,7 @@ _OUTSIDE = ("", "lm_head", "logits_processor")
 def unsupported_configuration(config: Any) -> str | None:
     """Why an engine with this `VllmConfig` cannot score, with the remedy; else None."""
     model, parallel = config.model_config, config.parallel_config
-    speculative = config.speculative_config
+    speculative, connectors = config.speculative_config, _connectors(config.kv_transfer_config)
     # The table in SCORE_MODE_IMPLEMENTATION.md follows this list.
     checks: tuple[tuple[bool, str], ...] = (
         (model.runner_type != "generate", "pooling models have no next-token probabilities"),
@@ -37,16 +37,22 @@ def unsupported_configuration(config: Any) -> str | None:
             "external_launcher cannot run pipeline parallelism with it; use tensor_parallel_size",
         ),
         (
-            config.kv_transfer_config is not None,
-            "KV connectors are not supported: a transferred prefix has no hidden states to score",
+            "DecodeBenchConnector" in connectors,
+            "DecodeBenchConnector fills the KV cache with made-up numbers; use another connector",
+        ),
+        (
+            "MoRIIOConnector" in connectors and config.kv_transfer_config.kv_role != "kv_producer",
+            "MoRIIOConnector takes prefixes for loaded that nobody has sent; score on the engine "
+            "with kv_role='kv_producer'",
         ),
         (
             bool(config.cache_config.kv_sharing_fast_prefill),
             "kv_sharing_fast_prefill skips the hidden states that are scored; switch it off",
         ),
         (
-            speculative is not None and speculative.method != "ngram",
-            "of the speculative methods only 'ngram' is supported yet; start without it",
+            speculative is not None and bool(speculative.enable_adaptive_verification),
+            "enable_adaptive_verification moves rows on the GPU alone; leave it out of the "
+            "speculative_config",
         ),
         (bool(model.return_sampling_mask), "engines that return sampling masks are not supported"),
         (
@@ -56,6 +62,14 @@ def unsupported_configuration(config: Any) -> str | None:
     )
     sentence = next((sentence for refused, sentence in checks if refused), None)
     return sentence and f"score_mode: {sentence}."
+
+
+def _connectors(kv_transfer_config: Any) -> set[str]:
+    """Names of the engine's KV connectors, those of a `MultiConnector` among them."""
+    if kv_transfer_config is None:
+        return set()
+    several = kv_transfer_config.kv_connector_extra_config.get("connectors", ())
+    return {kv_transfer_config.kv_connector, *(one.get("kv_connector") for one in several)}
 
 
 def check_configuration(config: Any) -> None:
@@ -156,6 +170,26 @@ def _changes_the_model(config: Any, length: int) -> bool:
     originals += [parameters.get("original_max_position_embeddings") for parameters in rope]
     longrope = any(parameters.get("rope_type") == "longrope" for parameters in rope)
     return longrope and length in originals
+
+
+def unread_rows_problem(worker: Any) -> str | None:
+    """Why a worker may not compute rows that are scored, with the remedy; else None.
+
+    DeepSeek-V4.1's decoder-side replay runs the last layers on the last 128 rows of a prefill and
+    leaves zeros in the others, but for requests whose rows somebody reads. vLLM 0.32.0 takes those
+    for such that ask for `prompt_logprobs`, 0.33.0 also those with `prompt_logprob_token_ids`,
+    which score requests set.
+    """
+    state = getattr(worker.model_runner, "model_state", None)
+    if getattr(state, "decoder_replay_layers", None) is None:
+        return None
+    admits = (vars(cls).get("add_request") for cls in type(state).__mro__)
+    if any(f and "prompt_logprob_token_ids" in f.__code__.co_names for f in admits):
+        return None
+    return (
+        "this vLLM leaves out most rows of a prompt in the last layers of DeepSeek-V4.1; start the "
+        "engine with swa_bounded_replay=False (--no-swa-bounded-replay)."
+    )
 
 
 def dead_hooks_warning(worker: Any, model: Any) -> str | None:

@@ -12,20 +12,26 @@ vllm.v1.engine.core
 
 vllm.v1.core.kv_cache_manager
     Why: A cached position has no hidden state, so no score.
-    How: The stock look-up leaves the last token of a request uncached; a proxy makes the first
-        scored row that token. Alignment and hybrid models stay upstream's business.
+    How: The stock look-ups leave the last token of a request uncached; a proxy makes the first
+        scored row that token. Alignment and hybrid models stay upstream's business. Where a hit's
+        last window is computed anew from that window alone (swa_bounded_replay), none is read.
     Risk: A look-up that stops reading num_tokens would hit too far: rows stay unwritten, and the
         front end reports them as an error.
     Upstream: Pull request: max_cache_hit_length from prompt_logprob_start.
     Deleted when: get_computed_blocks respects prompt_logprob_start.
 
 vllm.v1.core.sched.scheduler
-    Why: No token may be kept or returned.
+    Why: No token may be kept or returned. A position that a KV connector brings has no hidden
+        state, so no score.
     How: The request is marked finished by length, with no new tokens; everything after that is the
-        stock path.
-    Risk: None known: the asynchronous scheduler adds to what this returns.
-    Upstream: Pull request: a branch for max_tokens == 0.
-    Deleted when: The scheduler finishes requests with max_tokens == 0.
+        stock path. The connector's own look-up is wrapped: a hit that reaches past the first scored
+        row is answered with 0, as vLLM answers it for skip_reading_prefix_cache.
+    Risk: The asynchronous scheduler adds to what this returns. A connector that loads what it found
+        although it is told 0 breaks its contract.
+    Upstream: Pull request: a branch for max_tokens == 0; a cap on external hits from
+        prompt_logprob_start.
+    Deleted when: The scheduler finishes requests with max_tokens == 0, and external hits respect
+        prompt_logprob_start.
 """
 
 from __future__ import annotations
@@ -87,9 +93,14 @@ def versions() -> dict[str, str]:
 
 def worker_status(worker: Any) -> dict[str, Any]:
     """Called in each worker through `collective_rpc`: `process_status`, and warnings."""
-    from vllm.score.engine.configuration import dead_hooks_warning, int8_warning
+    from vllm.score.engine.configuration import (
+        dead_hooks_warning,
+        int8_warning,
+        unread_rows_problem,
+    )
 
     status = process_status("worker")
+    status["problem"] = status["problem"] or unread_rows_problem(worker)
     on_cpu = status["kernel"].get("device") == "cpu"
     model = worker.get_model()
     found = (int8_warning(model) if on_cpu else None, dead_hooks_warning(worker, model))
@@ -135,7 +146,6 @@ CACHE = Patch(
     "vllm.v1.core.kv_cache_manager",
     ("engine core",),
     relies_on=(
-        "KVCacheManager.get_computed_blocks_for_connector",
         "vllm.v1.core.kv_cache_coordinator:UnitaryKVCacheCoordinator.find_longest_cache_hit",
         "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
     ),
@@ -155,6 +165,9 @@ SCHEDULER = Patch(
     ),
 )
 
+# On a KV cache manager: what follows a hit is not what the model computes without it.
+INEXACT_HITS = "score_mode_inexact_hits"
+
 
 class CappedRequest(wrapt.ObjectProxy):
     """A request whose `num_tokens`, less one, is the longest hit that keeps every score."""
@@ -170,16 +183,64 @@ LIMIT = "max_cache_hit_length"
 @CACHE.wrap("KVCacheManager.get_computed_blocks")
 def get_computed_blocks(call: Call, self: Any, request: Any) -> Any:
     """End the hit of a score request before its first scored row."""
+    return _capped(call, self, request)
+
+
+@CACHE.wrap("KVCacheManager.get_computed_blocks_for_connector")
+def get_computed_blocks_for_connector(call: Call, self: Any, request: Any) -> Any:
+    """The same, for connectors that bring recurrent states."""
+    return _capped(call, self, request, False)
+
+
+def _capped(call: Call, manager: Any, request: Any, *rest: Any) -> Any:
+    """`rest` stands behind blocks and lengths in an answer of no hit."""
     params = request.sampling_params
     if params is None or not params.score_mode:
         return call()
     start = params._score.start
-    if start == 0:
-        return self.empty_kv_cache_blocks, 0, 0
+    if start == 0 or getattr(manager, INEXACT_HITS, False):
+        return manager.empty_kv_cache_blocks, 0, 0, *rest
     if not call.takes(LIMIT):
         return call(request=CappedRequest(request))
     given = call.argument(LIMIT)
     return call(**{LIMIT: start if given is None else min(start, given)})
+
+
+@SCHEDULER.wrap("Scheduler.__init__")
+def init(call: Call, self: Any) -> None:
+    """Limit what a KV connector brings."""
+    call()
+    # DeepSeek-V4.1's swa_bounded_replay: the window's first tokens see nothing before the window.
+    inexact = self.prefix_replay_tokens > 0
+    setattr(self.kv_cache_manager, INEXACT_HITS, inexact)
+    if self.connector is not None:
+        limit_external_hits(self.connector, reads_prefixes=not inexact)
+
+
+def limit_external_hits(connector: Any, reads_prefixes: bool) -> None:
+    """Have a connector's hits for score requests end at or before the first scored row.
+
+    A connector says how many tokens behind the local hit it can load, and is told the number again
+    once their blocks are allocated. Many check that it is theirs (LMCache, Mooncake's store, 3FS)
+    or load what they found whatever the number; but 0, "load nothing", is in the contract, and what
+    vLLM itself gives them for `skip_reading_prefix_cache`. So a hit is taken as a whole or not at
+    all. What requests share ends where their continuations begin to differ, so little is lost.
+
+    Args:
+        connector: of the scheduler. A `MultiConnector` hands the number to the one that it chose.
+        reads_prefixes: False: score requests take no hit at all.
+    """
+    look_up = connector.get_num_new_matched_tokens
+
+    def limited(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        found, later = look_up(request, num_computed_tokens)
+        params = request.sampling_params
+        if params is None or not params.score_mode or found is None:
+            return found, later
+        room = params._score.start - num_computed_tokens if reads_prefixes else 0
+        return (found, later) if 0 < found <= room else (0, False)
+
+    connector.get_num_new_matched_tokens = limited
 
 
 @SCHEDULER.wrap("Scheduler._update_request_with_output")
