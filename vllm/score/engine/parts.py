@@ -146,6 +146,29 @@ class Parts(NamedTuple):
 TEXT = Parts()
 
 
+def check_keys(prompt: Mapping[str, Any], name: str) -> None:
+    """Refuse keys of a prompt that vLLM would ignore beside each other, and embeddings of no array.
+
+    Raises:
+        ScoreModeError: names the keys.
+    """
+    embeds = prompt.get("prompt_embeds")
+    if embeds is None:
+        if "prompt_is_token_ids" in prompt:
+            raise ScoreModeError(f"{name} has prompt_is_token_ids, but no prompt_embeds.")
+        return
+    if not hasattr(embeds, "is_floating_point"):
+        raise ScoreModeError(
+            f"{name}: prompt_embeds is {type(embeds).__name__}; give a torch.Tensor of shape "
+            "[n, hidden size]."
+        )
+    if ignored := sorted({"prompt", *MEDIA} & prompt.keys()):
+        raise ScoreModeError(
+            f"{name} has prompt_embeds and {', '.join(ignored)}, of which the engine would read "
+            "the embeddings only: leave one out."
+        )
+
+
 def placeholder_ids(model_config: Any) -> dict[int, str]:
     """What the placeholders of a multimodal model stand for, by token id, as far as known."""
     if not model_config.is_multimodal_model:

@@ -235,10 +235,12 @@ class AdmittedRequest(NamedTuple):
     Attributes:
         ids: int64 [n], the whole prompt; placeholders of images and the like count one each.
         params: a copy of the `SamplingParams` that carries the `ScoreSpec`.
+        given: the prompt, where it is not tokens alone and has to be rendered.
     """
 
     ids: np.ndarray
     params: Any
+    given: dict[str, Any] | None = None
 
     @property
     def prompt(self) -> dict[str, Any]:
