@@ -112,15 +112,6 @@ def test_beam_search_has_no_score_mode(llm):
         BeamSearchParams(beam_width=2, max_tokens=4, score_mode=True)
 
 
-def test_prompt_embeddings_are_refused(engine):
-    # A model of its own: such an engine adds a token to the tokenizer, which vLLM shares by path.
-    llm = engine("llama", {"seed": 8}, enable_prompt_embeds=True, max_model_len=512)
-    hidden = llm.llm_engine.model_config.get_hidden_size()
-    with pytest.raises(ScoreModeError, match="prompt_embeds cannot be combined"):
-        llm.generate([{"prompt_embeds": torch.zeros(4, hidden)}], score_params(), use_tqdm=False)
-    assert len(score(llm, [[5, 6, 7]], use_tqdm=False)[0]) == 2
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -192,8 +192,8 @@ def prompt_ids(engine_input: Mapping[str, Any], embedding_size: int | None = Non
         ScoreModeError: embeddings that the engine cannot read, or would not.
     """
     if engine_input["type"] != "embeds":
-        ids: list[int] = engine_input["prompt_token_ids"]
-        return ids
+        tokens: list[int] = engine_input["prompt_token_ids"]
+        return tokens
     embeds = engine_input["prompt_embeds"]
     count, size = embeds.shape
     if embedding_size not in (None, size) or not embeds.dtype.is_floating_point:
@@ -202,15 +202,15 @@ def prompt_ids(engine_input: Mapping[str, Any], embedding_size: int | None = Non
             f"[n, {embedding_size}], the model's."
         )
     ids, mask = engine_input.get("prompt_token_ids"), engine_input.get("is_token_ids")
-    if (ids is None) != (mask is None):
+    if ids is None and mask is None:
+        return [0] * count
+    if ids is None or mask is None:
         # vLLM takes all positions for tokens without the mask, and ignores it without the ids.
         given = "prompt_token_ids" if mask is None else "prompt_is_token_ids"
         raise ScoreModeError(
             f"{given} stands alone beside prompt_embeds: give prompt_token_ids and "
             "prompt_is_token_ids, which says at which positions the ids count, or neither."
         )
-    if ids is None:
-        return [0] * count
     if (len(ids), len(mask)) != (count, count):
         raise ScoreModeError(
             f"prompt_token_ids has {len(ids)} and prompt_is_token_ids {len(mask)} positions, "
