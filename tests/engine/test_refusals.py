@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from tests.helpers import random_prompts
 from vllm.score import ScoreModeError, score
