@@ -33,7 +33,7 @@ class Span(NamedTuple):
     end: int
 
     def __str__(self) -> str:
-        return f"the placeholders of an item of {self.modality!r} ({self.start}..{self.end - 1})"
+        return f"the placeholders of {self.modality!r} data ({self.start}..{self.end - 1})"
 
 
 class Parts(NamedTuple):
@@ -114,8 +114,8 @@ class Parts(NamedTuple):
         if not self.spans:
             return ()
         return (
-            f"the prompt has placeholders of {len(self.spans)} items: the tokens behind the last "
-            f"of them, from position {first} on, are scored",
+            f"the tokens behind the last placeholder, from position {first} on, are scored; what "
+            "stands before them is context",
         )
 
     def check_ids(self, ids: np.ndarray, placeholders: Mapping[int, str]) -> None:
