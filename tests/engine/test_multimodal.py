@@ -183,7 +183,7 @@ def test_a_bos_of_its_own_moves_the_placeholders(idefics):
         (
             {**prompt_with("see <image> it", 1), "target_token_ids": [5] * 4},
             r"target_token_ids\[0\] is for prompt position \d+, which is one of the "
-            r"placeholders of 'image' data \(\d+\.\.\d+\): \d text positions follow the last placeholder; give at",
+            r"placeholders of 'image' data \(\d+\.\.\d+\): \d text positions follow",
         ),
         ({"prompt": "<image> it"}, "the model's placeholder for 'image', and multi_modal_data has"),
         ({"prompt": "<image> it", "multi_modal_data": {"images": []}}, "images"),
