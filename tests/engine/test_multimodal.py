@@ -191,7 +191,7 @@ def test_a_bos_of_its_own_moves_the_placeholders(idefics):
             {**prompt_with("see <image> it", 1), "target_token_ids": [VOCABULARY]},
             r"target_token_ids\[0\] is 640, outside the vocabulary",
         ),
-        (prompt_with(f"see <image> {LONG * 8}", 1), "max_model_len is 512"),
+        (prompt_with(f"see <image> {LONG * 8}", 1), "maximum context length is 512 tokens"),
     ],
 )
 def test_what_cannot_be_scored(idefics, prompt, message):

@@ -138,7 +138,7 @@ EMBEDS = torch.zeros(4, SIZE)
         ({"prompt_embeds": [[0.0]], "target_token_ids": [5]}, "list; give a torch.Tensor"),
         (
             {"prompt_embeds": torch.zeros(513, SIZE), "target_token_ids": [5]},
-            "has 513 tokens, the engine's max_model_len is 512",
+            "maximum context length is 512 tokens",
         ),
         (
             {"prompt_embeds": EMBEDS, "prompt_token_ids": [1] * 4, "target_token_ids": [5]},

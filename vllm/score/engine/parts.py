@@ -241,3 +241,15 @@ def to_engine(engine_input: Mapping[str, Any], ids: list[int], unread: int) -> d
             for modality, places in engine_input["mm_placeholders"].items()
         }
     return changed
+
+
+def forget_items(renderer: Any, engine_input: Mapping[str, Any]) -> None:
+    """Have vLLM send the items of a refused prompt the next time that they are given.
+
+    Its cache in the front end takes an item that was rendered for one that the engine has.
+    """
+    cache = renderer.mm_processor_cache
+    if cache is not None:
+        for hashes in engine_input.get("mm_hashes", {}).values():
+            for item in hashes:
+                cache.invalidate(item)

@@ -65,7 +65,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.score.engine.configuration import check_configuration, confuses_adapters
-from vllm.score.engine.parts import prompt_ids, to_engine
+from vllm.score.engine.parts import forget_items, prompt_ids, to_engine
 from vllm.score.engine.request import (
     NO_CLIENT_LIMIT,
     NO_VIEW,
@@ -154,8 +154,7 @@ def process_inputs(
     try:
         ids, spec = _admitted(self, prompt, params, bool(kwargs.get("resumable")))
     except ValueError:
-        if prompt.get("type") == "multimodal":
-            self.renderer.clear_mm_cache()  # or it takes the engine to have been sent the items
+        forget_items(self.renderer, prompt)
         raise
     lease = BytesLease(self, spec)
     prompt = to_engine(prompt, ids, len(spec.unread))
