@@ -39,7 +39,7 @@ def test_one_bad_request_takes_the_others_back(llm):
         ([[1, 2], [3, 10**6]], {}, r"requests\[1\]: prompt_token_ids\[1\] is 1000000, outside"),
         ([[1, 2], []], {}, r"requests\[1\]: the prompt has no token"),
         ([None], {}, r"requests\[0\]: prompt_token_ids must be a list of token ids, got NoneType"),
-        ([{"prompt_embeds": 3}], {}, r"keys \['prompt_embeds'\], which are not supported"),
+        ([{"promt": "a"}], {}, r"keys \['promt'\], which are not supported"),
         ([{"prompt_token_ids": "ab"}], {}, "must be a list of token ids, got str"),
         ("a text", {}, "requests must be a list, got one str"),
         ([[1] * 2049], {}, "2049 tokens, the engine's max_model_len is 2048"),
