@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from tests.helpers import random_prompts
 from vllm.score import ScoreModeError, score
@@ -40,7 +39,7 @@ def test_one_bad_request_takes_the_others_back(llm):
         ([[1, 2], [3, 10**6]], {}, r"requests\[1\]: prompt_token_ids\[1\] is 1000000, outside"),
         ([[1, 2], []], {}, r"requests\[1\]: the prompt has no token"),
         ([None], {}, r"requests\[0\]: prompt_token_ids must be a list of token ids, got NoneType"),
-        ([{"prompt_embeds": 3}], {}, r"keys \['prompt_embeds'\], which are not supported"),
+        ([{"promt": "a"}], {}, r"keys \['promt'\], which are not supported"),
         ([{"prompt_token_ids": "ab"}], {}, "must be a list of token ids, got str"),
         ("a text", {}, "requests must be a list, got one str"),
         ([[1] * 2049], {}, "2049 tokens, the engine's max_model_len is 2048"),
@@ -110,15 +109,6 @@ def test_beam_search_has_no_score_mode(llm):
 
     with pytest.raises(TypeError, match="score_mode"):
         BeamSearchParams(beam_width=2, max_tokens=4, score_mode=True)
-
-
-def test_prompt_embeddings_are_refused(engine):
-    # A model of its own: such an engine adds a token to the tokenizer, which vLLM shares by path.
-    llm = engine("llama", {"seed": 8}, enable_prompt_embeds=True, max_model_len=512)
-    hidden = llm.llm_engine.model_config.get_hidden_size()
-    with pytest.raises(ScoreModeError, match="prompt_embeds cannot be combined"):
-        llm.generate([{"prompt_embeds": torch.zeros(4, hidden)}], score_params(), use_tqdm=False)
-    assert len(score(llm, [[5, 6, 7]], use_tqdm=False)[0]) == 2
 
 
 @pytest.mark.parametrize(

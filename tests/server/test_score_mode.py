@@ -194,6 +194,7 @@ def test_the_openai_client(server: str, complete: Any) -> None:
         ({"logprobs": -1, "echo": True}, "set prompt_logprobs=-1"),
         ({"n": 2}, "n=2 cannot be combined"),
         ({"stop": ["a"]}, "stop=['a'] cannot be combined"),
+        ({"prompt_embeds": "AAAA"}, "score embeddings with LLM or AsyncLLM"),
         ({"use_beam_search": True}, "use_beam_search cannot be combined"),
         ({"stream": True, "target_token_ids": [-1]}, "target_token_ids[0] is -1"),
         ({"stream": True, "prompt": [5000]}, "prompt_token_ids[0] is 5000"),

@@ -19,12 +19,14 @@ from pydantic import Field
 from vllm.score.armed import require_score_mode
 from vllm.score.checks import Whole, check, check_list
 from vllm.score.engine.configuration import check_configuration, check_llm, confuses_adapters
-from vllm.score.engine.request import AdmittedRequest, ModelFacts, admit
-from vllm.score.errors import ScoreModeError
+from vllm.score.engine.parts import EMBEDS, MEDIA, TEXT, Parts, check_keys, prompt_ids
+from vllm.score.engine.request import TARGETS, AdmittedRequest, ModelFacts, admit
+from vllm.score.errors import ScoreModeError, first_line
 from vllm.score.results import FailedScores, TokenScores, scores_of
-from vllm.score.tokens import encode_inputs, own_prefix_note
+from vllm.score.tokens import encode_inputs, own_prefix_note, read_token_ids
 
 if TYPE_CHECKING:
+    import torch
     from tqdm import tqdm
 
     from vllm import LLM, SamplingParams
@@ -48,13 +50,24 @@ class ScoreRequest(TypedDict, total=False):
     Attributes:
         prompt: a text, which gets the tokenizer's special tokens (`vllm.score.tokens`); or
         prompt_token_ids: [n] ids, with what stands in front of them.
+        prompt_embeds: [n, H] embeddings, a tensor, which only score with `target_token_ids`; some
+            positions may be ids, by `prompt_token_ids` and `prompt_is_token_ids`, [n] each.
         target_token_ids: m ids, or m lists of k candidates, for the last m positions; without them
-            all tokens of the prompt but the first are scored.
+            all tokens of the prompt but the first are scored, or all behind the last image.
+        multi_modal_data: images, videos or sound for the placeholders in the prompt, which are
+            context: no target may stand on one. `TokenScores.start` counts vLLM's placeholders.
+        mm_processor_kwargs: for the model's processor.
+        multi_modal_uuids: names of the items in vLLM's caches.
     """
 
     prompt: str
     prompt_token_ids: Sequence[int] | np.ndarray
+    prompt_embeds: torch.Tensor
+    prompt_is_token_ids: Sequence[bool]
     target_token_ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+    multi_modal_data: Mapping[str, Any]
+    mm_processor_kwargs: Mapping[str, Any]
+    multi_modal_uuids: Mapping[str, Any]
 
 
 def score(
@@ -122,6 +135,10 @@ def score(
     admitted = _admitted(llm, prompts, params)
     results: dict[int, TokenScores] = {}
     retry_nan = True
+    if any(request.given for request in admitted):
+        # Items reach the engine past vLLM's cache here, which must not count on what it has sent
+        # before: the engine's cache drops the oldest.
+        llm.llm_engine.renderer.clear_mm_cache()
     with _progress(use_tqdm, sum(len(request.ids) for request in admitted)) as bar:
         for order in _orders(llm, admitted, params.skip_reading_prefix_cache, adapters):
             while left := [i for i in order if i not in results]:
@@ -142,7 +159,7 @@ def score(
 
 
 def _prompts(llm: LLM, requests: Any) -> list[dict[str, Any]]:
-    """Every request as a token prompt."""
+    """Every request as a prompt of tokens or embeddings."""
     check_list("requests", requests, Iterable)
     prompts = [_prompt(i, request) for i, request in enumerate(requests)]
     texts = {
@@ -173,7 +190,9 @@ def _prompt(index: int, request: Any) -> dict[str, Any]:
             f"requests[{index}] has the keys {sorted(unknown)}, which are not supported; use "
             "prompt or prompt_token_ids, and target_token_ids."
         )
-    return dict(request)
+    given = {name: value for name, value in request.items() if value is not None}
+    check_keys(given, f"requests[{index}]")
+    return given
 
 
 def _adapters(
@@ -202,14 +221,44 @@ def _admitted(
     admitted: list[AdmittedRequest] = []
     bytes_in_use = 0
     for i, prompt in enumerate(prompts):
-        ids, targets = prompt.get("prompt_token_ids"), prompt.get("target_token_ids")
+        ids, targets = prompt.get("prompt_token_ids"), prompt.get(TARGETS)
+        notes, parts = prompt.pop(NOTES, ()), TEXT
         try:
-            request = admit(ids, targets, params, facts, bytes_in_use, prompt.get(NOTES, ()))
+            if given := _beside_tokens(prompt, facts):
+                rendered = _rendered(llm, given)
+                ids, parts = prompt_ids(rendered, facts.embedding_size), Parts.of(rendered)
+            request = admit(ids, targets, params, facts, bytes_in_use, notes, parts=parts)
         except ValueError as error:
             raise ScoreModeError(f"requests[{i}]: {error}") from error
-        admitted.append(request)
+        admitted.append(request._replace(given=given))
         bytes_in_use += request.spec.full_vocabulary_bytes
     return admitted
+
+
+def _beside_tokens(prompt: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any] | None:
+    """A prompt as vLLM's renderer takes it, if it is not tokens alone."""
+    given = {name: prompt[name] for name in (*MEDIA, *EMBEDS) if name in prompt}
+    if given and (ids := prompt.get("prompt_token_ids")) is not None:
+        given["prompt_token_ids"] = read_token_ids(
+            ids, facts.vocab_size, "prompt_token_ids"
+        ).tolist()
+    return given or None
+
+
+def _rendered(llm: LLM, given: dict[str, Any]) -> Any:
+    """The engine's input for a prompt that is not tokens alone.
+
+    vLLM's cache of items is passed by, since it takes all that it has seen for sent: a request is
+    rendered when all are checked, and again when it is sent, so that few lie in memory.
+
+    Raises:
+        ScoreModeError: what the model's processor says of the prompt.
+    """
+    try:
+        (rendered,) = llm.llm_engine.renderer.render_cmpl([{**given}], skip_mm_cache=True)
+    except Exception as error:  # of the model's own processor
+        raise ScoreModeError(first_line(error)) from error
+    return rendered
 
 
 def _orders(
@@ -292,8 +341,9 @@ def run_requests(
             ):
                 index = waiting.popleft()
                 request, request_id = requests[index], str(next(llm.request_counter))
+                prompt = _rendered(llm, request.given) if request.given else request.prompt
                 internal_id = engine.add_request(
-                    request_id, request.prompt, request.params, lora_request=adapters[index]
+                    request_id, prompt, request.params, lora_request=adapters[index]
                 )
                 running[request_id] = index, internal_id
                 tokens_in_flight += len(request.ids)

@@ -137,9 +137,17 @@ def with_room_for_one_more(settings: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         # The model's own limit. vLLM goes beyond it where the configuration names another one.
         overrides = settings.get("hf_overrides") or {}
-        if config.hf_text_config is not config.hf_config or not isinstance(overrides, Mapping):
+        if not isinstance(overrides, Mapping):
             return dict(settings)
-        larger["hf_overrides"] = {**overrides, "model_max_length": length + 1}
+        limit: dict[str, Any] = {"model_max_length": length + 1}
+        if config.hf_text_config is not config.hf_config:
+            # A multimodal model's configuration of its language model, as vLLM takes it from there.
+            parts = vars(config.hf_config).items()
+            name = next((name for name, part in parts if part is config.hf_text_config), None)
+            if name is None:
+                return dict(settings)
+            limit = {name: {**overrides.get(name, {}), **limit}}
+        larger["hf_overrides"] = {**overrides, **limit}
     return larger
 
 

@@ -7,6 +7,7 @@ nothing is lost, a token of work is saved, and a prompt may be as long as the mo
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pydantic import Field
 
 from vllm.exceptions import VLLMValidationError
 from vllm.score.checks import Flag, Fraction, Number, Whole, check
+from vllm.score.engine.parts import TEXT, Parts, placeholder_ids, prompt_ids
 from vllm.score.errors import ScoreModeError
 from vllm.score.ops.statistics import FULL_VOCABULARY, RowLayout, check_statistics
 from vllm.score.tokens import own_prefix_note, prefix_once, read_token_id_rows, read_token_ids
@@ -139,12 +141,11 @@ def check_prompt(engine_input: Any, resumable: bool) -> None:
         InvalidScoreRequest: names the kind and the remedy.
     """
     kind = engine_input.get("type")
-    if kind != "token":
-        field = {"embeds": "prompt_embeds", "multimodal": "multi_modal_data"}.get(kind, "prompt")
+    if kind not in ("token", "multimodal", "embeds"):
         raise InvalidScoreRequest(
-            f"{field} cannot be combined with score_mode=True where a prompt is of type {kind!r}: "
+            f"prompt cannot be combined with score_mode=True where a prompt is of type {kind!r}: "
             "give prompt_token_ids or a text.",
-            parameter=field,
+            parameter="prompt",
         )
     if resumable:
         raise InvalidScoreRequest(
@@ -160,11 +161,15 @@ class ModelFacts:
     Attributes:
         max_logprobs: values per position that a client may ask for; None: no limit. A server keeps
             vLLM's own limit for its clients, `LLM` has none.
+        placeholders: what tokens stand for that are no text, by token id.
+        embedding_size: of a row of `prompt_embeds`.
     """
 
     vocab_size: int
     max_model_len: int
     max_logprobs: int | None = None
+    placeholders: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    embedding_size: int | None = None
 
     @classmethod
     def of(cls, input_processor: Any) -> ModelFacts:
@@ -172,7 +177,13 @@ class ModelFacts:
         model = input_processor.model_config
         unlimited = model.max_logprobs == -1 or getattr(input_processor, NO_CLIENT_LIMIT, False)
         limit = None if unlimited else model.max_logprobs
-        return cls(model.get_vocab_size(), model.max_model_len, limit)
+        return cls(
+            model.get_vocab_size(),
+            model.max_model_len,
+            limit,
+            placeholder_ids(model),
+            model.get_inputs_embeds_size(),
+        )
 
 
 class ScoreSpec(msgspec.Struct, frozen=True, eq=False):
@@ -222,16 +233,18 @@ class AdmittedRequest(NamedTuple):
     """A checked request, as `add_request` of an engine takes it.
 
     Attributes:
-        ids: int64 [n], the whole prompt.
+        ids: int64 [n], the whole prompt; placeholders of images and the like count one each.
         params: a copy of the `SamplingParams` that carries the `ScoreSpec`.
+        given: the prompt, where it is not tokens alone and has to be rendered.
     """
 
     ids: np.ndarray
     params: Any
+    given: dict[str, Any] | None = None
 
     @property
     def prompt(self) -> dict[str, Any]:
-        """The rendered token prompt."""
+        """The rendered prompt of one that is tokens."""
         return {"type": "token", "prompt_token_ids": self.ids.tolist()}
 
     @property
@@ -248,6 +261,7 @@ def admit(
     bytes_in_use: int = 0,
     notes: tuple[str, ...] = (),
     view: bool = False,
+    parts: Parts = TEXT,
 ) -> AdmittedRequest:
     """Check one score request and say what the engine is to compute.
 
@@ -259,16 +273,24 @@ def admit(
         bytes_in_use: full-vocabulary results already admitted and not finished.
         notes: what the result is to say of the prompt.
         view: somebody may read the results as stock prompt log-probabilities, which have ranks.
+        parts: what of the prompt is no text.
 
     Raises:
         InvalidScoreRequest: (a ValueError) naming the field, the value and the remedy.
     """
     ids = _prompt_ids(prompt_token_ids, facts)
     top = _top(params.prompt_logprobs, target_token_ids is not None, facts.vocab_size)
+    with refusing("prompt"):
+        parts.check_ids(ids, facts.placeholders)
     if target_token_ids is None:
-        targets, flat = ids[1:, None].astype(np.int32), True
+        with refusing(TARGETS):
+            first = parts.first_own(len(ids))
+        targets, flat = ids[first:, None].astype(np.int32), True
+        notes += parts.note(first)
     else:
         targets, flat = _targets(target_token_ids, len(ids), facts.vocab_size)
+        with refusing(TARGETS):
+            parts.check_targets(len(ids) - len(targets), len(ids))
     if not len(targets):
         notes += ("the prompt is one token, which has no context: nothing was scored",)
     _check_values_per_position(top, targets.shape[1], facts)
@@ -305,20 +327,27 @@ def admit_tokenised(
     bytes_in_use: int = 0,
     view: bool = False,
 ) -> AdmittedRequest:
-    """`admit` for a prompt that vLLM has tokenised, with its special tokens in front once.
+    """`admit` for a prompt that vLLM has rendered, with its special tokens in front once.
 
     Args:
-        engine_input: with "prompt_token_ids", "prompt" where they come from a text, and perhaps
-            "target_token_ids".
+        engine_input: with "prompt_token_ids" or "prompt_embeds", "prompt" where they come from a
+            text, and perhaps "target_token_ids".
         tokenizer: of the engine.
     """
-    ids: list[int] = engine_input["prompt_token_ids"]
+    with refusing("prompt_embeds"):
+        ids = prompt_ids(engine_input, facts.embedding_size)
+    parts = Parts.of(engine_input)
     notes: tuple[str, ...] = ()
     text = engine_input.get("prompt")
-    if isinstance(text, str) and tokenizer is not None and not hasattr(params, AS_TOKENISED):
+    if hasattr(params, AS_TOKENISED):
+        facts = dataclasses.replace(facts, placeholders={})  # words to stock vLLM, too
+    elif isinstance(text, str) and tokenizer is not None and not parts.embedded:
+        given = len(ids)
         ids, own = prefix_once(tokenizer, text, ids)
+        parts = parts.shifted(given - len(ids))
         notes = (own_prefix_note(tokenizer),) if own else ()
-    return admit(ids, engine_input.get(TARGETS), params, facts, bytes_in_use, notes, view)
+    targets = engine_input.get(TARGETS)
+    return admit(ids, targets, params, facts, bytes_in_use, notes, view, parts)
 
 
 @refusing("prompt_token_ids")

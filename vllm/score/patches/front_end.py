@@ -67,6 +67,7 @@ from typing import Any
 import numpy as np
 
 from vllm.score.engine.configuration import check_configuration, confuses_adapters
+from vllm.score.engine.parts import forget_items, prompt_ids, to_engine
 from vllm.score.engine.request import (
     NO_CLIENT_LIMIT,
     NO_VIEW,
@@ -179,9 +180,13 @@ def process_inputs(call: Call, self: Any, prompt: Any, params: Any) -> Any:
             setattr(request.sampling_params, ANY_ID, True)  # the stock function copies them
         return request
     prompt = _rendered(self, prompt, call.argument("tokenization_kwargs"))
-    ids, spec = _admitted(self, prompt, params, bool(call.argument("resumable")))
+    try:
+        ids, spec = _admitted(self, prompt, params, bool(call.argument("resumable")))
+    except ValueError:
+        forget_items(self.renderer, prompt)
+        raise
     lease = BytesLease(self, spec)
-    prompt = {**prompt, "prompt_token_ids": ids[: len(ids) - len(spec.unread)]}
+    prompt = to_engine(prompt, ids, len(spec.unread))
     prompt.pop(TARGETS, None)
     skip = bool(params.skip_reading_prefix_cache)
     if confuses_adapters(self.vllm_config):  # a cached prefix may have another request's adapter
@@ -208,7 +213,7 @@ def _admitted(
 ) -> tuple[list[int], ScoreSpec]:
     """The whole prompt, and what is scored of it."""
     if params._score is not None:  # score() has checked everything once for all its requests
-        return prompt["prompt_token_ids"], params._score
+        return prompt_ids(prompt), params._score
     check_configuration(processor.vllm_config)
     params._verify_score_mode()  # again: fields may have been set since construction
     check_prompt(prompt, resumable)

@@ -122,6 +122,12 @@ def prepare(request: Any, fields: ScoreFields) -> None:
     targets, asked = fields.target_token_ids is not None, request.logprobs
     if targets:
         check_truncation(request.truncate_prompt_tokens)
+    if request.prompt_embeds is not None:
+        raise Invalid(
+            "prompt_embeds cannot be combined with score_mode=true: this endpoint answers about "
+            "token ids; score embeddings with LLM or AsyncLLM.",
+            parameter="prompt_embeds",
+        )
     if request.use_beam_search:
         raise Invalid(
             "use_beam_search cannot be combined with score_mode=true: leave it out.",
