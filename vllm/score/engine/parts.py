@@ -56,7 +56,7 @@ class Parts(NamedTuple):
             for place in places
         ]
         spans = tuple(sorted(found, key=lambda span: span.start))
-        return cls(spans, engine_input["type"] == "embeds")
+        return cls(spans, "prompt_embeds" in engine_input)
 
     def shifted(self, count: int) -> Parts:
         """The same behind `count` positions fewer."""
@@ -191,7 +191,7 @@ def prompt_ids(engine_input: Mapping[str, Any], embedding_size: int | None = Non
     Raises:
         ScoreModeError: embeddings that the engine cannot read, or would not.
     """
-    if engine_input["type"] != "embeds":
+    if "prompt_embeds" not in engine_input:
         tokens: list[int] = engine_input["prompt_token_ids"]
         return tokens
     embeds = engine_input["prompt_embeds"]
@@ -229,7 +229,7 @@ def to_engine(engine_input: Mapping[str, Any], ids: list[int], unread: int) -> d
     """
     kept = len(ids) - unread
     changed = dict(engine_input)
-    if engine_input["type"] == "embeds":
+    if "prompt_embeds" in engine_input:
         names = ("prompt_embeds", "prompt_token_ids", "is_token_ids")
         changed |= {name: engine_input[name][:kept] for name in names if name in engine_input}
         return changed
