@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm.score.engine.configuration import unread_rows_problem, with_room_for_one_more
-from vllm.score.errors import ScoreModeError
+from vllm.score.errors import ScoreModeUnavailable
 
 LIMIT = 64
 LONGROPE = {
@@ -83,9 +83,9 @@ def test_rows_that_deepseek_leaves_out_are_refused(
         state.decoder_replay_layers = layers if replays else None
         monkeypatch.setattr(worker.model_runner, "model_state", state, raising=False)
         assert (unread_rows_problem(worker) is not None) is refused
-        monkeypatch.setattr(llm.llm_engine, "score_mode_checked", False)
+        monkeypatch.setattr(llm.llm_engine, "score_mode_checked", False, raising=False)
         if refused:
-            with pytest.raises(ScoreModeError, match="--no-swa-bounded-replay"):
+            with pytest.raises(ScoreModeUnavailable, match="--no-swa-bounded-replay"):
                 score(llm, [[5, 6, 7]], use_tqdm=False)
         else:
             assert len(score(llm, [[5, 6, 7]], use_tqdm=False)[0]) == 2

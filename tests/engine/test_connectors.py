@@ -159,6 +159,6 @@ def test_connectors_that_bring_what_is_not_there_are_refused(
     one = {"kv_connector": name, "kv_role": "kv_both"}
     found = {**MULTI, "kv_connector_extra_config": {"connectors": [one]}} if several else one
     monkeypatch.setattr(llm.llm_engine.vllm_config, "kv_transfer_config", KVTransferConfig(**found))
-    monkeypatch.setattr(llm.llm_engine, "score_mode_checked", False)
+    monkeypatch.setattr(llm.llm_engine, "score_mode_checked", False, raising=False)
     with pytest.raises(ScoreModeError, match=message):
         score(llm, [[5, 6, 7]], use_tqdm=False)

@@ -164,6 +164,6 @@ def test_drafts_that_only_the_gpu_counts_are_refused(speculating, monkeypatch):
     llm, _ = speculating("draft_model")
     config = llm.llm_engine.vllm_config.speculative_config
     monkeypatch.setattr(config, "enable_adaptive_verification", True)
-    monkeypatch.setattr(llm.llm_engine, "score_mode_checked", False)
+    monkeypatch.setattr(llm.llm_engine, "score_mode_checked", False, raising=False)
     with pytest.raises(ScoreModeError, match="enable_adaptive_verification"):
         score(llm, [[5, 6, 7]], use_tqdm=False)
