@@ -232,15 +232,14 @@ def test_scores_beside_drafts(eager, method, engine, model_dir, reference, tmp_p
         np.testing.assert_allclose(found, want, atol=REFERENCE_TOLERANCE)
 
 
-@pytest.mark.parametrize("connector", ["SimpleCPUOffloadConnector", "OffloadingConnector"])
-def test_offloaded_prefixes_end_before_the_first_scored_row(connector, engine, reference):
+def test_offloaded_prefixes_end_before_the_first_scored_row(engine, reference):
     from vllm import SamplingParams
 
     llm = engine(
         "llama",
         enforce_eager=True,
         kv_transfer_config={
-            "kv_connector": connector,
+            "kv_connector": "SimpleCPUOffloadConnector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 28},
         },
