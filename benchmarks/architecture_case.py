@@ -35,26 +35,44 @@ CACHE_BYTES = 128 << 20
 
 
 def main() -> None:
-    family = FAMILIES[sys.argv[1]]
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            run(family, folder, found)
-        except Exception as error:
-            found["error"] = sentence(error)
-    print(json.dumps(found), flush=True)
+    print(json.dumps(measure(sys.argv[1])), flush=True)
     # What an engine does when it is taken down is no part of the case.
     os._exit(0)
 
 
+def import_all() -> None:
+    """What takes long to import, before processes are forked."""
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    from vllm import LLM, SamplingParams  # noqa: F401
+    from vllm.score import score  # noqa: F401
+    from vllm.v1.worker import gpu_model_runner  # noqa: F401
+
+
+def measure(name: str) -> dict[str, Any]:
+    """What is found for a family of this name.
+
+    Returns:
+        {step, architecture, reference}, then the largest differences of a token's log-probability
+        in nats: of score mode (`ours`) and `stock` from Hugging Face and from each other; an
+        `error` in one sentence where a step fails.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run(FAMILIES[name], folder, found)
+        except Exception as error:
+            found["error"] = sentence(error)
+    return found
+
+
 def run(family: Family, folder: str, found: dict[str, Any]) -> None:
-    """Fill `found`: the step that it is at, and the errors, the largest in nats."""
     found["step"] = "transformers"
     found["architecture"] = make_model(family, folder)
     prompts = random_prompts()
     wants, found["reference"] = reference(family, folder, prompts)
-    found["std"] = float(np.concatenate(wants).std())
     found["step"] = "vLLM's start"
+    inspect_here(found["architecture"])
     llm = open_engine(family, folder)
     found["step"] = "the scores"
     ours = score_mode(llm, prompts)
@@ -148,6 +166,14 @@ def hugging_face(
         rows = logits.double().log_softmax(-1)
         values.append(rows.gather(1, ids[0, 1:, None])[:, 0].numpy())
     return values
+
+
+def inspect_here(architecture: str) -> None:
+    """vLLM asks a process of its own about each class, which imports all of vLLM for it."""
+    from vllm import ModelRegistry
+
+    lazy = ModelRegistry.models[architecture]
+    ModelRegistry.register_model(architecture, lazy.load_model_cls())
 
 
 def open_engine(family: Family, folder: str) -> Any:

@@ -28,7 +28,6 @@ class Family:
         attention: transformers' implementation; "eager" is the one that all models have.
         engine: further arguments of `vllm.LLM`.
         served: fields of the saved config.json that vLLM wants and transformers does not write.
-        initial: names (or parts) of parameters that keep the values transformers gives them.
     """
 
     model_type: str
