@@ -72,6 +72,7 @@ def run(family: Family, folder: str, found: dict[str, Any]) -> None:
     prompts = random_prompts()
     wants, found["reference"] = reference(family, folder, prompts)
     found["step"] = "vLLM's start"
+    amend_config(folder, {"architectures": [found["architecture"]], **family.served})
     inspect_here(found["architecture"])
     llm = open_engine(family, folder)
     found["step"] = "the scores"
@@ -93,7 +94,7 @@ def random_prompts() -> list[list[int]]:
 
 
 def make_model(family: Family, folder: str) -> str:
-    """Save a model of the family with random weights; its architecture as vLLM knows it."""
+    """Save a model of the family with random weights; returns vLLM's name of its architecture."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,12 +103,7 @@ def make_model(family: Family, folder: str) -> str:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw_weights(model)
     model.save_pretrained(folder)
-    file = Path(folder, "config.json")
-    saved = json.loads(file.read_text()) | family.served
-    if family.architecture:
-        saved["architectures"] = [family.architecture]
-    file.write_text(json.dumps(saved))
-    return saved["architectures"][0]
+    return family.architecture or type(model).__name__
 
 
 def draw_weights(model: Any) -> None:
@@ -156,7 +152,10 @@ def hugging_face(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=family.attention
+        folder,
+        dtype=dtype,
+        attn_implementation=family.attention,
+        experts_implementation="eager",  # the fused ones have no float64
     ).eval()
     values = []
     for prompt in prompts:
@@ -166,6 +165,11 @@ def hugging_face(
         rows = logits.double().log_softmax(-1)
         values.append(rows.gather(1, ids[0, 1:, None])[:, 0].numpy())
     return values
+
+
+def amend_config(folder: str, fields: dict[str, Any]) -> None:
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def inspect_here(architecture: str) -> None:

@@ -27,7 +27,8 @@ class Family:
         architecture: vLLM's name where it is not that of transformers' class.
         attention: transformers' implementation; "eager" is the one that all models have.
         engine: further arguments of `vllm.LLM`.
-        served: fields of the saved config.json that vLLM wants and transformers does not write.
+        served: fields of config.json that only vLLM sees.
+        known: why stock vLLM is off, where that was found out.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class Family:
     attention: str = "eager"
     engine: dict[str, Any] = field(default_factory=dict)
     served: dict[str, Any] = field(default_factory=dict)
+    known: str = ""
 
 
 _BASE = {
@@ -64,6 +66,13 @@ _YARN = {
     "original_max_position_embeddings": 128,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
+}
+_LLAMA4_YARN = {
+    **_YARN,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
 }
 _GRANITE = {
     "embedding_multiplier": 3.0,
@@ -139,16 +148,14 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("mistral", _of(_WINDOW), "sliding window"),
     "ministral3": Family(
         "ministral3",
-        _of(
-            rope_parameters={
-                **_YARN,
-                "original_max_position_embeddings": 64,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.1,
-            }
-        ),
+        _of(rope_parameters=_LLAMA4_YARN),
         "YaRN, queries scaled by position",
+    ),
+    "ministral3 told": Family(
+        "ministral3",
+        _of(rope_parameters=_LLAMA4_YARN),
+        "the same with the field that vLLM reads the scale from",
+        served={"llama_4_scaling": {"original_max_position_embeddings": 64, "beta": 0.1}},
     ),
     "qwen2": Family("qwen2", _of(without=("head_dim",)), "QKV biases"),
     "qwen3": Family("qwen3", _of(head_dim=64), "QK norms, wide heads"),
@@ -206,7 +213,7 @@ FAMILIES: dict[str, Family] = {
         "falcon",
         _of(
             without=("head_dim", "num_key_value_heads", "intermediate_size"),
-            ffn_hidden_size=256,
+            ffn_hidden_size=512,
             bias=True,
             tie_word_embeddings=True,
         ),
@@ -216,7 +223,7 @@ FAMILIES: dict[str, Family] = {
         "falcon",
         _of(
             without=("head_dim", "num_key_value_heads", "intermediate_size"),
-            ffn_hidden_size=256,
+            ffn_hidden_size=512,
             new_decoder_architecture=True,
             num_kv_heads=2,
             tie_word_embeddings=True,
@@ -227,7 +234,7 @@ FAMILIES: dict[str, Family] = {
         "falcon",
         _of(
             without=("head_dim", "num_key_value_heads", "intermediate_size"),
-            ffn_hidden_size=256,
+            ffn_hidden_size=512,
             bias=True,
             alibi=True,
             multi_query=False,
@@ -318,6 +325,12 @@ FAMILIES: dict[str, Family] = {
         _of(_TIED, _WINDOW, logit_scale=0.7, layer_types=_TWO_KINDS),
         "no rotary in full attention",
     ),
+    "cohere2 one less": Family(
+        "cohere2",
+        _of(_TIED, _WINDOW, logit_scale=0.7, layer_types=_TWO_KINDS),
+        "the same where vLLM is told a window of one token less",
+        served={"sliding_window": _WINDOW["sliding_window"] - 1},
+    ),
     "glm4": Family(
         "glm4",
         _of(
@@ -343,7 +356,7 @@ FAMILIES: dict[str, Family] = {
         "window, rotary base per layer",
     ),
     "hyperclovax": Family("hyperclovax", _of(_GRANITE), "four factors, post-norm"),
-    "ernie4_5": Family("ernie4_5", _of(use_bias=True), "interleaved rotary, biases"),
+    "ernie4_5": Family("ernie4_5", _of(), "interleaved rotary"),
     "exaone4": Family(
         "exaone4", _of(_WINDOW, layer_types=_TWO_KINDS), "post-norm, QK norms, window"
     ),
@@ -521,7 +534,7 @@ FAMILIES: dict[str, Family] = {
             _LATENT,
             without=("head_dim", "num_hidden_layers", "intermediate_size"),
             num_layers=2,
-            ffn_hidden_size=256,
+            ffn_hidden_size=512,
             moe_topk=3,
             n_routed_experts=8,
             zero_expert_num=4,
@@ -627,7 +640,7 @@ FAMILIES: dict[str, Family] = {
             intermediate_size=64,
             num_experts_per_tok=1,
             interleave_moe_layer_step=2,
-            attention_chunk_size=32,
+            attention_chunk_size=128,
             floor_scale=32,
             no_rope_layers=[1, 1, 1, 0],
         ),
@@ -815,6 +828,11 @@ FAMILIES: dict[str, Family] = {
             _EXPERTS,
             _SHARED_EXPERT,
             layer_types=["linear_attention"] * 3 + ["indexed_attention"],
+            indexer_n_heads=2,
+            indexer_kv_heads=1,
+            indexer_head_dim=64,
+            indexer_budget=64,
+            indexer_compress_ratio=4,
         ),
         "gated delta net, indexed attention",
     ),
