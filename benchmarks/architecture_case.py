@@ -31,6 +31,7 @@ from architecture_families import FAMILIES, LENGTHS, STEP_TOKENS, VOCABULARY, Fa
 LOGIT_STD = 2.0
 # What is added to whatever a norm, bias, sink or state begins with.
 JITTER = 0.2
+STEP = "# at "  # begins a line of the log
 CACHE_BYTES = 128 << 20
 
 
@@ -67,18 +68,18 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def run(family: Family, folder: str, found: dict[str, Any]) -> None:
-    found["step"] = "transformers"
+    begin(found, "transformers")
     found["architecture"] = make_model(family, folder)
     prompts = random_prompts()
     wants, found["reference"] = reference(family, folder, prompts)
-    found["step"] = "vLLM's start"
+    begin(found, "vLLM's start")
     amend_config(folder, {"architectures": [found["architecture"]], **family.served})
     inspect_here(found["architecture"])
     llm = open_engine(family, folder)
-    found["step"] = "the scores"
+    begin(found, "the scores")
     ours = score_mode(llm, prompts)
     found["ours"] = worst(ours, wants)
-    found["step"] = "stock prompt_logprobs"
+    begin(found, "stock prompt_logprobs")
     stocks = stock(llm, prompts)
     found["stock"] = worst(stocks, wants)
     found["ours_stock"] = worst(ours, stocks)
@@ -86,6 +87,12 @@ def run(family: Family, folder: str, found: dict[str, Any]) -> None:
     shorter = stock(llm, [p[:-1] for p in prompts])
     found["ours_stock_same_rows"] = worst([o[:-1] for o in ours], shorter)
     found["stock_rows"] = worst([s[:-1] for s in stocks], shorter)
+
+
+def begin(found: dict[str, Any], step: str) -> None:
+    """Note the step, also for whoever finds the log of a process that died."""
+    found["step"] = step
+    print(f"{STEP}{step}", file=sys.stderr, flush=True)
 
 
 def random_prompts() -> list[list[int]]:

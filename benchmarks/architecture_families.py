@@ -490,6 +490,7 @@ FAMILIES: dict[str, Family] = {
         "glm4_moe_lite",
         _of(_ROUTED, _LATENT, _ONE_GROUP, _DENSE_THEN_SPARSE, without=("head_dim",)),
         "latent attention, experts",
+        served={"first_k_dense_replace": 1},
     ),
     "deepseek_v2": Family(
         "deepseek_v2",
@@ -507,6 +508,7 @@ FAMILIES: dict[str, Family] = {
         "deepseek_v3",
         _of(_ROUTED, _LATENT, without=("head_dim",), first_k_dense_replace=1),
         "latent attention, routing with a bias",
+        served={"topk_method": "noaux_tc"},
     ),
     "deepseek_v32": Family(
         "deepseek_v32",
@@ -542,11 +544,17 @@ FAMILIES: dict[str, Family] = {
             routed_scaling_factor=1.8,
         ),
         "two attentions a layer, identity experts",
+        served={
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "zero_expert_type": "identity",
+        },
     ),
     "minimax_m2": Family(
         "minimax_m2",
         _of(_LOCAL_EXPERTS, intermediate_size=64, head_dim=64, rotary_dim=32),
         "sigmoid routing with a bias, partial rotary",
+        served={"scoring_func": "sigmoid"},
     ),
     "mimo_v2_flash": Family(
         "mimo_v2_flash",
@@ -560,6 +568,18 @@ FAMILIES: dict[str, Family] = {
             layer_types=["full_attention", "sliding_attention"],
         ),
         "sinks, narrower values, window",
+        served={
+            "hybrid_layer_pattern": [0, 1],
+            "moe_layer_freq": [0, 1],
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 64,
+            "swa_v_head_dim": 32,
+            "layernorm_epsilon": 1e-6,
+            "add_swa_attention_sink_bias": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
     ),
     "afmoe": Family(
         "afmoe",
@@ -573,6 +593,7 @@ FAMILIES: dict[str, Family] = {
             mup_enabled=True,
         ),
         "gated attention, four norms, router bias",
+        served={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     ),
     "cohere2_moe": Family(
         "cohere2_moe",
@@ -603,6 +624,7 @@ FAMILIES: dict[str, Family] = {
         "hy_v3",
         _of(_EXPERTS, _DENSE_THEN_SPARSE, num_shared_experts=1, router_scaling_factor=1.8),
         "router bias, shared expert",
+        served={"first_k_dense_replace": 1, "route_norm": True, "expert_hidden_dim": 64},
     ),
     "hy_v4": Family(
         "hy_v4",
@@ -698,7 +720,7 @@ FAMILIES: dict[str, Family] = {
             "num_heads": 8,
             "head_dim": 32,
             "state_size": 32,
-            "n_groups": 2,
+            "n_groups": 1,
             "chunk_size": 32,
         },
         "state per head",
@@ -722,6 +744,7 @@ FAMILIES: dict[str, Family] = {
     "zamba2": Family(
         "zamba2",
         _of(
+            _TIED,
             without=("head_dim",),
             num_hidden_layers=4,
             num_key_value_heads=4,
@@ -746,6 +769,7 @@ FAMILIES: dict[str, Family] = {
             mamba_d_state=32,
             mamba_chunk_size=32,
             mamba_rms_norm=True,
+            mamba_norm_before_gate=False,
             lm_head_multiplier=0.8,
             embedding_multiplier=3.0,
             key_multiplier=0.7,
@@ -799,6 +823,7 @@ FAMILIES: dict[str, Family] = {
             block_auto_adjust_ff_dim=False,
         ),
         "short convolutions",
+        served={"conv_dim": 128, "block_dim": 128},
     ),
     "lfm2_moe": Family(
         "lfm2_moe",
@@ -889,4 +914,6 @@ _THROUGH_TRANSFORMERS = {
     "mellum": ("experts, window", {**_EXPERTS, **_WINDOW, "layer_types": _TWO_KINDS}),
 }
 for _name, (_about, _more) in _THROUGH_TRANSFORMERS.items():
-    FAMILIES[_name] = Family(_name, _of(_more), _about)
+    # GPT classes know no number of KV heads; vLLM would read it all the same.
+    _left_out = ("num_key_value_heads",) if _name.startswith("gpt") else ()
+    FAMILIES[_name] = Family(_name, _of(_more, without=_left_out), _about)

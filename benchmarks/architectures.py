@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import architecture_case
+from architecture_case import STEP
 from architecture_families import FAMILIES, LENGTHS, STEP_TOKENS, VOCABULARY
 from harness import machine
 
@@ -109,16 +110,14 @@ class Job:
         self.process.join()
         if self.out.exists():
             row |= json.loads(self.out.read_text())
-        elif late:
-            row["error"] = f"stopped after {row['seconds']:.0f} s"
         else:
-            row["error"] = f"the process ended with {self.process.exitcode}: {last_line(self.log)}"
+            lines = self.log.read_text(errors="replace").splitlines()
+            steps = [x.removeprefix(STEP) for x in lines if x.startswith(STEP)]
+            row["step"] = steps[-1] if steps else ""
+            row["error"] = f"the process ended with {self.process.exitcode}"
+            if late:
+                row["error"] = f"stopped after {row['seconds']:.0f} s"
         return row | {"group": group(row)}
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1].strip()[:200] if lines else "nothing was printed"
 
 
 def group(row: Row) -> str:
