@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import tempfile
+import traceback
 import zlib
 from pathlib import Path
 from typing import Any
@@ -243,11 +244,14 @@ def worst(values: list[np.ndarray], others: list[np.ndarray]) -> float:
 
 
 def sentence(error: BaseException) -> str:
-    """The error that began it, in one line."""
+    """The error that began it, in one line; one without a message by its place."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)}"[:300]
+    text = " ".join(str(error).split())
+    if not text:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{last.line} ({Path(last.filename).name}, {last.name})"
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 if __name__ == "__main__":

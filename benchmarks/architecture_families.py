@@ -126,6 +126,41 @@ def _of(*parts: dict[str, Any], without: tuple[str, ...] = (), **more: Any) -> d
     return {name: value for name, value in settings.items() if name not in without}
 
 
+_LLAMA4 = _of(
+    _LOCAL_EXPERTS,
+    num_hidden_layers=4,
+    intermediate_size_mlp=256,
+    intermediate_size=64,
+    num_experts_per_tok=1,
+    interleave_moe_layer_step=2,
+    attention_chunk_size=128,
+    floor_scale=32,
+    no_rope_layers=[1, 1, 1, 0],
+)
+_COHERE2_MOE = _of(
+    _EXPERTS,
+    _TIED,
+    _WINDOW,
+    logit_scale=0.7,
+    layer_types=_TWO_KINDS,
+    num_shared_experts=1,
+    first_k_dense_replace=0,
+)
+_ZAMBA2 = _of(
+    _TIED,
+    without=("head_dim",),
+    num_hidden_layers=4,
+    num_key_value_heads=4,
+    layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    mamba_d_state=32,
+    n_mamba_heads=8,
+    mamba_ngroups=2,
+    chunk_size=32,
+    num_mem_blocks=1,
+    adapter_rank=8,
+    use_mamba_kernels=False,
+)
+
 FAMILIES: dict[str, Family] = {
     # Dense.
     "llama": Family("llama", _of(attention_bias=True, mlp_bias=True), "biases everywhere"),
@@ -150,6 +185,7 @@ FAMILIES: dict[str, Family] = {
         "ministral3",
         _of(rope_parameters=_LLAMA4_YARN),
         "YaRN, queries scaled by position",
+        known="vLLM reads the scale of queries from a field that transformers does not write",
     ),
     "ministral3 told": Family(
         "ministral3",
@@ -208,6 +244,7 @@ FAMILIES: dict[str, Family] = {
             tie_word_embeddings=True,
         ),
         "ALiBi",
+        known="vLLM computes GELU with erf, transformers with tanh",
     ),
     "falcon": Family(
         "falcon",
@@ -242,6 +279,7 @@ FAMILIES: dict[str, Family] = {
             tie_word_embeddings=True,
         ),
         "ALiBi, sequential block",
+        known="transformers rounds the slopes of ALiBi to bfloat16",
     ),
     "stablelm": Family(
         "stablelm", _of(without=("head_dim",), use_qkv_bias=True), "partial rotary, layer norms"
@@ -300,6 +338,7 @@ FAMILIES: dict[str, Family] = {
             intermediate_size=256,
         ),
         "AltUp, LAuReL, shared KV layers, inputs per layer",
+        known="vLLM's text-only class leaves the embeddings per layer out",
     ),
     "gemma4_text": Family(
         "gemma4_text",
@@ -324,6 +363,7 @@ FAMILIES: dict[str, Family] = {
         "cohere2",
         _of(_TIED, _WINDOW, logit_scale=0.7, layer_types=_TWO_KINDS),
         "no rotary in full attention",
+        known="vLLM's window is one token longer",
     ),
     "cohere2 one less": Family(
         "cohere2",
@@ -360,7 +400,12 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family(
         "exaone4", _of(_WINDOW, layer_types=_TWO_KINDS), "post-norm, QK norms, window"
     ),
-    "apertus": Family("apertus", _of(), "xIELU with learned parameters"),
+    "apertus": Family(
+        "apertus",
+        _of(),
+        "xIELU with learned parameters",
+        known="the parameters of the activation are bfloat16 in vLLM, whatever the dtype",
+    ),
     "nemotron": Family(
         "nemotron",
         _of(
@@ -443,6 +488,7 @@ FAMILIES: dict[str, Family] = {
             use_bias=False,
         ),
         "router bias, shared experts",
+        known="the router of vLLM's CPU backend leaves the bias out",
     ),
     "gpt_oss": Family(
         "gpt_oss",
@@ -461,6 +507,7 @@ FAMILIES: dict[str, Family] = {
         _of(_LOCAL_EXPERTS, without=("head_dim",), attention_bias=True, lm_head_bias=True),
         "sparse mixer, bias of the head",
         architecture="PhiMoEForCausalLM",
+        known="vLLM leaves the bias of the head out",
     ),
     "dbrx": Family(
         "dbrx",
@@ -554,7 +601,7 @@ FAMILIES: dict[str, Family] = {
         "minimax_m2",
         _of(_LOCAL_EXPERTS, intermediate_size=64, head_dim=64, rotary_dim=32),
         "sigmoid routing with a bias, partial rotary",
-        served={"scoring_func": "sigmoid"},
+        served={"scoring_func": "sigmoid", "use_routing_bias": True},
     ),
     "mimo_v2_flash": Family(
         "mimo_v2_flash",
@@ -569,6 +616,7 @@ FAMILIES: dict[str, Family] = {
         ),
         "sinks, narrower values, window",
         served={
+            "sliding_window_size": 24,
             "hybrid_layer_pattern": [0, 1],
             "moe_layer_freq": [0, 1],
             "swa_num_attention_heads": 4,
@@ -597,16 +645,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere2_moe": Family(
         "cohere2_moe",
-        _of(
-            _EXPERTS,
-            _TIED,
-            _WINDOW,
-            logit_scale=0.7,
-            layer_types=_TWO_KINDS,
-            num_shared_experts=1,
-            first_k_dense_replace=0,
-        ),
+        _COHERE2_MOE,
         "parallel block with experts",
+        known="vLLM's window is one token longer",
+    ),
+    "cohere2_moe one less": Family(
+        "cohere2_moe",
+        _COHERE2_MOE,
+        "the same where vLLM is told a window of one token less",
+        served={"sliding_window": _WINDOW["sliding_window"] - 1},
     ),
     "exaone_moe": Family(
         "exaone_moe",
@@ -624,7 +671,12 @@ FAMILIES: dict[str, Family] = {
         "hy_v3",
         _of(_EXPERTS, _DENSE_THEN_SPARSE, num_shared_experts=1, router_scaling_factor=1.8),
         "router bias, shared expert",
-        served={"first_k_dense_replace": 1, "route_norm": True, "expert_hidden_dim": 64},
+        served={
+            "first_k_dense_replace": 1,
+            "route_norm": True,
+            "qk_norm": True,
+            "expert_hidden_dim": 64,
+        },
     ),
     "hy_v4": Family(
         "hy_v4",
@@ -655,18 +707,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama4_text": Family(
         "llama4_text",
-        _of(
-            _LOCAL_EXPERTS,
-            num_hidden_layers=4,
-            intermediate_size_mlp=256,
-            intermediate_size=64,
-            num_experts_per_tok=1,
-            interleave_moe_layer_step=2,
-            attention_chunk_size=128,
-            floor_scale=32,
-            no_rope_layers=[1, 1, 1, 0],
-        ),
+        _LLAMA4,
         "chunked attention, no rotary in every fourth layer, scaled queries",
+        known="vLLM does not scale queries unless the generation config says so (or beyond 32k)",
+    ),
+    "llama4_text told": Family(
+        "llama4_text",
+        _LLAMA4,
+        "the same, told to scale queries",
+        engine={"override_generation_config": {"attn_temperature_tuning": True}},
     ),
     "inkling_text": Family(
         "inkling_text",
@@ -743,21 +792,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "zamba2": Family(
         "zamba2",
-        _of(
-            _TIED,
-            without=("head_dim",),
-            num_hidden_layers=4,
-            num_key_value_heads=4,
-            layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
-            mamba_d_state=32,
-            n_mamba_heads=8,
-            mamba_ngroups=2,
-            chunk_size=32,
-            num_mem_blocks=1,
-            adapter_rank=8,
-            use_mamba_kernels=False,
-        ),
+        _ZAMBA2,
         "shared attention blocks with adapters",
+        known="transformers has a floor of the time step, vLLM none",
+    ),
+    "zamba2 no floor": Family(
+        "zamba2", {**_ZAMBA2, "time_step_min": 1e-9}, "the same without a floor of the time step"
     ),
     "falcon_h1": Family(
         "falcon_h1",

@@ -180,11 +180,11 @@ def page(rows: list[Row]) -> str:
         ),
         "## Stock vLLM is as far off",
         "The forward pass of vLLM itself differs from transformers' here; score mode gives what it "
-        "computes. The last two columns are score mode's distance from stock where both compute "
-        "the same number of rows in a step, and stock's own when a prompt is a token shorter: "
-        "where that is large, vLLM's layers depend on what else is in the step.",
+        "computes. `apart`: score mode from stock, where both compute the same rows in a step. "
+        "`shorter`: stock from itself when the prompts are a token shorter, so that steps begin "
+        "elsewhere; where that is large, vLLM's layers depend on what a step holds.",
         table(
-            ("family", "architecture", "with", "score mode", "stock", "apart", "stock, shorter"),
+            ("family", "architecture", "with", "score mode", "stock", "apart", "shorter", "why"),
             (
                 (
                     r["family"],
@@ -194,6 +194,7 @@ def page(rows: list[Row]) -> str:
                     figure(r["stock"]),
                     figure(min(r["ours_stock"], r["ours_stock_same_rows"])),
                     figure(r["stock_rows"]),
+                    FAMILIES[r["family"]].known,
                 )
                 for r in groups.get(AS_STOCK, [])
             ),
