@@ -126,6 +126,7 @@ def _of(*parts: dict[str, Any], without: tuple[str, ...] = (), **more: Any) -> d
     return {name: value for name, value in settings.items() if name not in without}
 
 
+_ROWS = "vLLM's layers on a CPU: the same prompt without its last token scores otherwise"
 _LLAMA4 = _of(
     _LOCAL_EXPERTS,
     num_hidden_layers=4,
@@ -436,6 +437,9 @@ FAMILIES: dict[str, Family] = {
         "hrm_text",
         _of(num_layers_per_stack=2, H_cycles=2, L_cycles=2, embedding_scale=5.0, prefix_lm=False),
         "two stacks in cycles",
+        # A prompt that is longer than a step is never computed.
+        engine={"max_num_batched_tokens": 512},
+        known="the tokens of a prompt see those behind them in vLLM: it has no causal scores",
     ),
     # Experts.
     "mixtral": Family("mixtral", _of(_LOCAL_EXPERTS), "experts"),
@@ -538,6 +542,7 @@ FAMILIES: dict[str, Family] = {
         _of(_ROUTED, _LATENT, _ONE_GROUP, _DENSE_THEN_SPARSE, without=("head_dim",)),
         "latent attention, experts",
         served={"first_k_dense_replace": 1},
+        known=_ROWS,
     ),
     "deepseek_v2": Family(
         "deepseek_v2",
@@ -550,12 +555,14 @@ FAMILIES: dict[str, Family] = {
             norm_topk_prob=False,
         ),
         "latent attention, grouped routing",
+        known=_ROWS,
     ),
     "deepseek_v3": Family(
         "deepseek_v3",
         _of(_ROUTED, _LATENT, without=("head_dim",), first_k_dense_replace=1),
         "latent attention, routing with a bias",
         served={"topk_method": "noaux_tc"},
+        known=_ROWS,
     ),
     "deepseek_v32": Family(
         "deepseek_v32",
@@ -864,6 +871,7 @@ FAMILIES: dict[str, Family] = {
         ),
         "short convolutions",
         served={"conv_dim": 128, "block_dim": 128},
+        known=_ROWS,
     ),
     "lfm2_moe": Family(
         "lfm2_moe",
@@ -876,6 +884,7 @@ FAMILIES: dict[str, Family] = {
             routed_scaling_factor=1.8,
         ),
         "short convolutions, router bias",
+        known=_ROWS,
     ),
     "qwen3_next": Family(
         "qwen3_next",
