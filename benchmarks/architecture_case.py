@@ -133,7 +133,8 @@ def draw_weights(model: Any) -> None:
     tables = {id(module.weight) for module in embeddings if module is not None}
     stored = model.state_dict(keep_vars=True)
     for name, tensor in {id(t): (n, t) for n, t in stored.items()}.values():
-        if not tensor.is_floating_point():
+        # xIELU stores its constants.
+        if not tensor.is_floating_point() or name.endswith((".act_fn.beta", ".act_fn.eps")):
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(tensor.shape, generator=generator)

@@ -280,7 +280,7 @@ FAMILIES: dict[str, Family] = {
             tie_word_embeddings=True,
         ),
         "ALiBi, sequential block",
-        known="transformers rounds the slopes of ALiBi to bfloat16",
+        attention="sdpa",  # the eager one of transformers adds ALiBi twice
     ),
     "stablelm": Family(
         "stablelm", _of(without=("head_dim",), use_qkv_bias=True), "partial rotary, layer norms"
