@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_CACHE
-from tests.helpers import token_logprobs, with_bos
-from tests.support.multimodal import IMAGE_SIZE, VOCABULARY, make_idefics3
+from tests.helpers import random_prompts, token_logprobs, with_bos
+from tests.support.multimodal import IMAGE_SIZE, VOCABULARY, make_gemma3, make_idefics3
 from vllm.score import ScoreModeError, score
 
 pytestmark = pytest.mark.engine
@@ -73,6 +73,22 @@ def idefics(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
     folder = make_idefics3(tmp_path_factory.mktemp("idefics3"), tokenizer)
     reference = Reference(folder)
     return LLM(str(folder), max_num_batched_tokens=96, **SETTINGS), reference
+
+
+@pytest.fixture(scope="session")
+def gemma(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """An engine of vLLM's Transformers backend, and (ids, float64 [n, V]) of prompts of text.
+
+    The backend changes Hugging Face's class of the model in this process: no reference after it.
+    """
+    from vllm import LLM
+
+    folder = make_gemma3(tmp_path_factory.mktemp("gemma3"), tokenizer)
+    reference = Reference(folder)
+    prompts = random_prompts([2, 30, 200], 500, seed=1)
+    expected = [(ids, reference.of_ids(ids)) for ids in prompts]
+    settings = {**SETTINGS, "model_impl": "transformers", "max_num_batched_tokens": 512}
+    return LLM(str(folder), **settings), expected
 
 
 def image(seed: int) -> Any:
@@ -212,6 +228,22 @@ def test_a_refused_image_can_be_sent_again(idefics):
             llm.generate([bad], score_params(), use_tqdm=False)
     (output,) = llm.generate([good], score_params(), use_tqdm=False)
     assert output.scores.logprobs == pytest.approx(own(ids, rows, len(ids) - 1), abs=TOLERANCE)
+
+
+def test_text_for_a_model_that_attends_both_ways_within_images(gemma):
+    llm, expected = gemma
+    scores = score(llm, [ids for ids, _ in expected], use_tqdm=False)
+    for (ids, rows), found in zip(expected, scores, strict=True):
+        np.testing.assert_allclose(found.logprobs, token_logprobs(rows, ids), atol=TOLERANCE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's attention on a CPU is meant")
+def test_its_images_are_refused_on_a_cpu(gemma):
+    prompt = prompt_with("see <start_of_image> it", 1)
+    with pytest.raises(ScoreModeError, match="only backwards, which is another model; use a GPU"):
+        score(gemma[0], [prompt], use_tqdm=False)
+    with pytest.raises(ScoreModeError, match="only backwards"):
+        gemma[0].generate([prompt], score_params(), use_tqdm=False)
 
 
 def test_images_for_a_model_of_text_are_refused(llm):

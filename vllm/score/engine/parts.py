@@ -182,6 +182,16 @@ def placeholder_ids(model_config: Any) -> dict[int, str]:
     return found
 
 
+def reads_items_one_way(model_config: Any) -> bool:
+    """Whether a model attends both ways within an item (Gemma-3), and the engine only backwards.
+
+    vLLM chooses its attention on a GPU by that. The one on a CPU cannot do it, and is not asked.
+    """
+    from vllm.platforms import current_platform
+
+    return bool(model_config.is_mm_prefix_lm and current_platform.is_cpu())
+
+
 def prompt_ids(engine_input: Mapping[str, Any], embedding_size: int | None = None) -> list[int]:
     """The ids of a rendered prompt; of embeddings zeros, as vLLM's own results have them.
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from vllm.exceptions import VLLMValidationError
 from vllm.score.checks import Flag, Fraction, Number, Whole, check
-from vllm.score.engine.parts import TEXT, Parts, placeholder_ids, prompt_ids
+from vllm.score.engine.parts import TEXT, Parts, placeholder_ids, prompt_ids, reads_items_one_way
 from vllm.score.errors import ScoreModeError
 from vllm.score.ops.statistics import FULL_VOCABULARY, RowLayout, check_statistics
 from vllm.score.tokens import own_prefix_note, prefix_once, read_token_id_rows, read_token_ids
@@ -163,6 +163,7 @@ class ModelFacts:
             vLLM's own limit for its clients, `LLM` has none.
         placeholders: what tokens stand for that are no text, by token id.
         embedding_size: of a row of `prompt_embeds`.
+        misreads_items: the engine computes positions of images and the like as the model does not.
     """
 
     vocab_size: int
@@ -170,6 +171,7 @@ class ModelFacts:
     max_logprobs: int | None = None
     placeholders: Mapping[int, str] = dataclasses.field(default_factory=dict)
     embedding_size: int | None = None
+    misreads_items: bool = False
 
     @classmethod
     def of(cls, input_processor: Any) -> ModelFacts:
@@ -183,6 +185,7 @@ class ModelFacts:
             limit,
             placeholder_ids(model),
             model.get_inputs_embeds_size(),
+            reads_items_one_way(model),
         )
 
 
@@ -280,8 +283,14 @@ def admit(
     """
     ids = _prompt_ids(prompt_token_ids, facts)
     top = _top(params.prompt_logprobs, target_token_ids is not None, facts.vocab_size)
-    with refusing("prompt"):
+    with refusing("multi_modal_data"):
         parts.check_ids(ids, facts.placeholders)
+        if parts.spans and facts.misreads_items:
+            raise ScoreModeError(
+                f"{parts.spans[0].modality!r} in multi_modal_data cannot be scored here: the model "
+                "attends both ways between the positions of an item, and vLLM's attention on a CPU "
+                "only backwards, which is another model; use a GPU, or prompts of text."
+            )
     if target_token_ids is None:
         with refusing(TARGETS):
             first = parts.first_own(len(ids))
