@@ -12,11 +12,12 @@ vllm.v1.engine.core
 
 vllm.v1.core.kv_cache_manager
     Why: A cached position has no hidden state, so no score.
-    How: The stock look-ups leave the last token of a request uncached; a proxy makes the first
-        scored row that token. Alignment and hybrid models stay upstream's business. Where a hit's
-        last window is computed anew from that window alone (swa_bounded_replay), none is read.
-    Risk: A look-up that stops reading num_tokens would hit too far: rows stay unwritten, and the
-        front end reports them as an error.
+    How: Where the look-ups take a max_cache_hit_length (0.33), the first scored row is one. Others
+        leave the last token of a request uncached; a proxy makes the first scored row that token.
+        Alignment and hybrid models stay upstream's business. Where a hit's last window is computed
+        anew from that window alone (swa_bounded_replay), none is read.
+    Risk: A look-up that hits too far: rows stay unwritten, and the front end reports them as an
+        error.
     Upstream: Pull request: max_cache_hit_length from prompt_logprob_start.
     Deleted when: get_computed_blocks respects prompt_logprob_start.
 
