@@ -46,9 +46,9 @@ def test_without_vllm_the_last_line_says_what_to_install(program: str) -> None:
     done = run(program, ROOT)
     assert done.returncode == 1 and done.stdout == ""
     *before, line = done.stderr.strip().splitlines()
-    assert "vllm-score is installed, but vLLM is not; install the release" in line
+    assert "vllm-score is installed, but vLLM is not; install a release" in line
     for requirement in releases():
-        assert f"`pip install {requirement}" in line
+        assert f"`pip install '{requirement}'" in line
     if program == COMMAND:
         assert not before and line.startswith("vllm-score: ")
     else:
