@@ -6,7 +6,7 @@ prompts; every factor, bias and norm that the architecture can have is switched 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 VOCABULARY = 512
@@ -126,7 +126,7 @@ def _of(*parts: dict[str, Any], without: tuple[str, ...] = (), **more: Any) -> d
     return {name: value for name, value in settings.items() if name not in without}
 
 
-_ROWS = "vLLM's layers on a CPU: the same prompt without its last token scores otherwise"
+_ROTARY = "vLLM's CPU kernel of rotary positions is wrong for queries of three dimensions"
 _LLAMA4 = _of(
     _LOCAL_EXPERTS,
     num_hidden_layers=4,
@@ -542,7 +542,7 @@ FAMILIES: dict[str, Family] = {
         _of(_ROUTED, _LATENT, _ONE_GROUP, _DENSE_THEN_SPARSE, without=("head_dim",)),
         "latent attention, experts",
         served={"first_k_dense_replace": 1},
-        known=_ROWS,
+        known=_ROTARY,
     ),
     "deepseek_v2": Family(
         "deepseek_v2",
@@ -555,14 +555,14 @@ FAMILIES: dict[str, Family] = {
             norm_topk_prob=False,
         ),
         "latent attention, grouped routing",
-        known=_ROWS,
+        known=_ROTARY,
     ),
     "deepseek_v3": Family(
         "deepseek_v3",
         _of(_ROUTED, _LATENT, without=("head_dim",), first_k_dense_replace=1),
         "latent attention, routing with a bias",
-        served={"topk_method": "noaux_tc"},
-        known=_ROWS,
+        served={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        known=_ROTARY,
     ),
     "deepseek_v32": Family(
         "deepseek_v32",
@@ -871,7 +871,7 @@ FAMILIES: dict[str, Family] = {
         ),
         "short convolutions",
         served={"conv_dim": 128, "block_dim": 128},
-        known=_ROWS,
+        known=_ROTARY,
     ),
     "lfm2_moe": Family(
         "lfm2_moe",
@@ -884,7 +884,7 @@ FAMILIES: dict[str, Family] = {
             routed_scaling_factor=1.8,
         ),
         "short convolutions, router bias",
-        known=_ROWS,
+        known=_ROTARY,
     ),
     "qwen3_next": Family(
         "qwen3_next",
@@ -931,6 +931,13 @@ FAMILIES: dict[str, Family] = {
         "Kimi delta attention, latent attention",
     ),
 }
+for _name in [name for name, family in FAMILIES.items() if family.known == _ROTARY]:
+    FAMILIES[f"{_name} torch rotary"] = replace(
+        FAMILIES[_name],
+        about="the same with vLLM's rotary positions in PyTorch",
+        engine={"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+        known="",
+    )
 # Served by vLLM through transformers' own layers.
 _THROUGH_TRANSFORMERS = {
     "arcee": ("squared ReLU", {}),

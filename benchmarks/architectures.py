@@ -201,8 +201,8 @@ def page(rows: list[Row]) -> str:
         "## Stock vLLM is as far off",
         "The forward pass of vLLM itself differs from transformers' here; score mode gives what it "
         "computes. `apart`: score mode from stock, where both compute the same rows in a step. "
-        "`shorter`: stock from itself when the prompts are a token shorter, so that steps begin "
-        "elsewhere; where that is large, vLLM's layers depend on what a step holds.",
+        "`shorter`: stock from itself when each prompt is a token shorter; where that is large, "
+        "the score of a token depends on those behind it, or on what else a step holds.",
         table(
             ("family", "architecture", "with", "score mode", "stock", "apart", "shorter", "why"),
             (

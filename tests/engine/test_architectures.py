@@ -12,9 +12,9 @@ import pytest
 pytestmark = pytest.mark.engine
 
 SWEEP = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
-# Soft caps and a window; logit scale and a parallel block; four factors; sinks and experts; a
+# Soft caps and a window; logit scale and a parallel block; sinks and experts; latent attention; a
 # recurrent state beside attention.
-FAMILIES = ["gemma2", "cohere", "granite", "gpt_oss", "falcon_h1"]
+FAMILIES = ["gemma2", "cohere", "gpt_oss", "deepseek_v2 torch rotary", "falcon_h1"]
 TOLERANCE = 1e-4  # nats
 
 
