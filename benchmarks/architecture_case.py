@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def measure(name: str) -> dict[str, Any]:
     Returns:
         {step, reference}, then the largest differences of a token's log-probability
         in nats: of score mode (`ours`) and `stock` from Hugging Face and from each other; an
-        `error` in one sentence where a step fails.
+        `error` in one sentence where a step fails. `warnings` are score mode's.
     """
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +80,10 @@ def run(family: Family, folder: str, found: dict[str, Any]) -> None:
     inspect_here(architecture)
     llm = open_engine(family, folder)
     begin(found, "the scores")
-    ours = score_mode(llm, prompts)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RuntimeWarning)
+        ours = score_mode(llm, prompts)
+    found["warnings"] = [str(w.message) for w in said if w.category is RuntimeWarning]
     found["ours"] = worst(ours, wants)
     begin(found, "stock prompt_logprobs")
     stocks = stock(llm, prompts)

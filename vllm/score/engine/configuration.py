@@ -200,6 +200,48 @@ def unread_rows_problem(worker: Any) -> str | None:
     )
 
 
+def not_causal_problem(model: Any) -> str | None:
+    """Why nothing of a model can be scored whose prompts attend forwards, too (HRM-text); or None.
+
+    Args:
+        model: the worker's, a `torch.nn.Module`.
+    """
+    from vllm.model_executor.layers.attention import EncoderOnlyAttention, PrefillPrefixLMAttention
+
+    kinds = (EncoderOnlyAttention, PrefillPrefixLMAttention)
+    found = next((name for name, m in model.named_modules() if isinstance(m, kinds)), None)
+    if found is None:
+        return None
+    return (
+        f"the tokens of a prompt see those behind them in this model ({found}): its predictions of "
+        "a prompt are none; score a causal model."
+    )
+
+
+def cpu_rotary_warning(worker: Any, model: Any) -> str | None:
+    """What to tell a user whose model has queries that vLLM rotates wrongly on a CPU; else None.
+
+    vLLM 0.32.0's kernel takes [tokens, size]. Given [tokens, heads, size], as by latent attention
+    and by LFM2, whose layers have short convolutions, it rotates by other tokens' positions: stock
+    generation and scores alike are off by nats, and change with what follows in a step.
+
+    Args:
+        model: the worker's, a `torch.nn.Module`.
+    """
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+    from vllm.model_executor.layers.mamba.short_conv import ShortConv
+
+    if "-rotary_embedding" in worker.vllm_config.compilation_config.custom_ops:
+        return None
+    if not any(isinstance(module, (MLAAttention, ShortConv)) for module in model.modules()):
+        return None
+    return (
+        "vLLM's rotary embedding on a CPU is wrong for queries as this model has them. Generations "
+        "and scores are those of another one; start the engine with "
+        "compilation_config={'custom_ops': ['-rotary_embedding']}."
+    )
+
+
 def dead_hooks_warning(worker: Any, model: Any) -> str | None:
     """Names hooked modules inside a compiled model, whose hooks are not run; else None."""
     from vllm.config import CompilationMode

@@ -95,16 +95,20 @@ def versions() -> dict[str, str]:
 def worker_status(worker: Any) -> dict[str, Any]:
     """Called in each worker through `collective_rpc`: `process_status`, and warnings."""
     from vllm.score.engine.configuration import (
+        cpu_rotary_warning,
         dead_hooks_warning,
         int8_warning,
+        not_causal_problem,
         unread_rows_problem,
     )
 
-    status = process_status("worker")
-    status["problem"] = status["problem"] or unread_rows_problem(worker)
-    on_cpu = status["kernel"].get("device") == "cpu"
-    model = worker.get_model()
-    found = (int8_warning(model) if on_cpu else None, dead_hooks_warning(worker, model))
+    status, model = process_status("worker"), worker.get_model()
+    status["problem"] = (
+        status["problem"] or unread_rows_problem(worker) or not_causal_problem(model)
+    )
+    found = [dead_hooks_warning(worker, model)]
+    if status["kernel"].get("device") == "cpu":
+        found += [int8_warning(model), cpu_rotary_warning(worker, model)]
     status["warnings"] = [warning for warning in found if warning]
     return status
 
