@@ -25,6 +25,8 @@ CPU_OPTIONS = (
     *("--distributed-executor-backend", "uni"),
 )
 CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Several servers run at a time.
+GPU_OPTIONS = ("--gpu-memory-utilization", "0.2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,7 +42,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., Pat
 
     def start(*options: str, **environment: str) -> Any:
         options = (*OPTIONS, *options)
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            options = (*options, *GPU_OPTIONS)
+        else:
             options, environment = (*options, *CPU_OPTIONS), environment | CPU_ENVIRONMENT
         log = tmp_path_factory.mktemp("server") / "log"
         return running_server(model_dir("llama"), *options, log=log, **environment)
