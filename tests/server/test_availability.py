@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.helpers import TOLERANCE
 from tests.patches.processes import run_script
 
 IDS = [5, 6, 7, 300]
@@ -53,7 +54,7 @@ def test_an_engine_that_answers_with_logits(serve: Any, reference: Any) -> None:
             logits = ours["logprobs"]["token_logprobs"][1:4]
             assert max(logits) > 0 and abs(logits[0] - want[0]) > 1
         scores = post(score_mode=True)["scores"]
-        assert scores["logprobs"] == pytest.approx(want.tolist(), abs=2e-5)
+        assert scores["logprobs"] == pytest.approx(want.tolist(), abs=TOLERANCE)
 
 
 def test_a_vllm_that_the_patch_does_not_fit() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import random_prompts, token_logprobs
+from tests.helpers import TOLERANCE, random_prompts, token_logprobs
 from tests.server.metrics import finished
 
 TEXT = "class Reader:\n    pass"
@@ -37,7 +37,7 @@ def assert_same(ours: Any, stock: Any, path: str = "answer") -> None:
         for i, (a, b) in enumerate(zip(ours, stock, strict=True)):
             assert_same(a, b, f"{path}[{i}]")
     elif isinstance(ours, float):
-        assert ours == pytest.approx(stock, abs=2e-5), path
+        assert ours == pytest.approx(stock, abs=TOLERANCE), path
     else:
         assert ours == stock, path
 
@@ -177,7 +177,7 @@ def test_every_token_against_float64(complete: Any, reference: Any, length: int)
     found = answer["choices"][0]["logprobs"]["token_logprobs"]
     assert found[0] is None and len(found) == length
     want = token_logprobs(reference("llama", ids), ids)
-    np.testing.assert_allclose(found[1:], want, atol=2e-5)
+    np.testing.assert_allclose(found[1:], want, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import random_prompts, token_logprobs
+from tests.helpers import TOLERANCE, random_prompts, token_logprobs
 
 IDS = [5, 6, 7, 300, 301, 302]
-CLOSE = {"atol": 2e-5}
+CLOSE = {"atol": TOLERANCE}
 
 
 def only(answer: Any) -> Any:
@@ -65,7 +65,7 @@ def test_targets_statistics_temperature_and_alternatives(complete: Any, referenc
     ):
         assert set(entries) == {str(t) for t in [*named, *top]}
         for token, entry in entries.items():
-            assert entry["logprob"] == pytest.approx(row[int(token)], abs=2e-5)
+            assert entry["logprob"] == pytest.approx(row[int(token)], abs=TOLERANCE)
 
 
 def test_top_p(complete: Any, reference: Any) -> None:
@@ -82,8 +82,10 @@ def test_top_p(complete: Any, reference: Any) -> None:
         )
     )["scores"]
     assert scores["logprobs"] == [[0.0, -9999.0]]
-    assert scores["statistics"]["model_logprob"] == pytest.approx([rows[0, best]], abs=2e-5)
-    assert scores["statistics"]["head_mass"] == pytest.approx([np.exp(rows[0, best])], abs=2e-5)
+    assert scores["statistics"]["model_logprob"] == pytest.approx([rows[0, best]], abs=TOLERANCE)
+    assert scores["statistics"]["head_mass"] == pytest.approx(
+        [np.exp(rows[0, best])], abs=TOLERANCE
+    )
     assert scores["statistics"]["entropy"] == pytest.approx([0.0], abs=1e-6)
 
 
