@@ -18,7 +18,7 @@ VOCAB = 1024
 METHODS = ("draft_model", "eagle", "eagle3", "medusa", "mtp")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def speculating(engine, model_dir, reference, tmp_path_factory):
     """`speculating(method)`: an engine, and the float64 reference for its model."""
     root, started = tmp_path_factory.mktemp("drafters"), {}
