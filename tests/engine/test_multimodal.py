@@ -71,7 +71,12 @@ def idefics(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
     from vllm import LLM
 
     folder = make_idefics3(tmp_path_factory.mktemp("idefics3"), tokenizer)
-    reference = Reference(folder)
+    try:
+        reference = Reference(folder)
+    except ValueError as error:  # transformers 5.17, beside vLLM 0.31
+        if "torchvision" not in str(error):
+            raise
+        pytest.skip("this transformers loads no image processor without torchvision")
     return LLM(str(folder), max_num_batched_tokens=96, **SETTINGS), reference
 
 
