@@ -216,7 +216,7 @@ def init(call: Call, self: Any) -> None:
     """Limit what a KV connector brings."""
     call()
     # DeepSeek-V4.1's swa_bounded_replay: the window's first tokens see nothing before the window.
-    inexact = self.prefix_replay_tokens > 0
+    inexact = getattr(self, "prefix_replay_tokens", 0) > 0
     setattr(self.kv_cache_manager, INEXACT_HITS, inexact)
     if self.connector is not None:
         limit_external_hits(self.connector, reads_prefixes=not inexact)
